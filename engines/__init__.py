@@ -1,0 +1,1 @@
+"""Floor 1: the bundle on disk, deployment targets, and the engines that run a vision graph."""
