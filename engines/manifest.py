@@ -15,7 +15,7 @@ SCHEMA_VERSION = 1
 Precision = Literal["fp32", "fp16", "int8", "mixed"]
 LlmPrecision = Literal["fp32", "int4"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-RelativePath = Annotated[str, Field(pattern=r"^(?!/)(?!.*\.\.)[^\\]+$")]
+RelativePath = Annotated[str, Field(pattern=r"^[^/\\.][^/\\]*(/[^/\\.][^/\\]*)*$")]
 
 
 class _Record(BaseModel):
