@@ -11,14 +11,20 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
@@ -31,6 +37,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.utils import logging
 
 from engines.errors import CheckpointError
 from engines.manifest import Preprocessing, Prompt
@@ -233,10 +240,10 @@ def _read_config(root: Path) -> LlavaConfig:
         )
     try:
         return LlavaConfig.from_dict(fields)
-    except (ValueError, TypeError, KeyError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"{file}: transformers cannot read it ({error}). Correct the field, or download the "
-            "file again."
+            f"{file}: transformers cannot read it ({' '.join(str(error).split())}). Correct the "
+            "field, or download the file again."
         ) from error
 
 
@@ -300,9 +307,10 @@ def _fill(
 ) -> ModelT:
     part = Part.VISION_TOWER if architecture is CLIPVisionModel else Part.LANGUAGE_MODEL
     try:
-        filled: Any = architecture.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-        )
+        with _quiet_transformers():
+            filled: Any = architecture.from_pretrained(
+                None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+            )
     except RuntimeError as error:
         raise _wrong_tensors(root, part, str(error)) from error
     model, report = filled
@@ -310,6 +318,21 @@ def _fill(
         raise _wrong_tensors(root, part, f"missing: {', '.join(sorted(report['missing_keys']))}")
     checked: ModelT = model.eval()
     return checked
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hush transformers' own report of missing tensors: ours is an error and says what to do."""
+    speech: Any = logging  # its functions carry no annotations
+    verbosity, bars = speech.get_verbosity(), speech.is_progress_bar_enabled()
+    speech.set_verbosity_error()
+    speech.disable_progress_bar()
+    try:
+        yield
+    finally:
+        speech.set_verbosity(verbosity)
+        if bars:
+            speech.enable_progress_bar()
 
 
 def _wrong_tensors(root: Path, part: Part, details: str) -> CheckpointError:
