@@ -6,16 +6,32 @@ The runtime needs nothing that is not named here.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from engines.errors import BundleError
 
 SCHEMA_VERSION = 1
+MANIFEST_NAME = "bundle.json"
 
 Precision = Literal["fp32", "fp16", "int8", "mixed"]
 LlmPrecision = Literal["fp32", "int4"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-RelativePath = Annotated[str, Field(pattern=r"^[^/\\.][^/\\]*(/[^/\\.][^/\\]*)*$")]
+
+
+def _checked_relative_path(path: str) -> str:
+    parts = path.split("/")
+    plain = all(part not in {"", ".", ".."} for part in parts) and path.isprintable()
+    if not plain or "\\" in path or ":" in parts[0] or path == MANIFEST_NAME:
+        raise ValueError("is not a path inside the bundle, such as decoder/model.onnx")
+    return str(PurePosixPath(path))
+
+
+RelativePath = Annotated[str, AfterValidator(_checked_relative_path)]
+"""A file inside the bundle, with forward slashes: it cannot name anything outside."""
 
 
 class _Record(BaseModel):
@@ -107,10 +123,17 @@ class Text(_Record):
     context_length: int = Field(gt=0)
 
 
+class FileRecord(_Record):
+    """What one file of the bundle was when the bundle was written."""
+
+    sha256: Sha256
+    bytes: int = Field(ge=0)
+
+
 class Manifest(_Record):
     """Everything `bundle.json` holds."""
 
-    schema_version: int
+    schema_version: int = SCHEMA_VERSION
     model: str
     """Name of the checkpoint, for people."""
     target: str
@@ -124,5 +147,115 @@ class Manifest(_Record):
     versions: dict[str, str]
     """Tool -> version that built the bundle."""
     calibration_digest: Sha256 | None = None
-    files: dict[RelativePath, Sha256]
-    """Every file of the bundle but `bundle.json` itself."""
+    files: dict[RelativePath, FileRecord] = {}
+    """Every file of the bundle but `bundle.json` itself; `write_bundle` fills it in."""
+
+
+def manifest_from_json(text: str | bytes, source: str) -> Manifest:
+    """Read and check a manifest.
+
+    Args:
+        text: what `bundle.json` holds.
+        source: the path to name in errors.
+
+    Raises:
+        BundleError: not JSON, of a newer schema, or against the schema; all problems are listed.
+    """
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise BundleError(
+            f"{source} is not JSON ({error}). It is damaged or was edited; build the bundle again "
+            "with `python -m export.build`."
+        ) from error
+    if not isinstance(document, dict):
+        raise BundleError(
+            f"{source} holds a JSON {type(document).__name__}, expected an object with the fields "
+            "of a bundle. Build the bundle again with `python -m export.build`."
+        )
+    _refuse_other_schema(document, source)
+    try:
+        manifest = Manifest.model_validate(document)
+    except ValidationError as error:
+        raise _schema_error(source, _problems(error)) from None
+    if problems := _reference_problems(manifest):
+        raise _schema_error(source, problems)
+    return manifest
+
+
+def _refuse_other_schema(document: dict[str, Any], source: str) -> None:
+    found = document.get("schema_version")
+    if not isinstance(found, int) or isinstance(found, bool) or found == SCHEMA_VERSION:
+        return  # absent or of a wrong type: listed with the other problems
+    versions = document.get("versions")
+    builder = versions.get("foveate") if isinstance(versions, dict) else None
+    if found > SCHEMA_VERSION:
+        wanted = f"foveate {builder} or later" if builder else "a later foveate"
+        install = f'pip install "foveate>={builder}"' if builder else "pip install -U foveate"
+        raise BundleError(
+            f"{source}: the bundle has schema version {found} and this foveate reads version "
+            f"{SCHEMA_VERSION}. It was built by {wanted}: install that (`{install}`), or build the "
+            "bundle again with the foveate installed here."
+        )
+    raise BundleError(
+        f"{source}: the bundle has schema version {found} and this foveate reads version "
+        f"{SCHEMA_VERSION}. Build it again with `python -m export.build`."
+    )
+
+
+def _reference_problems(manifest: Manifest) -> list[str]:
+    """Return every file that is named in the manifest and absent from its `files`."""
+    named = {f"vision[{at}].file": graph.file for at, graph in enumerate(manifest.vision)}
+    named |= {
+        f"language_models[{at}].file": model.file
+        for at, model in enumerate(manifest.language_models)
+    }
+    named["text.embeddings"] = manifest.text.embeddings
+    named["prompt.tokenizer"] = manifest.prompt.tokenizer
+    return [
+        f'{field} is "{path}", which is not among "files"'
+        for field, path in named.items()
+        if path not in manifest.files
+    ]
+
+
+def _schema_error(source: str, problems: list[str]) -> BundleError:
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return BundleError(
+        f"{source} does not describe a bundle, {count}: {'; '.join(problems)}. The file was edited "
+        "or damaged; build the bundle again with `python -m export.build`."
+    )
+
+
+def _problems(error: ValidationError) -> list[str]:
+    # pydantic also calls a list too short when its items are wrong: that would tell it twice.
+    return [
+        _told(problem)
+        for problem in error.errors()
+        if problem["type"] != "too_short" or problem["input"] in ([], ())
+    ]
+
+
+def _told(problem: Any) -> str:
+    """Put one of pydantic's findings into plain words: field, what it is, what was expected."""
+    field = ""
+    for step in problem["loc"]:
+        field += f"[{step}]" if isinstance(step, int) else f".{step}" if field else str(step)
+    field = field.removesuffix(".[key]")
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "missing":
+        return f"{field} is missing"
+    if kind == "too_short":
+        return f"{field} is empty, expected at least one"
+    if kind == "extra_forbidden":
+        return f"{field} is not a field of this schema"
+    got = json.dumps(problem["input"], default=str)
+    got = got if len(got) <= 80 else f"{got[:77]}..."
+    if kind == "literal_error":
+        return f"{field} is {got}, expected one of {context['expected']}"
+    if kind == "value_error":
+        return f"{field} {got} {context['error']}"
+    if kind == "string_pattern_mismatch":
+        return f"{field} is {got}, expected 64 hexadecimal digits"
+    expected = problem["msg"].removeprefix("Input should be ").split(", unable")[0]
+    return f"{field} is {got}, expected {expected}"
