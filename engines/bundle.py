@@ -6,10 +6,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.manifest import Manifest
+from engines.errors import BundleError, OptionError
+from engines.manifest import (
+    MANIFEST_NAME,
+    FileRecord,
+    LanguageModel,
+    Manifest,
+    Preprocessing,
+    VisionGraph,
+    manifest_from_json,
+)
+from engines.staging import staged_directory
+
+LOCAL_DIRECTORY = "local"
+"""Where a machine may keep what it made from the bundle (TensorRT plans); not part of the bundle,
+so not verified: what lies there carries its own checks."""
+_CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -23,3 +43,280 @@ class Bundle:
 
     root: Path
     manifest: Manifest
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How a picture becomes `pixel_values`."""
+        return self.manifest.preprocessing
+
+    @property
+    def local(self) -> Path:
+        """Where this machine may keep what it makes from the bundle; it may not exist yet."""
+        return self.root / LOCAL_DIRECTORY
+
+    def path(self, relative: str) -> Path:
+        """Return where a file of the bundle lies.
+
+        Raises:
+            BundleError: the bundle has no such file.
+        """
+        if relative not in self.manifest.files:
+            raise BundleError(
+                f'{self.root} has no file "{relative}". It has: '
+                f"{', '.join(sorted(self.manifest.files))}."
+            )
+        return self.root / relative
+
+    def vision(self, tokens: int | None = None) -> VisionGraph:
+        """Return the graph with that many visual tokens; without a number, the first.
+
+        Raises:
+            OptionError: the bundle has no graph with that many tokens.
+        """
+        graphs = self.manifest.vision
+        if tokens is None:
+            return graphs[0]
+        for graph in graphs:
+            if graph.reducer.tokens == tokens:
+                return graph
+        held = ", ".join(str(graph.reducer.tokens) for graph in graphs)
+        raise OptionError(
+            f"{self.root} holds no vision graph with {tokens} visual tokens, only with {held}. Ask "
+            f"for one of these, or build another with `python -m export.build --tokens {tokens}`."
+        )
+
+    def language_model(self, backend: str | None = None) -> LanguageModel:
+        """Return the decoder of a backend; without a name, the first.
+
+        Raises:
+            OptionError: the bundle holds no decoder for that backend.
+        """
+        models = self.manifest.language_models
+        if backend is None:
+            return models[0]
+        for model in models:
+            if model.backend == backend:
+                return model
+        held = ", ".join(model.backend for model in models)
+        raise OptionError(
+            f'{self.root} holds no decoder for the backend "{backend}", only for {held}. Choose '
+            "one of these with --backend."
+        )
+
+
+def open_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
+    """Open a bundle and check that it is whole and unchanged.
+
+    Args:
+        path: the directory `export.build` wrote.
+        verify: hash every file, in parallel, at about a second per GB. Without it only names and
+            sizes are checked, which takes milliseconds: for a path nobody else can write to.
+
+    Raises:
+        BundleError: not a bundle, of a newer schema, or files are missing, changed or added; all
+            problems are listed.
+    """
+    root = Path(path)
+    manifest = manifest_from_json(_manifest_text(root), str(root / MANIFEST_NAME))
+    problems = _file_problems(root, manifest.files)
+    if verify and not problems:
+        problems = _digest_problems(root, manifest.files)
+    if problems:
+        count = "1 file" if len(problems) == 1 else f"{len(problems)} files"
+        raise BundleError(
+            f"{root} is not the bundle that was built, {count}: {'; '.join(problems)}. Copy it "
+            "again from where it was built, or build it again with `python -m export.build`."
+        )
+    return Bundle(root, manifest)
+
+
+def _manifest_text(root: Path) -> bytes:
+    if not root.exists():
+        raise BundleError(
+            f"{root} does not exist, expected a bundle directory. Build one with "
+            "`python -m export.build --model DIR --out BUNDLE`."
+        )
+    if not root.is_dir():
+        raise BundleError(f"{root} is a file, expected the bundle's directory.")
+    try:
+        return (root / MANIFEST_NAME).read_bytes()
+    except FileNotFoundError:
+        raise BundleError(
+            f"{root} holds no {MANIFEST_NAME}, so it is not a bundle (or a copy that stopped half "
+            "way). Give the directory `python -m export.build --out` wrote, or copy it again."
+        ) from None
+    except OSError as error:
+        raise BundleError(f"{root / MANIFEST_NAME} cannot be read: {error}.") from error
+
+
+def _file_problems(root: Path, files: dict[str, FileRecord]) -> list[str]:
+    """Compare names and sizes with the manifest, and look for links that lead outside."""
+    problems = []
+    home = root.resolve()
+    for name, record in sorted(files.items()):
+        target = (root / name).resolve()
+        if not target.is_relative_to(home):
+            problems.append(
+                f"{name} is a link to {target}, outside the bundle (copy with `cp -rL`)"
+            )
+        elif not target.is_file():
+            problems.append(f"{name} is missing")
+        elif (found := target.stat().st_size) != record.bytes:
+            problems.append(f"{name} has {found:,} bytes, expected {record.bytes:,}")
+    extra = sorted(set(_files_below(root)) - set(files) - {MANIFEST_NAME})
+    return problems + [f"{name} was added after the build (delete it)" for name in extra]
+
+
+def _digest_problems(root: Path, files: dict[str, FileRecord]) -> list[str]:
+    digests = _digests(root, files)
+    return [
+        f"{name} was changed: its SHA-256 is {digests[name]}, expected {record.sha256}"
+        for name, record in sorted(files.items())
+        if digests[name] != record.sha256
+    ]
+
+
+def _files_below(root: Path) -> list[str]:
+    """Return every file of a directory, links included, but for what this machine keeps there."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        here = Path(folder)
+        if here == root and LOCAL_DIRECTORY in folders:
+            folders.remove(LOCAL_DIRECTORY)
+        linked = [name for name in folders if (here / name).is_symlink()]
+        found += [(here / name).relative_to(root).as_posix() for name in [*names, *linked]]
+    return found
+
+
+def _digests(root: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 of each file; hashing releases the GIL, so threads share the work."""
+    names = list(names)
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        try:
+            return dict(zip(names, pool.map(lambda name: _sha256(root / name), names), strict=True))
+        except OSError as error:
+            raise BundleError(f"{root}: a file cannot be read: {error}.") from error
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+class BundleDraft:
+    """A bundle that is being written: put files under `root`, then `describe` them.
+
+    Attributes:
+        root: a directory of its own, beside where the bundle will be.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.manifest: Manifest | None = None
+
+    def path(self, relative: str) -> Path:
+        """Return where to write a file, and make its folder."""
+        path = self.root / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def describe(self, manifest: Manifest) -> None:
+        """Say what the bundle is; ``manifest.files`` is filled in when the block ends."""
+        self.manifest = manifest
+
+
+@contextmanager
+def write_bundle(
+    destination: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    expected_bytes: int | None = None,
+) -> Iterator[BundleDraft]:
+    """Write a bundle whole or not at all.
+
+    When the block ends well, every file is hashed, `README.md` and `bundle.json` are added and the
+    directory is renamed into place; an old bundle stays until then. When it does not, nothing is
+    left.
+
+    Args:
+        destination: the bundle's directory.
+        overwrite: replace a bundle that is there. Anything else there is never replaced.
+        expected_bytes: about how much will be written; too little room is refused at once.
+
+    Raises:
+        BundleError: something is in the way, the place cannot be written or the disk is full.
+    """
+    goal = Path(destination)
+    _refuse_occupied(goal, overwrite)
+    with staged_directory(goal, BundleError, expected_bytes) as staging:
+        draft = BundleDraft(staging)
+        yield draft
+        if draft.manifest is None:
+            raise RuntimeError("write_bundle: the block ended without draft.describe(manifest)")
+        (staging / "README.md").write_text(_readme(draft.manifest), encoding="utf-8")
+        names = sorted(_files_below(staging))
+        files = {
+            name: FileRecord(sha256=digest, bytes=(staging / name).stat().st_size)
+            for name, digest in _digests(staging, names).items()
+        }
+        if problems := _file_problems(staging, files):
+            raise BundleError(f"{goal} was not written: {'; '.join(problems)}.")
+        manifest = draft.manifest.model_copy(update={"files": files})
+        text = manifest.model_dump_json(indent=2)
+        manifest_from_json(text, str(goal / MANIFEST_NAME))
+        (staging / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _refuse_occupied(goal: Path, overwrite: bool) -> None:
+    if not goal.exists() or (goal.is_dir() and not any(goal.iterdir())):
+        return
+    if not (goal / MANIFEST_NAME).is_file():
+        raise BundleError(
+            f"{goal} is already there and is not a bundle, so it is not replaced. Choose another "
+            "place to write to."
+        )
+    if not overwrite:
+        raise BundleError(
+            f"{goal} already holds a bundle. Pass --overwrite to replace it, or choose another "
+            "place to write to."
+        )
+
+
+def _readme(manifest: Manifest) -> str:
+    """Write the page that tells whoever finds the directory what it is."""
+    graphs = "\n".join(
+        f"- `{graph.file}`: {graph.reducer.name}, {graph.reducer.tokens} visual tokens of "
+        f"{graph.patch_rows * graph.patch_columns} patches, {graph.precision}"
+        for graph in manifest.vision
+    )
+    models = "\n".join(
+        f"- `{model.file}`: {model.precision}, for the backend {model.backend}"
+        for model in manifest.language_models
+    )
+    versions = ", ".join(f"{tool} {version}" for tool, version in manifest.versions.items())
+    return f"""# {manifest.model}, built for {manifest.target}
+
+This directory is a Foveate bundle: everything that is needed to ask {manifest.model} about a
+picture, without PyTorch. Ask it:
+
+    pip install foveate
+    python -m runtime.ask . picture.jpg "What is in the picture?"
+
+The vision graph (pixels in, visual tokens out):
+
+{graphs}
+
+The language model:
+
+{models}
+
+`bundle.json` describes every file and holds its SHA-256; opening the bundle checks them, so a file
+that is changed, added or missing is refused. `{LOCAL_DIRECTORY}/` may hold what a machine made from
+the bundle for itself.
+
+Built with {versions}.
+"""

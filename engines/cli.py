@@ -1,0 +1,77 @@
+"""What every command shares: the names of its options and how it ends.
+
+A command is a function of typed options. It prints results on stdout and everything else on stderr
+and ends with 0, with 1 when a check failed (return 1), or with 2 when the user can mend it: a
+`FoveateError` becomes one paragraph on stderr. Any other exception is a bug and keeps its
+traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from engines.errors import FoveateError
+
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, for machines.")
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="CPU threads; left out, one per physical core."),
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+MaxTokensOption = Annotated[
+    int, typer.Option("--max-tokens", min=1, help="Longest answer, in tokens.")
+]
+BackendOption = Annotated[
+    str | None,
+    typer.Option("--backend", help="Language model backend; left out, the bundle's first."),
+]
+VerifyOption = Annotated[
+    bool,
+    typer.Option(
+        "--verify/--trust",
+        help="Check every file's SHA-256 (about a second per GB), or only names and sizes.",
+    ),
+]
+
+
+def run(main: Callable[..., int | None], examples: Sequence[str] = ()) -> None:
+    """Run ``main`` as this process's command and exit.
+
+    Args:
+        main: its parameters are the options, its docstring the help; it returns the exit code.
+        examples: command lines shown under ``--help``.
+    """
+    app = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+    )
+    epilog = "\n\n".join(["Examples:", *examples]) if examples else None
+    app.command(epilog=epilog)(_ending_well(main))
+    app()
+
+
+def _ending_well(main: Callable[..., int | None]) -> Callable[..., None]:
+    @functools.wraps(main)
+    def guarded(**options: Any) -> None:
+        try:
+            code = main(**options)
+        except FoveateError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
+        except KeyboardInterrupt:
+            code = 130
+        raise typer.Exit(code or 0)
+
+    return guarded
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print the one JSON object of a ``--json`` command."""
+    print(json.dumps(document, ensure_ascii=False))

@@ -1,0 +1,79 @@
+"""How a command ends: exit codes, and an error as one paragraph on stderr."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = """
+from typing import Annotated
+import typer
+from engines import cli
+from engines.errors import BundleError
+
+def main(
+    how: Annotated[str, typer.Argument(help="How to end.")],
+    threads: cli.ThreadsOption = None,
+    as_json: cli.JsonOption = False,
+) -> int | None:
+    \"\"\"End in many ways.\"\"\"
+    if how == "mistake":
+        raise BundleError("x is y. Do z.")
+    if how == "interrupt":
+        raise KeyboardInterrupt
+    if how == "bug":
+        raise ZeroDivisionError
+    if how == "check":
+        return 1
+    cli.print_json({"threads": threads})
+    return None
+
+cli.run(main, ["python -m end well"])
+"""
+
+
+def end(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_mistake_is_one_paragraph_and_exit_code_2(options: list[str]) -> None:
+    ended = end("mistake", *options)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "error: x is y. Do z.\n"
+
+
+def test_a_result_is_one_object_on_stdout() -> None:
+    ended = end("well", "--threads", "2", "--json")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert json.loads(ended.stdout) == {"threads": 2}
+
+
+def test_exit_codes() -> None:
+    assert end("check").returncode == 1
+    assert end("interrupt").returncode == 130
+    assert end("well", "--threads", "0").returncode == 2
+    assert end().returncode == 2
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    ended = end("bug")
+    assert ended.returncode == 1
+    assert "ZeroDivisionError" in ended.stderr
+    assert "Traceback" in ended.stderr
+
+
+def test_help_shows_the_examples() -> None:
+    ended = end("--help")
+    assert "End in many ways." in ended.stdout
+    assert "python -m end well" in ended.stdout

@@ -1,0 +1,75 @@
+"""A bundle of a few kilobytes that needs no checkpoint: right in form, meaningless in content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engines.bundle import write_bundle
+from engines.manifest import Manifest
+
+
+def tiny_manifest(**changes: Any) -> dict[str, Any]:
+    """Fields of a manifest without its files."""
+    fields: dict[str, Any] = {
+        "model": "tiny",
+        "target": "cpu",
+        "vision": [
+            {
+                "file": "vision.onnx",
+                "inputs": [
+                    {"name": "pixel_values", "dtype": "float32", "shape": ["batch", 3, 8, 8]}
+                ],
+                "outputs": [
+                    {"name": "visual_tokens", "dtype": "float32", "shape": ["batch", 2, 4]}
+                ],
+                "reducer": {"name": "visionzip", "tokens": 2},
+                "precision": "fp32",
+                "opset": 18,
+                "patch_rows": 2,
+                "patch_columns": 2,
+            }
+        ],
+        "preprocessing": {
+            "resize_height": 8,
+            "resize_width": 8,
+            "height": 8,
+            "width": 8,
+            "rescale_factor": 1 / 255,
+            "mean": [0.5, 0.4, 0.3],
+            "std": [0.2, 0.25, 0.3],
+        },
+        "text": {
+            "embeddings": "embeddings.safetensors",
+            "vocabulary": 8,
+            "hidden_size": 4,
+            "context_length": 32,
+        },
+        "prompt": {
+            "tokenizer": "tokenizer.json",
+            "chat_template": "{{ messages }}",
+            "image_token": "<image>",
+            "image_token_id": 3,
+            "bos_token": None,
+            "eos_token": None,
+            "add_bos_token": False,
+            "stop_token_ids": [2],
+        },
+        "language_models": [{"backend": "ort", "file": "decoder/model.onnx", "precision": "fp32"}],
+        "versions": {"foveate": "0.1.0"},
+    }
+    return fields | changes
+
+
+def write_tiny_bundle(destination: Path, *, overwrite: bool = False, **changes: Any) -> Path:
+    """Write the bundle; its files hold their own names."""
+    with write_bundle(destination, overwrite=overwrite) as draft:
+        for name in (
+            "vision.onnx",
+            "embeddings.safetensors",
+            "tokenizer.json",
+            "decoder/model.onnx",
+        ):
+            draft.path(name).write_text(name)
+        draft.describe(Manifest.model_validate(tiny_manifest(**changes)))
+    return destination
