@@ -242,20 +242,16 @@ def _told(problem: Any) -> str:
     for step in problem["loc"]:
         field += f"[{step}]" if isinstance(step, int) else f".{step}" if field else str(step)
     field = field.removesuffix(".[key]")
-    kind, context = problem["type"], problem.get("ctx", {})
-    if kind == "missing":
-        return f"{field} is missing"
-    if kind == "too_short":
-        return f"{field} is empty, expected at least one"
-    if kind == "extra_forbidden":
-        return f"{field} is not a field of this schema"
     got = json.dumps(problem["input"], default=str)
     got = got if len(got) <= 80 else f"{got[:77]}..."
-    if kind == "literal_error":
-        return f"{field} is {got}, expected one of {context['expected']}"
-    if kind == "value_error":
-        return f"{field} {got} {context['error']}"
-    if kind == "string_pattern_mismatch":
-        return f"{field} is {got}, expected 64 hexadecimal digits"
+    context = problem.get("ctx", {})
+    told = {
+        "missing": "is missing",
+        "extra_forbidden": "is not a field of this schema",
+        "too_short": "is empty, expected at least one",
+        "literal_error": f"is {got}, expected one of {context.get('expected')}",
+        "value_error": f"{got} {context.get('error')}",
+        "string_pattern_mismatch": f"is {got}, expected 64 hexadecimal digits",
+    }
     expected = problem["msg"].removeprefix("Input should be ").split(", unable")[0]
-    return f"{field} is {got}, expected {expected}"
+    return f"{field} {told.get(problem['type'], f'is {got}, expected {expected}')}"
