@@ -251,7 +251,7 @@ def write_bundle(
         BundleError: something is in the way, the place cannot be written or the disk is full.
     """
     goal = Path(destination)
-    _refuse_occupied(goal, overwrite)
+    refuse_occupied(goal, overwrite)
     with staged_directory(goal, BundleError, expected_bytes) as staging:
         draft = BundleDraft(staging)
         yield draft
@@ -271,7 +271,12 @@ def write_bundle(
         (staging / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def _refuse_occupied(goal: Path, overwrite: bool) -> None:
+def refuse_occupied(goal: Path, overwrite: bool) -> None:
+    """Check that a bundle may be written to ``goal``, before the work it would take.
+
+    Raises:
+        BundleError: something else lies there, or a bundle that may not be replaced.
+    """
     if not goal.exists() or (goal.is_dir() and not any(goal.iterdir())):
         return
     if not (goal / MANIFEST_NAME).is_file():
