@@ -1,0 +1,252 @@
+"""ONNX Runtime behind the `Session` door, on the CPU or on CUDA.
+
+Enters: an ONNX file. Leaves: a session that checks what it is fed, reuses its output buffers and
+never runs anywhere but where it was asked to. `create_inference_session` is the one place where
+ONNX Runtime is configured; the decoder's backend uses it too.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from engines.errors import EngineError
+from engines.session import Array
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(double)": np.dtype(np.float64),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
+    "tensor(int8)": np.dtype(np.int8),
+    "tensor(uint8)": np.dtype(np.uint8),
+    "tensor(bool)": np.dtype(np.bool_),
+}
+
+Optimization = Literal["none", "basic", "extended", "all"]
+
+
+def create_inference_session(
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    providers: Sequence[str] = (CPU,),
+    optimization: Optimization = "all",
+) -> onnxruntime.InferenceSession:
+    """Load an ONNX file with telemetry off and without any silent fallback.
+
+    Args:
+        path: the graph; its external weights lie beside it.
+        threads: CPU threads of one operator; left out, one per physical core.
+        providers: where to run, in ONNX Runtime's names. The first one must take the graph; the CPU
+            is always behind it for the few operators that belong there.
+        optimization: how far ONNX Runtime may rewrite the graph.
+
+    Raises:
+        EngineError: the file is missing or damaged, or a provider is absent or cannot start.
+    """
+    onnxruntime = _onnxruntime()
+    _refuse_absent_providers(onnxruntime, providers)
+    if threads is not None and threads < 1:
+        raise EngineError(f"{path}: threads is {threads}, expected 1 or more.")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = getattr(
+        onnxruntime.GraphOptimizationLevel,
+        "ORT_DISABLE_ALL" if optimization == "none" else f"ORT_ENABLE_{optimization.upper()}",
+    )
+    ordered = list(dict.fromkeys([*providers, CPU]))
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=ordered)
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        raise EngineError(_load_message(Path(path), onnxruntime.__version__, error)) from error
+    if session.get_providers()[0] != ordered[0]:
+        raise EngineError(
+            f"{path}: {ordered[0]} could not start, ONNX Runtime offered {session.get_providers()} "
+            "instead. Check that the GPU driver, CUDA and cuDNN are of the versions that "
+            f"onnxruntime-gpu {onnxruntime.__version__} names, or run on the CPU."
+        )
+    session.disable_fallback()
+    return session
+
+
+def _onnxruntime() -> Any:
+    """Import ONNX Runtime (0.2 s, so only when it is used), quiet and with telemetry off."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)  # errors only: they are raised, warnings are noise
+    return onnxruntime
+
+
+def _refuse_absent_providers(onnxruntime: Any, providers: Sequence[str]) -> None:
+    available = onnxruntime.get_available_providers()
+    absent = [name for name in providers if name not in available]
+    if absent or not providers:
+        raise EngineError(
+            f"The installed onnxruntime {onnxruntime.__version__} cannot run on "
+            f"{', '.join(absent) or 'nothing'}, only on {', '.join(available)}. For {CUDA} replace "
+            "it: `pip uninstall onnxruntime && pip install onnxruntime-gpu`; or run on the CPU."
+        )
+
+
+def _load_message(path: Path, version: str, error: Exception) -> str:
+    if not path.is_file():
+        return f"{path} does not exist, expected an ONNX file. Check the path or build it again."
+    reason = " ".join(str(error).split())
+    return (
+        f"{path} ({path.stat().st_size:,} bytes) is not a graph that ONNX Runtime {version} can "
+        f"load: {reason}. The file is damaged, its weights are not beside it, or it needs a newer "
+        "onnxruntime. Copy or build it again, or `pip install -U onnxruntime`."
+    )
+
+
+class OrtSession:
+    """A graph on ONNX Runtime.
+
+    Outputs whose shape follows from the inputs are written into buffers that are allocated once
+    per input shape; `run` hands out copies, so a caller keeps what it got. Calls from several
+    threads take turns.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        providers: Sequence[str] = (CPU,),
+        optimization: Optimization = "all",
+    ) -> None:
+        """Load the graph; the arguments are those of `create_inference_session`.
+
+        Raises:
+            EngineError: as `create_inference_session`.
+        """
+        session = create_inference_session(
+            path, threads=threads, providers=providers, optimization=optimization
+        )
+        self.path = Path(path)
+        self._session: onnxruntime.InferenceSession | None = session
+        self._provider = str(session.get_providers()[0])
+        self._inputs = {node.name: node for node in session.get_inputs()}
+        self._outputs = {node.name: node for node in session.get_outputs()}
+        self._buffers: dict[str, Array] = {}
+        self._turn = threading.Lock()
+
+    @property
+    def provider(self) -> str:
+        """ONNX Runtime's name for what runs the graph."""
+        return self._provider
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names `run` takes."""
+        return tuple(self._inputs)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names `run` returns."""
+        return tuple(self._outputs)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the graph once; the arrays returned belong to the caller.
+
+        Raises:
+            EngineError: a name, shape or dtype is not what the graph takes, or the run failed.
+        """
+        sizes = self._checked_sizes(inputs)
+        with self._turn:
+            if self._session is None:
+                raise EngineError(f"{self.path}: the session is closed; open it again to run it.")
+            binding = self._session.io_binding()
+            for name, array in inputs.items():
+                binding.bind_cpu_input(name, np.ascontiguousarray(array))
+            bound = [self._bind_output(binding, name, sizes) for name in self._outputs]
+            try:
+                self._session.run_with_iobinding(binding)
+            except Exception as error:  # ONNX Runtime's errors share no base class
+                reason = " ".join(str(error).split())
+                raise EngineError(f"{self.path} failed on {self.provider}: {reason}") from error
+            fetched = None if all(bound) else binding.copy_outputs_to_cpu()
+            return {
+                name: self._buffers[name].copy() if ready or fetched is None else fetched[at]
+                for at, (name, ready) in enumerate(zip(self._outputs, bound, strict=True))
+            }
+
+    def _bind_output(self, binding: Any, name: str, sizes: Mapping[str, int]) -> bool:
+        """Bind an output to its buffer; False where its shape is only known after the run."""
+        node = self._outputs[name]
+        known = [sizes.get(axis) if isinstance(axis, str) else axis for axis in node.shape]
+        shape = tuple(axis for axis in known if axis is not None)
+        dtype = _DTYPES.get(node.type)
+        if dtype is None or len(shape) < len(known):
+            binding.bind_output(name, "cpu")
+            return False
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != shape:
+            buffer = self._buffers[name] = np.empty(shape, dtype)
+        binding.bind_output(name, "cpu", 0, dtype, shape, buffer.ctypes.data)
+        return True
+
+    def _checked_sizes(self, inputs: Mapping[str, Array]) -> dict[str, int]:
+        """Compare inputs with the graph and return the size of every named axis."""
+        problems = [f'"{name}" is missing' for name in self._inputs if name not in inputs]
+        sizes: dict[str, int] = {}
+        for name, array in inputs.items():
+            if name not in self._inputs:
+                problems.append(f'"{name}" is not an input')
+                continue
+            node = self._inputs[name]
+            dtype = _DTYPES.get(node.type)
+            fits = len(node.shape) == array.ndim and all(
+                _fits(axis, size, sizes) for axis, size in zip(node.shape, array.shape, strict=True)
+            )
+            if not fits or array.dtype != dtype:
+                expected = ", ".join(str(axis) for axis in node.shape)
+                got = ", ".join(str(size) for size in array.shape)
+                problems.append(
+                    f'"{name}" is {array.dtype}[{got}], expected {dtype or node.type}[{expected}]'
+                )
+        if problems:
+            raise EngineError(
+                f"{self.path} cannot be run on these inputs: {'; '.join(problems)}. It takes "
+                f"{', '.join(self._inputs)}."
+            )
+        return sizes
+
+    def close(self) -> None:
+        """Free the graph and its buffers; calling it again does nothing."""
+        with self._turn:
+            self._session = None
+            self._buffers.clear()
+
+    def __enter__(self) -> OrtSession:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _fits(axis: int | str | None, size: int, sizes: dict[str, int]) -> bool:
+    """Tell whether a size fits an axis; a named axis has one size in all inputs."""
+    if isinstance(axis, int):
+        return size == axis
+    return axis is None or sizes.setdefault(axis, size) == size
