@@ -31,15 +31,19 @@ class Reduced:
 
 
 class Reducer(Protocol):
-    """A pure function of tensors with static output shapes.
+    """A pure function of tensors with static output shapes; a frozen dataclass of its options."""
 
-    Attributes:
-        name: the registry name, for example ``"visionzip"``.
-        scoring: which attention row and keys the tower must compute for it.
-    """
+    @property
+    def name(self) -> str:
+        """The registry name, for example ``"visionzip"``."""
 
-    name: str
-    scoring: Scoring
+    @property
+    def scoring(self) -> Scoring:
+        """Which attention row and keys the tower must compute for it."""
+
+    @property
+    def options(self) -> dict[str, int | float | str | bool]:
+        """What `make_reducer` takes to make it again; the manifest records it."""
 
     def token_count(self, patches: int) -> int:
         """Return N for a tower of ``patches`` patches.
