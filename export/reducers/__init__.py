@@ -1,1 +1,83 @@
 """The registry of token reducers. Adding one is one file and one line here."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from difflib import get_close_matches
+from typing import Any
+
+from engines.errors import OptionError
+from export.reducers.baselines import KeepAll, Random, Uniform
+from export.reducers.pool import Pool
+from export.reducers.prumerge import PruMerge, PruMergePlus
+from export.reducers.reduced import Reduced, Reducer
+from export.reducers.visionzip import VisionZip
+
+__all__ = ["REDUCERS", "Reduced", "Reducer", "make_reducer", "reducer_for_budget"]
+
+_Kind = type[KeepAll | Pool | PruMerge | Random | Uniform | VisionZip]
+
+REDUCERS: dict[str, _Kind] = {
+    kind.name: kind for kind in (KeepAll, Pool, PruMerge, PruMergePlus, Random, Uniform, VisionZip)
+}
+"""Registry name -> reducer."""
+
+
+def make_reducer(name: str, **options: Any) -> Reducer:
+    """Make a reducer from its registry name and its own options.
+
+    Args:
+        name: one of `REDUCERS`.
+        **options: the fields of that reducer, for example ``dominant=54, contextual=10``.
+
+    Raises:
+        OptionError: the name or an option is unknown, missing or out of range; all of the
+            problems of a kind are named together.
+    """
+    kind = _kind_of(name)
+    known = {field.name: field for field in fields(kind)}
+    takes = f"{name} takes {', '.join(known)}" if known else f"{name} takes no options"
+    problems = [f"no option {option!r}" for option in options if option not in known]
+    problems += [
+        f"option {field.name!r} is missing"
+        for field in known.values()
+        if field.default is MISSING and field.name not in options
+    ]
+    if problems:
+        raise OptionError(f"reducer {name}: {'; '.join(problems)}. The reducer {takes}.")
+    return kind(**options)
+
+
+def reducer_for_budget(name: str, tokens: int | None, patches: int, **given: Any) -> Reducer:
+    """Make the reducer that leaves ``tokens`` of ``patches`` tokens.
+
+    VisionZip splits the budget 27 : 5 into dominant and contextual tokens unless told otherwise.
+
+    Args:
+        name: one of `REDUCERS`.
+        tokens: how many tokens to leave; None where ``given`` (or the reducer ``none``) says it.
+        patches: how many the tower has.
+        **given: options that take precedence over those the budget implies.
+
+    Raises:
+        OptionError: as `make_reducer`; or the budget is not met, or is larger than the patches.
+    """
+    if tokens is not None and tokens < 1:
+        raise OptionError(f"reducer {name}: {tokens} tokens asked for, expected 1 or more.")
+    reducer = make_reducer(name, **_kind_of(name).options_for(tokens, given))
+    count = reducer.token_count(patches)
+    if tokens is not None and count != tokens:
+        raise OptionError(
+            f"reducer {name}: {tokens} tokens asked for, but its options "
+            f"({', '.join(f'{k}={v}' for k, v in reducer.options.items()) or 'none'}) leave {count}"
+            f" of {patches} patches. Leave one of the two out."
+        )
+    return reducer
+
+
+def _kind_of(name: str) -> _Kind:
+    if name not in REDUCERS:
+        close = get_close_matches(name, REDUCERS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise OptionError(f"reducer {name!r} is not one of {', '.join(sorted(REDUCERS))}.{hint}")
+    return REDUCERS[name]

@@ -1,0 +1,90 @@
+"""Options of a reducer: checked when it is made, told again for the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from engines.errors import OptionError
+
+OptionValue = int | float | str | bool
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every reducer is: a frozen dataclass whose fields are its options.
+
+    A reducer sets `name` and `LEAST`, its whole-number options and the least value of each, and
+    extends `problems` where there is more to check.
+    """
+
+    name: ClassVar[str]
+    LEAST: ClassVar[Mapping[str, int]] = {}
+
+    def __post_init__(self) -> None:
+        """Check every option.
+
+        Raises:
+            OptionError: one or more options cannot be served; all are named.
+        """
+        problems = self.problems()
+        if problems:
+            raise OptionError(f"reducer {self.name}: {'; '.join(problems)}.")
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the options, one phrase each."""
+        return [
+            f"{option} is {value!r}, expected a whole number of {least} or more"
+            for option, least in self.LEAST.items()
+            if not is_whole(value := getattr(self, option)) or value < least
+        ]
+
+    @property
+    def options(self) -> dict[str, OptionValue]:
+        """What `make_reducer` takes to make this reducer again."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def check_budget(self, tokens: int, patches: int) -> int:
+        """Return ``tokens`` if a tower of ``patches`` patches can give as many.
+
+        Raises:
+            OptionError: it cannot.
+        """
+        if tokens > patches:
+            raise OptionError(
+                f"reducer {self.name}: a budget of {tokens} tokens is more than the {patches} "
+                f"patches the tower has. Ask for at most {patches}."
+            )
+        return tokens
+
+
+@dataclass(frozen=True)
+class BudgetOptions(Options):
+    """Options of a reducer that is told one number: how many tokens to leave.
+
+    Attributes:
+        budget: N.
+    """
+
+    budget: int
+
+    LEAST: ClassVar[Mapping[str, int]] = {"budget": 1}
+
+    def token_count(self, patches: int) -> int:
+        """Return N for a tower of ``patches`` patches.
+
+        Raises:
+            OptionError: the budget is larger than that.
+        """
+        return self.check_budget(self.budget, patches)
+
+    @classmethod
+    def options_for(cls, tokens: int | None, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Complete the options the user gave to leave ``tokens`` tokens."""
+        return {"budget": tokens, **given} if tokens is not None else dict(given)
+
+
+def is_whole(value: object) -> bool:
+    """Return whether a value is an integer (a boolean is not)."""
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,89 @@
+"""Average pooling of the patch grid: the plainest way to make fewer tokens of many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+from typing import ClassVar
+
+import torch
+
+from engines.errors import OptionError
+from export.reducers.options import BudgetOptions
+from export.reducers.reduced import Reduced
+from export.towers import Scoring, TowerOutput
+
+
+@dataclass(frozen=True)
+class Pool(BudgetOptions):
+    """The mean of each cell of a regular grid laid over the square of patches, in raster order.
+
+    The grid has N cells, as nearly square as N allows (64: 8 x 8, 128: 8 x 16). Patch row y of S
+    belongs to cell row floor(y * rows / S), and so for columns, so every patch is in one cell.
+
+    Attributes:
+        budget: N; must be rows x columns with neither larger than the square's side.
+    """
+
+    name: ClassVar[str] = "pool"
+    scoring: ClassVar[Scoring] = Scoring.NONE
+
+    def token_count(self, patches: int) -> int:
+        """Return N for a tower of ``patches`` patches.
+
+        Raises:
+            OptionError: the patches are no square, or N is no grid that fits in it.
+        """
+        self.grid(patches)
+        return self.budget
+
+    def grid(self, patches: int) -> tuple[int, int]:
+        """Return the rows and columns of the grid of cells.
+
+        Raises:
+            OptionError: see `token_count`.
+        """
+        self.check_budget(self.budget, patches)
+        side = isqrt(patches)
+        if side * side != patches:
+            raise OptionError(
+                f"reducer pool: the tower has {patches} patches, expected a square number of them."
+                " Use the reducer uniform instead."
+            )
+        shape = _grid_of(self.budget, side)
+        if shape is None:
+            near = sorted(
+                (n for n in range(1, patches + 1) if _grid_of(n, side)),
+                key=lambda n: abs(n - self.budget),
+            )
+            raise OptionError(
+                f"reducer pool: {self.budget} tokens cannot be laid out as rows x columns within "
+                f"{side} x {side} patches. Ask for {near[0]} or {near[1]}."
+            )
+        return shape
+
+    def __call__(self, tower: TowerOutput) -> Reduced:
+        """Pool a batch; the class token is left out."""
+        features = tower.features
+        batch, patches = features.shape[0], features.shape[1] - 1
+        rows, columns = self.grid(patches)
+        side = isqrt(patches)
+        line = torch.arange(side, device=features.device)
+        cell = (line * rows // side)[:, None] * columns + line * columns // side  # [S, S]
+        cells = torch.arange(self.budget, device=features.device)
+        member = (cells[:, None] == cell.flatten()).float()  # [N, P]
+        share = member / member.sum(dim=1, keepdim=True)
+        tokens = share @ features.float()[:, 1:]  # [B, N, D]
+        return Reduced(
+            tokens=tokens.to(features.dtype),
+            valid=torch.full((batch,), self.budget, device=features.device),
+            origin=torch.full((batch, self.budget), -1, device=features.device),
+            assignment=(-(cell.flatten() + 2)).expand(batch, -1),
+        )
+
+
+def _grid_of(tokens: int, side: int) -> tuple[int, int] | None:
+    for rows in range(min(isqrt(tokens), side), 0, -1):
+        if tokens % rows == 0 and tokens // rows <= side:
+            return rows, tokens // rows
+    return None
