@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from export.reducers.options import BudgetOptions
@@ -23,6 +22,7 @@ from export.reducers.selection import (
     mark_index,
     pick_rows,
     rank_descending,
+    unit_rows,
 )
 from export.towers import Scoring, TowerOutput
 
@@ -67,7 +67,7 @@ class PruMerge(BudgetOptions):
         origin = torch.cat([kept, torch.full_like(kept[:, :1], -1)], dim=1)  # [B, N]
         chosen = mark_index(kept, patches)  # [B, N-1, P]
 
-        unit_keys = F.normalize(tower.keys.float()[:, 1:], dim=-1)  # [B, P, Dk]
+        unit_keys = unit_rows(tower.keys.float()[:, 1:])  # [B, P, Dk]
         similarity = pick_rows(unit_keys, kept.clamp(min=0)) @ unit_keys.transpose(1, 2)
         # A cosine is at least -1, so -2 keeps a token out of its own neighbours.
         similarity = torch.where(chosen, -2.0, similarity)  # [B, N-1, P]

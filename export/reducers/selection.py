@@ -75,6 +75,20 @@ def pick_rows(rows: Tensor, index: Tensor) -> Tensor:
     return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
 
 
+def unit_rows(rows: Tensor) -> Tensor:
+    """Scale each row to length 1; a row of zeros stays one.
+
+    Written out because `ReduceL2`, which `normalize` exports to, changed its form in opset 18.
+
+    Args:
+        rows: float32[B, P, D].
+
+    Returns:
+        float32[B, P, D].
+    """
+    return rows / (rows * rows).sum(dim=-1, keepdim=True).sqrt().clamp(min=1e-12)
+
+
 def mark_index(index: Tensor, patches: int) -> Tensor:
     """Return one-hot rows, the scatter TensorRT has not.
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from export.reducers.options import Options, is_whole
 from export.reducers.reduced import Reduced
@@ -21,6 +20,7 @@ from export.reducers.selection import (
     mark_index,
     pick_rows,
     rank_descending,
+    unit_rows,
 )
 from export.towers import Scoring, TowerOutput
 
@@ -108,7 +108,7 @@ class VisionZip(Options):
             assignment = assignment_from(made_from, torch.full_like(order, -1))
             return Reduced(dominant.to(tower.features.dtype), valid, origin, assignment)
 
-        unit_keys = F.normalize(keys[:, 1:], dim=-1)  # [B, P, Dk]
+        unit_keys = unit_rows(keys[:, 1:])  # [B, P, Dk]
         similarity = unit_keys @ pick_rows(unit_keys, target_index).transpose(1, 2)  # [B, P, C]
         nearest = similarity.argmax(dim=-1)  # [B, P]
         targets = mark_index(target_index, patches).float().sum(dim=1) > 0  # [B, P]

@@ -1,0 +1,129 @@
+"""Every reducer against the equations in plain loops, on inputs made to be awkward."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from export.reducers import make_reducer
+from export.towers import Scoring, TowerOutput
+from tests.export import oracles
+from tests.export.reducer_cases import EVERY_REDUCER, run_onnx
+
+SETTINGS = settings(max_examples=60, deadline=None)
+
+
+@st.composite
+def towers(draw, patches=(2, 70), width=4, key_width=5):
+    """Draw a tower whose scores tie often and sometimes all do, and whose keys tie too.
+
+    Scores are multiples of 1/64 and tied keys lie on an axis, so that float32 and float64 agree on
+    what is equal and a tie is a tie for both.
+    """
+    b, p = draw(st.integers(1, 3)), draw(st.integers(*patches))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    scores = {
+        "distinct": lambda: rng.permuted(np.tile(np.arange(p), (b, 1)), axis=1) / 64,
+        "tied": lambda: rng.integers(0, 4, (b, p)) / 64,
+        "outliers": lambda: (
+            rng.choice([1, 2, 3, 40, 60], (b, p), p=[0.4, 0.3, 0.2, 0.05, 0.05]) / 64
+        ),
+        "equal": lambda: np.full((b, p), 1 / 64),
+    }[draw(st.sampled_from(["distinct", "tied", "outliers", "equal"]))]()
+    keys = rng.standard_normal((b, 1 + p, key_width))
+    if draw(st.booleans()):
+        keys = np.eye(key_width)[rng.integers(0, key_width, (b, 1 + p))] * rng.choice(
+            [-2.0, 0.0, 1.0], (b, 1 + p, 1)
+        )
+    features = rng.integers(-8, 9, (b, 1 + p, width))
+    return TowerOutput(*(torch.tensor(t, dtype=torch.float32) for t in (features, scores, keys)))
+
+
+def check(out, tower, oracle):
+    """Compare a batch with what the oracle says of each picture."""
+    budget, patches = out.tokens.shape[1], tower.features.shape[1] - 1
+    for b in range(tower.features.shape[0]):
+        keys = tower.keys[b].double().numpy()
+        answer = oracle(tower.features[b].double().numpy(), tower.scores[b].double().numpy(), keys)
+        padding = budget - len(answer.tokens)
+        assert out.valid[b] == len(answer.tokens)
+        assert out.origin[b].tolist() == answer.origin + [-1] * padding
+        assert out.assignment[b].tolist() == [answer.assignment.get(p, -1) for p in range(patches)]
+        expected = np.concatenate([np.stack(answer.tokens), np.zeros((padding, 4))])
+        np.testing.assert_allclose(out.tokens[b].numpy(), expected, atol=1e-4)
+
+
+@SETTINGS
+@given(towers(), st.data())
+def test_visionzip(tower, data):
+    patches = tower.scores.shape[1]
+    dominant = data.draw(st.integers(1, patches), label="dominant")
+    contextual = data.draw(st.integers(0, patches - dominant), label="contextual")
+    merge = data.draw(st.sampled_from(["mean", "reference"]), label="merge")
+    options = {"dominant": dominant, "contextual": contextual, "merge": merge}
+    out = make_reducer("visionzip", **options)(tower)
+    check(out, tower, lambda *arrays: oracles.visionzip(*arrays, **options))
+
+
+@pytest.mark.parametrize("name", ["prumerge", "prumerge_plus"])
+@SETTINGS
+@given(tower=towers(), data=st.data())
+def test_prumerge(name, tower, data):
+    budget = data.draw(st.integers(2, tower.scores.shape[1]), label="budget")
+    out = make_reducer(name, budget=budget)(tower)
+    check(out, tower, lambda *arrays: oracles.prumerge(*arrays, budget, plus=name != "prumerge"))
+
+
+@SETTINGS
+@given(towers(patches=(1, 70)), st.data())
+def test_uniform(tower, data):
+    budget = data.draw(st.integers(1, tower.scores.shape[1]), label="budget")
+    out = make_reducer("uniform", budget=budget)(tower)
+    check(out, tower, lambda features, *_: oracles.uniform(features, budget))
+
+
+@SETTINGS
+@given(st.sampled_from([1, 2, 3, 4, 7]), st.data())
+def test_pool(side, data):
+    tower = data.draw(towers(patches=(side * side, side * side)))
+    rows = data.draw(st.integers(1, side), label="rows")
+    reducer = make_reducer("pool", budget=rows * side)
+    shape = reducer.grid(side * side)
+    assert shape[0] * shape[1] == rows * side
+    check(reducer(tower), tower, lambda features, *_: oracles.pool(features, *shape))
+
+
+@pytest.mark.parametrize(
+    "reducer", [r for r in EVERY_REDUCER if r.scoring is not Scoring.NONE], ids=str
+)
+def test_onnx_breaks_ties_as_pytorch_does(reducer):
+    @settings(max_examples=25, deadline=None)
+    @given(towers(patches=(64, 64), width=8, key_width=6))
+    def compare(tower):
+        ours, theirs = reducer(tower), run_onnx(reducer, tower)
+        assert torch.equal(ours.valid, theirs.valid)
+        assert torch.equal(ours.origin, theirs.origin)
+        assert torch.equal(ours.assignment, theirs.assignment)
+        torch.testing.assert_close(ours.tokens, theirs.tokens, atol=1e-5, rtol=0)
+
+    compare()
+
+
+def test_prumerge_plus_keeps_a_thin_grid_where_nothing_stands_out():
+    tower = TowerOutput(
+        torch.randn(1, 577, 4), torch.full((1, 576), 1 / 577), torch.randn(1, 577, 4)
+    )
+    assert make_reducer("prumerge", budget=64)(tower).valid.tolist() == [1]
+    plus = make_reducer("prumerge_plus", budget=64)(tower)
+    assert plus.origin[0, :4].tolist() == [0, 192, 384, -1]
+    assert plus.valid.tolist() == [4]
+
+
+def test_prumerge_counts_each_picture_of_a_batch_for_itself():
+    scores = torch.full((2, 100), 0.001)
+    scores[0, :3], scores[1, 40:52] = 0.2, 0.05
+    tower = TowerOutput(torch.randn(2, 101, 4), scores, torch.randn(2, 101, 4))
+    out = make_reducer("prumerge", budget=30)(tower)
+    assert out.valid.tolist() == [4, 13]
+    assert out.origin[1, :12].tolist() == list(range(40, 52))

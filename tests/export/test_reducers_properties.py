@@ -1,0 +1,144 @@
+"""What holds for every reducer: static shapes, pure rows, consistent origins, allowed operators."""
+
+import pytest
+import torch
+
+from export.reducers import REDUCERS, Reduced, make_reducer, reducer_for_budget
+from export.towers import Scoring, TowerOutput
+from tests.export.reducer_cases import EVERY_REDUCER, onnx_of, random_tower, run_onnx
+
+PATCHES = 64
+every_reducer = pytest.mark.parametrize("reducer", EVERY_REDUCER, ids=str)
+
+# DESIGN's list, with the elementwise arithmetic and the shape plumbing of a dynamic batch.
+ALLOWED = {
+    *("MatMul", "TopK", "ArgMax", "Gather", "GatherElements", "Where", "Equal", "Cast", "Concat"),
+    *("Slice", "Reshape", "Transpose", "ReduceSum", "Sqrt", "Add", "Sub", "Mul", "Div", "Neg"),
+    *("Floor", "Clip", "Greater", "GreaterOrEqual", "Less", "And", "Or", "Not"),
+    *("Shape", "Expand", "Unsqueeze", "Squeeze", "Identity", "Constant"),
+}
+LARGEST_K = 3840
+
+
+def test_every_registered_reducer_is_tested_here():
+    assert {reducer.name for reducer in EVERY_REDUCER} == set(REDUCERS)
+
+
+@every_reducer
+@pytest.mark.parametrize("batch", [1, 3])
+def test_shapes_and_types(reducer, batch):
+    count = reducer.token_count(PATCHES)
+    out = reducer(random_tower(batch, PATCHES, scoring=reducer.scoring))
+    assert out.tokens.shape == (batch, count, 8)
+    assert out.tokens.dtype == torch.float32
+    assert out.valid.shape == (batch,)
+    assert out.origin.shape == (batch, count)
+    assert out.assignment.shape == (batch, PATCHES)
+    assert {out.valid.dtype, out.origin.dtype, out.assignment.dtype} == {torch.int64}
+
+
+@every_reducer
+def test_half_precision_features_stay_half(reducer):
+    tower = random_tower(2, PATCHES, scoring=reducer.scoring)
+    half = TowerOutput(tower.features.half(), tower.scores, tower.keys)
+    out, full = reducer(half), reducer(tower)
+    assert out.tokens.dtype == torch.float16
+    assert torch.equal(out.origin, full.origin)
+    torch.testing.assert_close(out.tokens.float(), full.tokens, atol=2e-2, rtol=0)
+
+
+@every_reducer
+def test_a_picture_does_not_see_its_batch(reducer):
+    tower = random_tower(4, PATCHES, scoring=reducer.scoring)
+    order = torch.tensor([2, 0, 3, 1])
+    mixed = reducer(TowerOutput(tower.features[order], tower.scores[order], tower.keys[order]))
+    straight = reducer(tower)
+    for name in Reduced.__dataclass_fields__:
+        torch.testing.assert_close(getattr(mixed, name), getattr(straight, name)[order])
+
+
+@every_reducer
+def test_origin_valid_and_assignment_agree(reducer):
+    tower = random_tower(3, PATCHES, scoring=reducer.scoring, seed=5)
+    out = reducer(tower)
+    for b in range(3):
+        origin, valid = out.origin[b].tolist(), int(out.valid[b])
+        patches = [patch for patch in origin if patch >= 0]
+        assert 1 <= valid <= len(origin)
+        assert len(set(patches)) == len(patches)
+        assert all(patch < PATCHES for patch in patches)
+        assert all(patch == -1 for patch in origin[valid:])
+        assert not out.tokens[b, valid:].any()
+        for slot, patch in enumerate(origin):
+            if patch >= 0:
+                assert out.assignment[b, patch] == slot
+        for fate in out.assignment[b].tolist():
+            assert -1 <= fate < valid or 0 <= -(fate + 2) < valid
+        if reducer.name in {"visionzip", "none", "uniform", "random"}:
+            for slot, patch in enumerate(origin):
+                if patch >= 0:
+                    assert torch.equal(out.tokens[b, slot], tower.features[b, 1 + patch])
+
+
+@every_reducer
+def test_onnx_equals_pytorch_at_another_batch(reducer):
+    for batch in (1, 3):
+        tower = random_tower(batch, PATCHES, scoring=reducer.scoring, seed=9)
+        ours, theirs = reducer(tower), run_onnx(reducer, tower)
+        for name in Reduced.__dataclass_fields__:
+            torch.testing.assert_close(
+                getattr(theirs, name), getattr(ours, name), check_stride=False
+            )
+
+
+@every_reducer
+def test_only_operators_tensorrt_parses(reducer):
+    model = onnx_of(reducer, PATCHES, 8, 0 if reducer.scoring is Scoring.NONE else 6)
+    assert {node.op_type for node in model.graph.node} - ALLOWED == set()
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "TopK":
+            assert node.input[1] in constants, f"{node.name}: K is computed"
+        dtypes = {a.i for a in node.attribute if a.name == "to"}
+        assert not dtypes & {10, 16}, f"{node.name}: half precision inside a reducer"
+
+
+@pytest.mark.parametrize("opset", [17, 19])
+def test_exports_at_every_opset(opset):
+    model = onnx_of(make_reducer("visionzip", dominant=5, contextual=2), 16, 4, 4, opset)
+    assert [entry.version for entry in model.opset_import if not entry.domain] == [opset]
+
+
+def test_random_is_its_seed():
+    first, again, other = (make_reducer("random", budget=16, seed=s) for s in (0, 0, 1))
+    tower = random_tower(1, PATCHES, scoring=Scoring.NONE)
+    assert torch.equal(first(tower).origin, again(tower).origin)
+    assert not torch.equal(first(tower).origin, other(tower).origin)
+
+
+def test_none_is_every_patch_without_the_class_token():
+    tower = random_tower(2, PATCHES, scoring=Scoring.NONE)
+    assert torch.equal(make_reducer("none")(tower).tokens, tower.features[:, 1:])
+
+
+@pytest.mark.parametrize(("tokens", "split"), [(64, (54, 10)), (128, (108, 20)), (192, (162, 30))])
+def test_visionzip_splits_a_budget_as_the_paper_does(tokens, split):
+    reducer = reducer_for_budget("visionzip", tokens, 576)
+    assert (reducer.dominant, reducer.contextual) == split
+    assert reducer_for_budget("visionzip", tokens, 576, dominant=40).contextual == tokens - 40
+    assert reducer_for_budget("visionzip", tokens, 576, contextual=4).dominant == tokens - 4
+
+
+def test_a_reducer_can_be_made_again_from_its_options():
+    for reducer in EVERY_REDUCER:
+        assert make_reducer(reducer.name, **reducer.options) == reducer
+
+
+def test_budgets_of_the_others():
+    assert reducer_for_budget("prumerge_plus", 128, 576).budget == 128
+    assert reducer_for_budget("none", None, 576).token_count(576) == 576
+    assert reducer_for_budget("random", 9, 576, seed=4).options == {"budget": 9, "seed": 4}
+    assert (
+        reducer_for_budget("visionzip", None, 576, dominant=5, contextual=3).token_count(576) == 8
+    )
