@@ -36,7 +36,6 @@ def make_reducer(name: str, **options: Any) -> Reducer:
     """
     kind = _kind_of(name)
     known = {field.name: field for field in fields(kind)}
-    takes = f"{name} takes {', '.join(known)}" if known else f"{name} takes no options"
     problems = [f"no option {option!r}" for option in options if option not in known]
     problems += [
         f"option {field.name!r} is missing"
@@ -44,7 +43,7 @@ def make_reducer(name: str, **options: Any) -> Reducer:
         if field.default is MISSING and field.name not in options
     ]
     if problems:
-        raise OptionError(f"reducer {name}: {'; '.join(problems)}. The reducer {takes}.")
+        raise OptionError(f"reducer {name}: {'; '.join(problems)}. It takes {', '.join(known)}.")
     return kind(**options)
 
 
@@ -69,7 +68,7 @@ def reducer_for_budget(name: str, tokens: int | None, patches: int, **given: Any
     if tokens is not None and count != tokens:
         raise OptionError(
             f"reducer {name}: {tokens} tokens asked for, but its options "
-            f"({', '.join(f'{k}={v}' for k, v in reducer.options.items()) or 'none'}) leave {count}"
+            f"({', '.join(f'{k}={v}' for k, v in reducer.options.items())}) leave {count}"
             f" of {patches} patches. Leave one of the two out."
         )
     return reducer

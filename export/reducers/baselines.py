@@ -19,23 +19,36 @@ from export.towers import Scoring, TowerOutput
 
 @dataclass(frozen=True)
 class KeepAll(Options):
-    """Every patch, in spatial order, without the class token: what LLaVA itself does."""
+    """Every patch in spatial order: LLaVA without reduction.
+
+    Attributes:
+        class_token: hand the class token on too, before the patches; for checkpoints whose
+            ``vision_feature_select_strategy`` is ``"full"``.
+    """
+
+    class_token: bool = False
 
     name: ClassVar[str] = "none"
     scoring: ClassVar[Scoring] = Scoring.NONE
 
+    def problems(self) -> list[str]:
+        """Return what is wrong with the options, one phrase each."""
+        if isinstance(self.class_token, bool):
+            return []
+        return [f"class_token is {self.class_token!r}, expected True or False"]
+
     @classmethod
     def options_for(cls, tokens: int | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Add nothing: there are no options."""
+        """Add nothing: the number of tokens is the tower's."""
         return dict(given)
 
     def token_count(self, patches: int) -> int:
         """Return N: all of them."""
-        return patches
+        return patches + self.class_token
 
     def __call__(self, tower: TowerOutput) -> Reduced:
-        """Hand all patches on."""
-        return _keep(tower, list(range(tower.features.shape[1] - 1)))
+        """Hand everything on."""
+        return _keep(tower, list(range(-int(self.class_token), tower.features.shape[1] - 1)))
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,7 @@ class Random(BudgetOptions):
 
 
 def _keep(tower: TowerOutput, kept: list[int]) -> Reduced:
+    """Keep the same patches of every picture; -1 is the class token."""
     features = tower.features
     batch, patches = features.shape[0], features.shape[1] - 1
     index = torch.tensor(kept, device=features.device)

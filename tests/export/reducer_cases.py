@@ -30,6 +30,7 @@ EVERY_REDUCER = [
     make_reducer("random", budget=16, seed=3),
     make_reducer("pool", budget=16),
     make_reducer("none"),
+    make_reducer("none", class_token=True),
 ]
 """Each registered reducer leaving 16 tokens (all 64 for `none`)."""
 

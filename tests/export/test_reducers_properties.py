@@ -120,6 +120,7 @@ def test_random_is_its_seed():
 def test_none_is_every_patch_without_the_class_token():
     tower = random_tower(2, PATCHES, scoring=Scoring.NONE)
     assert torch.equal(make_reducer("none")(tower).tokens, tower.features[:, 1:])
+    assert torch.equal(make_reducer("none", class_token=True)(tower).tokens, tower.features)
 
 
 @pytest.mark.parametrize(("tokens", "split"), [(64, (54, 10)), (128, (108, 20)), (192, (162, 30))])
