@@ -1,0 +1,283 @@
+"""ONNX Runtime as the language backend: one decoder graph, one KV cache, nothing copied per token.
+
+Enters: parts of a prompt. Leaves: the logits after the last position. The cache is allocated once
+and bound as past and as present, so GroupQueryAttention appends in place; the logits are the only
+output that is read. A position is only a number here: a rewind sets it back, and what lies beyond
+is overwritten.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.bundle import Bundle
+from engines.errors import BackendError
+from runtime.backends import Embeddings, Logits, Part, TokenIds
+from runtime.backends.rows import require_rewind, require_room, rows_from_parts
+from runtime.embeddings import EmbeddingTable
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+Device = Literal["cpu", "cuda"]
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+}
+_PREFILL_CHUNK = 512
+"""Positions per run: attention scores grow with its product with the context length."""
+_CUDA_CONTEXT_LENGTH = 4096
+"""A GPU's memory is taken at once; on a CPU a cache takes memory as it fills."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A loaded decoder graph, shared by a conversation and its forks.
+
+    Attributes:
+        session: the graph.
+        table: text embeddings.
+        device: where it runs.
+        dtype: of `inputs_embeds`, the logits and the cache.
+        caches: input name -> output name of every cache tensor.
+        cache_shape: key-value heads and the width of one.
+        padded_vocabulary: width of the logits; those past the vocabulary are padding.
+    """
+
+    session: ort.InferenceSession
+    table: EmbeddingTable
+    device: Device
+    dtype: np.dtype[Any]
+    caches: dict[str, str]
+    cache_shape: tuple[int, int]
+    padded_vocabulary: int
+
+
+class OrtBackend:
+    """One conversation with a decoder that ONNX Runtime runs; see `LanguageBackend`."""
+
+    name = "ort"
+
+    def __init__(self, decoder: Decoder, context_length: int) -> None:
+        self.context_length = context_length
+        self.hidden_size = decoder.table.hidden_size
+        self._decoder: Decoder | None = decoder
+        self._position = 0
+        self._mask = np.ones((1, context_length), np.int64)
+        self._logits = np.zeros((1, 1, decoder.padded_vocabulary), decoder.dtype)
+        heads, head_size = decoder.cache_shape
+        shape = (1, heads, context_length, head_size)
+        # Zeros from the operating system: no memory is taken until a position is written.
+        self._cache = {name: np.zeros(shape, decoder.dtype) for name in decoder.caches}
+        self._binding, self._device_cache = _bind(decoder, self._cache, self._logits)
+
+    @property
+    def position(self) -> int:
+        """Positions filled so far."""
+        return self._position
+
+    def embed(self, ids: TokenIds) -> Embeddings:
+        """Return the embedding rows of token ids, float32[N, D]."""
+        return self._open_decoder().table.rows(ids)
+
+    def prefill(self, parts: Sequence[Part]) -> Logits:
+        """Append parts and return the logits after the last one, float32[V].
+
+        Raises:
+            BackendError: wrong hidden size, or more positions than the context holds.
+        """
+        table = self._open_decoder().table
+        rows = rows_from_parts(parts, table)  # [N, D]
+        require_room(self._position, len(rows), self.context_length)
+        for start in range(0, len(rows), _PREFILL_CHUNK):
+            self._append(rows[start : start + _PREFILL_CHUNK])
+        return self._logits[0, 0, : table.vocabulary].astype(np.float32)  # [V]
+
+    def decode(self, token: int) -> Logits:
+        """Append one token and return the logits after it, float32[V]."""
+        return self.prefill([np.array([token], np.int64)])
+
+    def rewind(self, position: int) -> None:
+        """Forget everything from ``position`` on."""
+        require_rewind(position, self._position)
+        self._position = position
+
+    def fork(self) -> OrtBackend:
+        """Return a second conversation that starts with a copy of this one's cache."""
+        copy = OrtBackend(self._open_decoder(), self.context_length)
+        for name, mine in self._cache.items():
+            if name in self._device_cache:
+                copy._device_cache[name].update_inplace(self._device_cache[name].numpy())
+            else:
+                copy._cache[name][:, :, : self._position] = mine[:, :, : self._position]
+        copy._position = self._position
+        return copy
+
+    def close(self) -> None:
+        """Free the cache, and the model once no fork uses it; calling it again does nothing."""
+        self._decoder = None
+        self._binding = None
+        self._cache = {}
+        self._device_cache = {}
+
+    def _open_decoder(self) -> Decoder:
+        if self._decoder is None:
+            raise BackendError("This conversation was closed. Open the backend again.")
+        return self._decoder
+
+    def _append(self, rows: Embeddings) -> None:
+        """Run the graph over rows[N, D] and move the position on."""
+        decoder = self._open_decoder()
+        end = self._position + len(rows)
+        inputs: dict[str, NDArray[Any]] = {
+            "inputs_embeds": rows[None].astype(decoder.dtype, copy=False),  # [1, N, D]
+            "attention_mask": self._mask[:, :end],  # [1, position + N]
+        }
+        for name, value in inputs.items():
+            self._binding.bind_cpu_input(name, value)
+        try:
+            decoder.session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise BackendError(
+                f"ONNX Runtime failed on {len(rows)} positions after {self._position} "
+                f"({_first_line(error)}). If memory ran out, open the backend with a smaller "
+                "context_length."
+            ) from error
+        self._position = end
+
+
+def open_ort_backend(
+    bundle: Bundle,
+    *,
+    threads: int | None = None,
+    device: Device = "cpu",
+    context_length: int | None = None,
+) -> OrtBackend:
+    """Load a bundle's ONNX decoder.
+
+    Args:
+        bundle: an opened bundle.
+        threads: CPU threads; by default one per physical core.
+        device: ``"cpu"`` or ``"cuda"``.
+        context_length: positions the KV cache holds; by default all the model was trained for (at
+            most 4096 on a GPU, whose memory is taken at once).
+
+    Raises:
+        BackendError: the bundle has no such decoder, or this machine cannot run it.
+    """
+    text = bundle.manifest.text
+    file = _decoder_file(bundle)
+    if context_length is None:
+        limit = _CUDA_CONTEXT_LENGTH if device == "cuda" else text.context_length
+        context_length = min(text.context_length, limit)
+    if not 1 <= context_length <= text.context_length:
+        raise BackendError(
+            f"context_length is {context_length}: expected 1 to {text.context_length}, the "
+            "positions the language model was trained for."
+        )
+    session = _load(file, threads, device)
+    return OrtBackend(_read_decoder(session, file, device, EmbeddingTable(bundle)), context_length)
+
+
+def _decoder_file(bundle: Bundle) -> Path:
+    models = bundle.manifest.language_models
+    for model in models:
+        if model.backend == OrtBackend.name:
+            return bundle.root / model.file
+    held = ", ".join(model.backend for model in models)
+    raise BackendError(
+        f"{bundle.root} holds no decoder for the backend 'ort', only for {held}. Choose --backend "
+        f"{models[0].backend}, or build it with `python -m export.build --llm-backend ort`."
+    )
+
+
+def _load(file: Path, threads: int | None, device: Device) -> ort.InferenceSession:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime as ort
+
+    provider = _PROVIDERS[device]
+    if provider not in ort.get_available_providers():
+        raise BackendError(
+            f"This machine's ONNX Runtime has no {provider} (it has "
+            f"{', '.join(ort.get_available_providers())}). Install onnxruntime-gpu, or run on the "
+            "CPU."
+        )
+    ort.set_default_logger_severity(3)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    try:
+        return ort.InferenceSession(str(file), options, providers=[provider])
+    except Exception as error:
+        raise BackendError(
+            f"{file}: ONNX Runtime {ort.__version__} cannot load the decoder "
+            f"({_first_line(error)}). If memory is short, use an int4 bundle; if ONNX Runtime is "
+            "older than the one the bundle was built with, update it."
+        ) from error
+
+
+def _read_decoder(
+    session: ort.InferenceSession, file: Path, device: Device, table: EmbeddingTable
+) -> Decoder:
+    """Read names, shapes and dtypes from the graph; refuse one that is no decoder of ours."""
+    inputs = {value.name: value for value in session.get_inputs()}
+    outputs = {value.name: value for value in session.get_outputs()}
+    caches = {
+        name: name.replace("past_key_values.", "present.")
+        for name in inputs
+        if name.startswith("past_key_values.")
+    }
+    shapes = {tuple(inputs[name].shape[1::2]) for name in caches}
+    expected = {"inputs_embeds", "attention_mask", *caches}
+    shape = shapes.pop() if len(shapes) == 1 else ()
+    fits = set(inputs) == expected and {"logits", *caches.values()} <= set(outputs)
+    if not fits or len(shape) != 2 or not all(isinstance(size, int) for size in shape):
+        raise BackendError(
+            f"{file} is not a decoder that export.build wrote: expected the inputs inputs_embeds, "
+            f"attention_mask and past_key_values.* of one known shape, got "
+            f"{', '.join(inputs)}. Build the bundle again."
+        )
+    return Decoder(
+        session=session,
+        table=table,
+        device=device,
+        dtype=_DTYPES[inputs["inputs_embeds"].type],
+        caches=caches,
+        cache_shape=(int(shape[0]), int(shape[1])),
+        padded_vocabulary=int(outputs["logits"].shape[-1]),
+    )
+
+
+def _bind(
+    decoder: Decoder, cache: dict[str, NDArray[Any]], logits: NDArray[Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Bind each cache tensor as past and as present, and the logits to memory we read.
+
+    Returns:
+        The binding, and the cache tensors that live on a device.
+    """
+    from onnxruntime import OrtValue
+
+    binding = decoder.session.io_binding()
+    values = {
+        name: OrtValue.ortvalue_from_numpy(memory, decoder.device, 0)
+        for name, memory in cache.items()
+    }
+    for past, present in decoder.caches.items():
+        binding.bind_ortvalue_input(past, values[past])
+        binding.bind_ortvalue_output(present, values[past])
+    binding.bind_ortvalue_output("logits", OrtValue.ortvalue_from_numpy(logits, "cpu", 0))
+    return binding, {} if decoder.device == "cpu" else values
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
