@@ -8,7 +8,6 @@ is overwritten.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from engines.bundle import Bundle
 from engines.errors import BackendError
+from engines.ort import CPU, CUDA, create_inference_session
 from runtime.backends import Embeddings, Logits, Part, TokenIds
 from runtime.backends.rows import require_rewind, require_room, rows_from_parts
 from runtime.embeddings import EmbeddingTable
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda"]
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -172,10 +171,13 @@ def open_ort_backend(
             most 4096 on a GPU, whose memory is taken at once).
 
     Raises:
-        BackendError: the bundle has no such decoder, or this machine cannot run it.
+        OptionError: the bundle has no decoder for ONNX Runtime.
+        EngineError: this machine cannot load it.
+        BackendError: a context length the model was not trained for, or a decoder for another
+            device.
     """
     text = bundle.manifest.text
-    file = _decoder_file(bundle)
+    file = bundle.root / bundle.language_model(OrtBackend.name).file
     if context_length is None:
         limit = _CUDA_CONTEXT_LENGTH if device == "cuda" else text.context_length
         context_length = min(text.context_length, limit)
@@ -184,45 +186,9 @@ def open_ort_backend(
             f"context_length is {context_length}: expected 1 to {text.context_length}, the "
             "positions the language model was trained for."
         )
-    session = _load(file, threads, device)
+    provider = CUDA if device == "cuda" else CPU
+    session = create_inference_session(file, threads=threads, providers=[provider])
     return OrtBackend(_read_decoder(session, file, device, EmbeddingTable(bundle)), context_length)
-
-
-def _decoder_file(bundle: Bundle) -> Path:
-    models = bundle.manifest.language_models
-    for model in models:
-        if model.backend == OrtBackend.name:
-            return bundle.root / model.file
-    held = ", ".join(model.backend for model in models)
-    raise BackendError(
-        f"{bundle.root} holds no decoder for the backend 'ort', only for {held}. Choose --backend "
-        f"{models[0].backend}, or build it with `python -m export.build --llm-backend ort`."
-    )
-
-
-def _load(file: Path, threads: int | None, device: Device) -> ort.InferenceSession:
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    import onnxruntime as ort
-
-    provider = _PROVIDERS[device]
-    if provider not in ort.get_available_providers():
-        raise BackendError(
-            f"This machine's ONNX Runtime has no {provider} (it has "
-            f"{', '.join(ort.get_available_providers())}). Install onnxruntime-gpu, or run on the "
-            "CPU."
-        )
-    ort.set_default_logger_severity(3)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1
-    try:
-        return ort.InferenceSession(str(file), options, providers=[provider])
-    except Exception as error:
-        raise BackendError(
-            f"{file}: ONNX Runtime {ort.__version__} cannot load the decoder "
-            f"({_first_line(error)}). If memory is short, use an int4 bundle; if ONNX Runtime is "
-            "older than the one the bundle was built with, update it."
-        ) from error
 
 
 def _read_decoder(
@@ -246,11 +212,18 @@ def _read_decoder(
             f"attention_mask and past_key_values.* of one known shape, got "
             f"{', '.join(inputs)}. Build the bundle again."
         )
+    dtype = _DTYPES[inputs["inputs_embeds"].type]
+    if (dtype == np.float16) != (device == "cuda"):
+        built_for = "a GPU" if dtype == np.float16 else "the CPU"
+        raise BackendError(
+            f"{file} computes in {dtype}, which is for {built_for}. Run it there, or build a "
+            f"bundle for the target you have ({device})."
+        )
     return Decoder(
         session=session,
         table=table,
         device=device,
-        dtype=_DTYPES[inputs["inputs_embeds"].type],
+        dtype=dtype,
         caches=caches,
         cache_shape=(int(shape[0]), int(shape[1])),
         padded_vocabulary=int(outputs["logits"].shape[-1]),

@@ -1,0 +1,145 @@
+"""LLaVA checkpoints with a tiny language model of any family, and bundles of their language half.
+
+The tokenizer is byte-level BPE, as most language models have: a character may take several tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+from engines.bundle import Bundle, open_bundle, write_bundle
+from engines.manifest import LlmPrecision, Manifest
+from export.checkpoint import open_checkpoint
+from export.decoder import export_language
+from tests.tiny_bundle import tiny_manifest
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'].upper() }}: "
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}"
+    "{% endif %}{% endfor %}{% if m['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+CORPUS = [
+    "USER: What is in the picture? ASSISTANT: A red cup on the left of a table.",
+    "USER: How many chairs are there? ASSISTANT: Three chairs and one lamp.",
+    "The robot turns left, then right; it stops before the door.",
+]
+
+
+def tiny_tokenizer(vocabulary: int = 300) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: every text can be written, and every id means some bytes."""
+    bytes_pairs = Tokenizer(models.BPE())
+    bytes_pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_pairs.decoder = decoders.ByteLevel()
+    bytes_pairs.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bytes_pairs,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+
+
+def tiny_llava(
+    family: str = "llama", seed: int = 0, **changes: Any
+) -> LlavaForConditionalGeneration:
+    """A LLaVA over a tiny tower, in numbers that float16 holds exactly."""
+    torch.manual_seed(seed)
+    fields: dict[str, Any] = {
+        "vocab_size": 304,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    if family == "qwen3":
+        fields["head_dim"] = 16
+    text = AutoConfig.for_model(family, **fields | changes)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=7,
+        projection_dim=32,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=SPECIAL.index("<image>"),
+        image_seq_length=16,
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half().float()
+    return model
+
+
+def write_checkpoint(root: Path, model: LlavaForConditionalGeneration) -> Path:
+    """Write a checkpoint as save_pretrained does, with tokenizer, template and processor."""
+    half = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(root, state_dict=half)
+    tiny_tokenizer().save_pretrained(root)
+    (root / "chat_template.jinja").write_text(TEMPLATE)
+    size = model.config.vision_config.image_size
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "image_mean": [0.48, 0.46, 0.41],
+        "image_std": [0.27, 0.26, 0.28],
+    }
+    (root / "preprocessor_config.json").write_text(json.dumps(processor))
+    slots = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": model.config.vision_config.patch_size,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    }
+    (root / "processor_config.json").write_text(json.dumps(slots))
+    return root
+
+
+def write_language_bundle(
+    destination: Path, checkpoint: Path, precision: LlmPrecision = "fp32"
+) -> Bundle:
+    """Write and open a bundle whose language half is real and whose vision graph is not."""
+    with write_bundle(destination) as draft:
+        language = export_language(open_checkpoint(checkpoint), draft.root, precision)
+        draft.path("vision.onnx").write_text("no graph")
+        fields = tiny_manifest(
+            text=language.text, prompt=language.prompt, language_models=[language.model]
+        )
+        draft.describe(Manifest.model_validate(fields))
+    return open_bundle(destination)
