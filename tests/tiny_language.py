@@ -22,7 +22,7 @@ from transformers import (
 from engines.bundle import Bundle, open_bundle, write_bundle
 from engines.manifest import LlmPrecision, Manifest
 from export.checkpoint import open_checkpoint
-from export.decoder import export_language
+from export.decoder import Progress, export_language
 from tests.tiny_bundle import tiny_manifest
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
@@ -132,11 +132,16 @@ def write_checkpoint(root: Path, model: LlavaForConditionalGeneration) -> Path:
 
 
 def write_language_bundle(
-    destination: Path, checkpoint: Path, precision: LlmPrecision = "fp32"
+    destination: Path,
+    checkpoint: Path,
+    precision: LlmPrecision = "fp32",
+    progress: Progress | None = None,
 ) -> Bundle:
     """Write and open a bundle whose language half is real and whose vision graph is not."""
     with write_bundle(destination) as draft:
-        language = export_language(open_checkpoint(checkpoint), draft.root, precision)
+        language = export_language(
+            open_checkpoint(checkpoint), draft.root, precision, progress=progress
+        )
         draft.path("vision.onnx").write_text("no graph")
         fields = tiny_manifest(
             text=language.text, prompt=language.prompt, language_models=[language.model]
