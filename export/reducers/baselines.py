@@ -33,9 +33,9 @@ class KeepAll(Options):
 
     def problems(self) -> list[str]:
         """Return what is wrong with the options, one phrase each."""
-        if isinstance(self.class_token, bool):
-            return []
-        return [f"class_token is {self.class_token!r}, expected True or False"]
+        given: object = self.class_token
+        known = isinstance(given, bool)
+        return [] if known else [f"class_token is {given!r}, expected True or False"]
 
     @classmethod
     def options_for(cls, tokens: int | None, given: Mapping[str, Any]) -> dict[str, Any]:
