@@ -43,7 +43,12 @@ VerifyOption = Annotated[
 
 
 def run(main: Callable[..., int | None], examples: Sequence[str] = ()) -> None:
-    """Run ``main`` as this process's command and exit.
+    """Run ``main`` as this process's command and exit."""
+    make_app(main, examples)()
+
+
+def make_app(main: Callable[..., int | None], examples: Sequence[str] = ()) -> typer.Typer:
+    """Return ``main`` as a command that ends well.
 
     Args:
         main: its parameters are the options, its docstring the help; it returns the exit code.
@@ -54,7 +59,7 @@ def run(main: Callable[..., int | None], examples: Sequence[str] = ()) -> None:
     )
     epilog = "\n\n".join(["Examples:", *examples]) if examples else None
     app.command(epilog=epilog)(_ending_well(main))
-    app()
+    return app
 
 
 def _ending_well(main: Callable[..., int | None]) -> Callable[..., None]:

@@ -7,13 +7,13 @@ all tokens: operations, least prefill time, most tokens per second, memory, and 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from engines.errors import FoveateError, OptionError
+from engines import cli
+from engines.errors import OptionError
 from engines.roofline import (
     CLIP_L_336,
     CLIP_L_336_POSITIONS,
@@ -177,31 +177,27 @@ def main(
     new_tokens: Annotated[int, typer.Option(help="Length of the answer.")] = 32,
     llm_precision: Annotated[str, typer.Option(help=", ".join(LLM_PRECISIONS))] = "int4",
     targets: Annotated[Path | None, typer.Option(help="Your own targets (TOML).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: cli.JsonOption = False,
 ) -> None:
-    """Estimate prefill, decoding and memory from a device's peaks. Bounds, not measurements.
-
-    Example: python -m engines.estimate --model llava-1.5-7b --tokens 64 --target jetson-orin
-    """
-    try:
-        options = EstimateOptions(
-            model=model,
-            target=find_target(target, targets),
-            tokens=tokens,
-            all_tokens=all_tokens,
-            text_tokens=text_tokens,
-            new_tokens=new_tokens,
-            llm_precision=llm_precision,
-        )
-        found = compare_budgets(options)
-    except FoveateError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    """Estimate prefill, decoding and memory from a device's peaks. Bounds, not measurements."""
+    options = EstimateOptions(
+        model=model,
+        target=find_target(target, targets),
+        tokens=tokens,
+        all_tokens=all_tokens,
+        text_tokens=text_tokens,
+        new_tokens=new_tokens,
+        llm_precision=llm_precision,
+    )
+    found = compare_budgets(options)
     if as_json:
-        typer.echo(json.dumps(_json_of(options, found)))
+        cli.print_json(_json_of(options, found))
     else:
         _print_comparison(options, found)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    cli.run(
+        main,
+        ["python -m engines.estimate --model llava-1.5-7b --tokens 64 --target jetson-orin"],
+    )

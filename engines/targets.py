@@ -8,7 +8,6 @@ problem of the file. `python -m engines.targets` prints the table.
 from __future__ import annotations
 
 import difflib
-import json
 import sys
 from importlib import resources
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from engines.errors import FoveateError, OptionError
+from engines import cli
+from engines.errors import OptionError
 from engines.manifest import Precision
 
 if sys.version_info >= (3, 11):
@@ -238,25 +238,19 @@ def _print_table(targets: dict[str, Target]) -> None:
 
 
 def main(
+    *,
     targets: Annotated[
         Path | None, typer.Option(help="Your own targets, a TOML file merged over the built-in.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: cli.JsonOption = False,
 ) -> None:
-    """List the devices a bundle can be built for, with where each number comes from (--json).
-
-    Example: python -m engines.targets --targets my_robot.toml
-    """
-    try:
-        known = load_targets(targets)
-    except FoveateError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    """List the devices a bundle can be built for, with where each number comes from (--json)."""
+    known = load_targets(targets)
     if as_json:
-        typer.echo(json.dumps({name: target.model_dump() for name, target in known.items()}))
+        cli.print_json({name: target.model_dump() for name, target in known.items()})
     else:
         _print_table(known)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    cli.run(main, ["python -m engines.targets --targets my_robot.toml"])

@@ -17,10 +17,10 @@ import json
 from pathlib import Path
 
 import pytest
-from typer import Typer
 from typer.testing import CliRunner
 
 from engines import estimate
+from engines.cli import make_app
 from engines.errors import CheckpointError, OptionError
 from engines.roofline import (
     LLM_PRECISIONS,
@@ -168,9 +168,7 @@ def test_target_without_peaks_says_what_to_give() -> None:
 
 
 def run_cli(*arguments: str):
-    app = Typer()
-    app.command()(estimate.main)
-    return CliRunner().invoke(app, list(arguments))
+    return CliRunner().invoke(make_app(estimate.main), list(arguments))
 
 
 def test_cli_on_an_orin() -> None:

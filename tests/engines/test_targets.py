@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from typer import Typer
 from typer.testing import CliRunner
 
 from engines import targets as targets_module
+from engines.cli import make_app
 from engines.errors import OptionError
 from engines.targets import Target, find_target, load_targets
 
@@ -25,9 +25,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def run_cli(*arguments: str):
-    app = Typer()
-    app.command()(targets_module.main)
-    return CliRunner().invoke(app, list(arguments))
+    return CliRunner().invoke(make_app(targets_module.main), list(arguments))
 
 
 def test_all_promised_targets_are_there() -> None:

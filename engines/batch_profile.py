@@ -1,0 +1,70 @@
+"""Batch sizes a plan takes, and the input shapes that follow from them.
+
+Enters: `--batch` and a graph's inputs. Leaves: the smallest, tuned and largest shape of each input,
+which is TensorRT's optimisation profile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engines.errors import OptionError
+from engines.manifest import TensorSpec
+from engines.plan import ShapeRange
+
+
+@dataclass(frozen=True)
+class BatchRange:
+    """Batch sizes a plan takes: smallest, the one it is tuned for, largest."""
+
+    smallest: int = 1
+    tuned: int = 1
+    largest: int = 8
+
+
+ANY_BATCH = BatchRange()
+
+
+def parse_batch(text: str) -> BatchRange:
+    """Read `--batch`: "4" for that size alone, "1/2/8" for smallest/tuned/largest.
+
+    Raises:
+        OptionError: not one or three growing positive numbers.
+    """
+    parts = text.split("/")
+    if len(parts) in (1, 3) and all(part.isascii() and part.isdigit() for part in parts):
+        sizes = [int(part) for part in parts] * (3 if len(parts) == 1 else 1)
+        if 0 < sizes[0] <= sizes[1] <= sizes[2]:
+            return BatchRange(*sizes)
+    raise OptionError(
+        f'--batch "{text}": expected one size (4) or smallest/tuned/largest (1/1/8), each 1 or '
+        "more and none smaller than the one before."
+    )
+
+
+def shape_ranges(inputs: tuple[TensorSpec, ...], batch: BatchRange) -> dict[str, ShapeRange]:
+    """Return the optimisation profile: every named axis takes the batch sizes.
+
+    Raises:
+        OptionError: the graph's batch is fixed and another one was asked for.
+    """
+
+    def sized(spec: TensorSpec, size: int) -> tuple[int, ...]:
+        return tuple(size if isinstance(axis, str) else axis for axis in spec.shape)
+
+    for spec in inputs:
+        fixed = all(isinstance(axis, int) for axis in spec.shape)
+        if fixed and batch != ANY_BATCH and spec.shape[:1] != (batch.tuned,):
+            raise OptionError(
+                f"--batch {batch.smallest}/{batch.tuned}/{batch.largest}: the graph's input "
+                f"{spec.name} has the fixed shape {list(spec.shape)}. Leave --batch out, or "
+                "export with a dynamic batch."
+            )
+    return {
+        spec.name: ShapeRange(
+            smallest=sized(spec, batch.smallest),
+            tuned=sized(spec, batch.tuned),
+            largest=sized(spec, batch.largest),
+        )
+        for spec in inputs
+    }

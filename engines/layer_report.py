@@ -1,0 +1,106 @@
+"""What became of a graph: its layers as parsed, and as TensorRT fused them.
+
+Enters: a parsed network, and, where a GPU can load the plan, the engine inspector's JSON. Leaves:
+counts by kind and type, whether attention was fused, and the Q/DQ nodes that were not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+_FUSED_ATTENTION = ("mha", "fmha", "flash_attention", "fused_attention")
+_QUANTIZATION = ("quantize", "dequantize", "quantizelinear", "dequantizelinear")
+
+
+class _Report(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NetworkReport(_Report):
+    """The graph as NVIDIA's parser understood it, before any fusion."""
+
+    layers: int
+    kinds: dict[str, int]
+    """TensorRT layer type -> count."""
+    output_types: dict[str, int]
+    """Type of the layers' outputs -> count."""
+
+
+class EngineReport(_Report):
+    """The engine as it was built."""
+
+    layers: int
+    kinds: dict[str, int]
+    output_types: dict[str, int]
+    fused_attentions: int
+    """Layers that compute a whole attention."""
+    softmax_layers: int
+    """Softmax left on its own: attention that was not fused (or the reducer's own)."""
+    quantization_left: int
+    """Q and DQ that no layer took in: each costs a pass over its tensor."""
+
+
+class LayerReport(_Report):
+    """What is saved as `<plan>.layers.json`."""
+
+    parse_seconds: float
+    network: NetworkReport
+    engine: EngineReport | None
+    """None without a GPU: only the device can open its plan."""
+
+
+def report_network(network: Any) -> NetworkReport:
+    """Count the layers of a parsed `INetworkDefinition`."""
+    kinds: Counter[str] = Counter()
+    types: Counter[str] = Counter()
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        kinds[layer.type.name] += 1
+        for output in range(layer.num_outputs):
+            tensor = layer.get_output(output)
+            if tensor is not None:
+                types[tensor.dtype.name] += 1
+    return NetworkReport(
+        layers=network.num_layers, kinds=_sorted(kinds), output_types=_sorted(types)
+    )
+
+
+def report_engine(inspector_json: str) -> EngineReport:
+    """Count the layers of an engine from `EngineInspector.get_engine_information`."""
+    layers = json.loads(inspector_json).get("Layers", [])
+    kinds: Counter[str] = Counter()
+    types: Counter[str] = Counter()
+    fused = softmax = quantization = 0
+    for layer in layers:
+        # Without detailed verbosity a layer is only its name.
+        entry: dict[str, Any] = {"Name": layer} if isinstance(layer, str) else layer
+        kind = str(entry.get("LayerType", "unknown"))
+        kinds[kind] += 1
+        words = f"{entry.get('Name', '')} {kind} {entry.get('TacticName', '')}".lower()
+        fused += any(word in words for word in _FUSED_ATTENTION)
+        softmax += kind.lower() == "softmax"
+        quantization += kind.lower() in _QUANTIZATION
+        for output in entry.get("Outputs", []):
+            types[_type_of(output)] += 1
+    return EngineReport(
+        layers=len(layers),
+        kinds=_sorted(kinds),
+        output_types=_sorted(types),
+        fused_attentions=fused,
+        softmax_layers=softmax,
+        quantization_left=quantization,
+    )
+
+
+def _type_of(tensor: dict[str, Any]) -> str:
+    """Return "Half" of "Row major linear FP16" and its like; the wording differs by version."""
+    text = str(tensor.get("Datatype") or tensor.get("Format/Datatype") or "unknown")
+    return text.rsplit(maxsplit=1)[-1] if text else "unknown"
+
+
+def _sorted(counts: Counter[str]) -> dict[str, int]:
+    return dict(counts.most_common())

@@ -1,0 +1,241 @@
+"""A TensorRT plan on disk and the sidecar that says what it was built from, on what, for what.
+
+A plan is code: TensorRT runs what it holds, and only for the exact library version and GPU that
+built it. So a plan is read only when its sidecar agrees with this machine in every point and was
+signed by this user, whose key never leaves the machine. Enters: a plan's path and what this machine
+is. Leaves: its bytes, or one `EngineError` that names both sides of every difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from engines.errors import EngineError
+from engines.manifest import Precision, Sha256
+from engines.staging import staged_file
+from engines.trt_library import LibraryName
+
+Buffer = bytes | bytearray | memoryview
+REBUILD_HINT = "Build it again on this machine: python -m engines.build BUNDLE --rebuild"
+
+
+class ShapeRange(BaseModel):
+    """Shapes of one input that a plan takes: smallest, the one it is tuned for, largest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    smallest: tuple[int, ...]
+    tuned: tuple[int, ...]
+    largest: tuple[int, ...]
+
+
+class PlanRecord(BaseModel):
+    """What stands in `<plan>.json`, beside the plan."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    onnx_file: str
+    onnx_sha256: Sha256
+    plan_sha256: Sha256 = "0" * 64
+    plan_bytes: int = 0
+    library: LibraryName
+    library_version: str
+    """To the build number."""
+    target: str
+    precision: Precision
+    sm: int
+    gpu: str | None
+    """The GPU's name; None when it was built ahead of time, for any GPU of that SM."""
+    driver: str | None
+    profile: dict[str, ShapeRange]
+    flags: tuple[str, ...]
+    workspace_bytes: int
+    build_seconds: float
+    built_at: str
+    foveate: str
+    signature: str = ""
+    """HMAC of everything else under the key of the user who built or adopted it."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan must have been built for to be run here."""
+
+    onnx_sha256: str
+    library: LibraryName
+    library_version: str
+    sm: int
+    gpu: str
+    driver: str
+
+
+def sidecar_path(plan: Path) -> Path:
+    """Return where the sidecar of a plan lies."""
+    return plan.with_name(f"{plan.name}.json")
+
+
+def write_plan(plan: Path, data: Buffer, record: PlanRecord) -> PlanRecord:
+    """Write a plan and its signed sidecar; a reader meets both or neither.
+
+    Returns:
+        The record with digest, size and signature filled in.
+
+    Raises:
+        EngineError: the place cannot be written or the disk is full.
+    """
+    view = memoryview(data)
+    digest = hashlib.sha256(view).hexdigest()
+    whole = record.model_copy(update={"plan_sha256": digest, "plan_bytes": view.nbytes})
+    signed = sign_record(whole)
+    sidecar_path(plan).unlink(missing_ok=True)
+    with staged_file(plan, EngineError) as staged:
+        staged.write_bytes(view)
+    _write_sidecar(plan, signed)
+    return signed
+
+
+def read_record(plan: Path) -> PlanRecord:
+    """Read a plan's sidecar.
+
+    Raises:
+        EngineError: there is no plan, no sidecar, or it is damaged.
+    """
+    if not plan.is_file():
+        raise EngineError(
+            f"{plan}: there is no such plan. Build it: python -m engines.build BUNDLE"
+        )
+    path = sidecar_path(plan)
+    try:
+        return PlanRecord.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise EngineError(
+            f"{plan}: its sidecar {path.name} is missing, so nobody can say what built the plan. "
+            f"{REBUILD_HINT}"
+        ) from None
+    except (OSError, ValidationError) as error:
+        count = error.error_count() if isinstance(error, ValidationError) else 1
+        raise EngineError(f"{path}: damaged ({count} problems). {REBUILD_HINT}") from error
+
+
+def list_differences(record: PlanRecord, machine: Machine) -> list[str]:
+    """Name every point in which a plan was not built for this graph on this machine."""
+    pairs: list[tuple[str, object, object]] = [
+        ("the graph's SHA-256", record.onnx_sha256, machine.onnx_sha256),
+        ("library", record.library, machine.library),
+        ("library version", record.library_version, machine.library_version),
+        ("compute capability", f"sm_{record.sm}", f"sm_{machine.sm}"),
+    ]
+    if record.gpu is not None:
+        pairs += [("GPU", record.gpu, machine.gpu), ("driver", record.driver, machine.driver)]
+    return [
+        f"{name}: the plan has {built}, this machine has {here}"
+        for name, built, here in pairs
+        if built != here
+    ]
+
+
+def read_plan(plan: Path, machine: Machine, *, trust: bool = False) -> tuple[bytes, PlanRecord]:
+    """Read a plan that was built for this machine by this user.
+
+    Args:
+        plan: the plan's path.
+        machine: what it must have been built for.
+        trust: accept a plan that somebody else signed. It runs as code of yours.
+
+    Raises:
+        EngineError: differences, a changed or truncated plan, or a stranger's signature.
+    """
+    record = read_record(plan)
+    differences = list_differences(record, machine)
+    if differences:
+        raise EngineError(
+            f"{plan} was not built for this: {'; '.join(differences)}. {REBUILD_HINT}"
+        )
+    data = plan.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != record.plan_sha256:
+        raise EngineError(
+            f"{plan}: the plan is damaged or was replaced: its SHA-256 is {digest} ({len(data):,} "
+            f"bytes), its sidecar says {record.plan_sha256} ({record.plan_bytes:,} bytes). "
+            f"{REBUILD_HINT}"
+        )
+    if not trust and not is_signed_here(record):
+        raise EngineError(
+            f"{plan} was not built by this user on this machine (its signature does not fit the "
+            f"key {key_path()}). A plan is code that TensorRT runs. {REBUILD_HINT}, or pass "
+            "--trust if you know who built it."
+        )
+    return data, record
+
+
+def adopt_plan(plan: Path) -> PlanRecord:
+    """Sign a plan from elsewhere with this user's key, so that it is trusted from now on.
+
+    Raises:
+        EngineError: there is no plan, or its sidecar is missing or damaged.
+    """
+    signed = sign_record(read_record(plan))
+    _write_sidecar(plan, signed)
+    return signed
+
+
+def sign_record(record: PlanRecord) -> PlanRecord:
+    """Return the record with this user's signature."""
+    return record.model_copy(update={"signature": _signature(record)})
+
+
+def is_signed_here(record: PlanRecord) -> bool:
+    """Return whether this user's key signed the record."""
+    return hmac.compare_digest(record.signature, _signature(record))
+
+
+def foveate_version() -> str:
+    """Return the version of this package, as installed."""
+    try:
+        return version("foveate")
+    except PackageNotFoundError:  # run from a source tree
+        return "source"
+
+
+def key_path() -> Path:
+    """Return where this user's key lies."""
+    folder = Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser()
+    return folder / "foveate" / "plan.key"
+
+
+def _signature(record: PlanRecord) -> str:
+    unsigned = record.model_copy(update={"signature": ""})
+    return hmac.new(_load_key(), unsigned.model_dump_json().encode(), "sha256").hexdigest()
+
+
+def _load_key() -> bytes:
+    path = key_path()
+    try:
+        if path.is_file():
+            return path.read_bytes()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        key = secrets.token_bytes(32)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(key)
+    except FileExistsError:  # another process was first
+        return path.read_bytes()
+    except OSError as error:
+        raise EngineError(
+            f"{path}: the key that plans are signed with cannot be read or written ({error}). "
+            "Make the folder writable, or point XDG_CONFIG_HOME to one that is."
+        ) from error
+    return key
+
+
+def _write_sidecar(plan: Path, record: PlanRecord) -> None:
+    with staged_file(sidecar_path(plan), EngineError) as staged:
+        staged.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,279 @@
+"""An ONNX graph becomes a TensorRT plan: parse, build, write, say what was built.
+
+Enters: `BuildOptions`. Leaves: `<plan>`, its signed sidecar and a layer report. TensorRT and
+TensorRT-RTX go the same way through Polygraphy's loaders; they differ in one place: TensorRT builds
+on the GPU it is for, TensorRT-RTX builds ahead of time for a compute capability, with or without a
+GPU. Precision is the graph's own (strongly typed): no precision flag is ever set, and TF32 is
+cleared, because a score rounded to ten bits keeps another patch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from engines.batch_profile import ANY_BATCH, BatchRange, shape_ranges
+from engines.build_progress import ProgressCallback, make_progress_monitor
+from engines.errors import EngineError, OptionError
+from engines.gpu import Gpu, NoGpu, find_gpu
+from engines.layer_report import EngineReport, LayerReport, report_engine, report_network
+from engines.manifest import Precision, TensorSpec
+from engines.plan import PlanRecord, ShapeRange, foveate_version, write_plan
+from engines.staging import staged_file
+from engines.targets import Target
+from engines.trt_library import TrtLibrary, load_library_for, load_polygraphy
+
+_FLAGS = ("STRONGLY_TYPED", "NO_TF32")
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """One plan to build.
+
+    Attributes:
+        onnx: the graph.
+        onnx_sha256: its digest, already verified.
+        plan: where the plan is to be.
+        target: the device it is for.
+        precision: what the graph was exported in; it is recorded, not set.
+        inputs: the graph's inputs; a named axis is the batch.
+        batch: the optimisation profile.
+        workspace_bytes: scratch memory of the builder; None for the target's.
+    """
+
+    onnx: Path
+    onnx_sha256: str
+    plan: Path
+    target: Target
+    precision: Precision
+    inputs: tuple[TensorSpec, ...]
+    batch: BatchRange = ANY_BATCH
+    workspace_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What was built."""
+
+    plan: Path
+    record: PlanRecord
+    layers: LayerReport
+
+
+def workspace_of(options: BuildOptions) -> int:
+    """Return the scratch memory to plan with, in bytes."""
+    return options.workspace_bytes or (options.target.workspace_mb or 1024) * _MIB
+
+
+def timing_cache_path(folder: Path, library: TrtLibrary, gpu: Gpu | None) -> Path | None:
+    """Return the timing cache of exactly this library on exactly this GPU.
+
+    None ahead of time: TensorRT-RTX measures nothing while it builds.
+    """
+    if gpu is None:
+        return None
+    device = "".join(c if c.isalnum() else "-" for c in gpu.name)
+    return folder / f"timing-{library.name}-{library.version}-sm{gpu.sm}-{device}.cache"
+
+
+def choose_gpu(target: Target, found: Gpu | NoGpu) -> Gpu | None:
+    """Return the GPU to build on, None to build ahead of time.
+
+    Raises:
+        EngineError: TensorRT needs the target's own GPU and it is not here.
+    """
+    if target.engine == "tensorrt-rtx":
+        return None
+    there = "python -m engines.build BUNDLE (or ./build_on_device.sh in the bundle)"
+    if isinstance(found, NoGpu):
+        raise EngineError(
+            f"A TensorRT plan for {target.name} is built on the device itself, and here is no "
+            f"GPU: {found.reason}. Copy the bundle to the {target.title} and run there: {there}"
+        )
+    if found.sm != target.sm:
+        raise EngineError(
+            f"A TensorRT plan is for one compute capability: {target.name} has sm_{target.sm}, "
+            f"this machine's {found.name} has sm_{found.sm}. Copy the bundle to the "
+            f"{target.title} and run there: {there}, or name this GPU's target with --target."
+        )
+    return found
+
+
+def build_plan(options: BuildOptions, on_progress: ProgressCallback | None = None) -> BuildResult:
+    """Build a plan.
+
+    Args:
+        options: what to build.
+        on_progress: called with the phase and how much of it is done, 0 to 1.
+
+    Raises:
+        EngineError: no library, no or another GPU, a graph the parser refuses, a failed build.
+        OptionError: a batch the graph cannot take.
+        KeyboardInterrupt: interrupted; the builder stopped and nothing was written.
+    """
+    if not options.target.needs_cuda:
+        raise OptionError(
+            f"--target {options.target.name}: its engine, {options.target.engine}, runs the ONNX "
+            "file as it is, so there is no plan to build. Use the bundle, or name a GPU's target "
+            "(python -m engines.targets)."
+        )
+    profile = shape_ranges(options.inputs, options.batch)
+    gpu = choose_gpu(options.target, find_gpu())
+    library = load_library_for(options.target)
+    options.plan.parent.mkdir(parents=True, exist_ok=True)
+    with _collected_complaints() as complaints:
+        work = _Compilation(load_polygraphy(library), library, options, profile, gpu, complaints)
+        parsed, parse_seconds = _timed(work.parse)
+        network_report = report_network(parsed[1])
+        data, build_seconds = _timed(lambda: work.build(parsed, on_progress))
+    record = write_plan(
+        options.plan,
+        memoryview(data),
+        PlanRecord(
+            onnx_file=options.onnx.name,
+            onnx_sha256=options.onnx_sha256,
+            library=library.name,
+            library_version=library.version,
+            target=options.target.name,
+            precision=options.precision,
+            sm=options.target.sm or 0,
+            gpu=gpu.name if gpu else None,
+            driver=gpu.driver if gpu else None,
+            profile=profile,
+            flags=_FLAGS,
+            workspace_bytes=workspace_of(options),
+            build_seconds=round(build_seconds, 3),
+            built_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            foveate=foveate_version(),
+        ),
+    )
+    layers = LayerReport(
+        parse_seconds=round(parse_seconds, 3),
+        network=network_report,
+        engine=_inspect(library, data) if gpu else None,
+    )
+    with staged_file(layers_path(options.plan), EngineError) as staged:
+        staged.write_text(layers.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return BuildResult(options.plan, record, layers)
+
+
+def layers_path(plan: Path) -> Path:
+    """Return where the layer report of a plan lies."""
+    return plan.with_name(f"{plan.name}.layers.json")
+
+
+@dataclass(frozen=True)
+class _Compilation:
+    """One parse and one build, with everything both need."""
+
+    loaders: Any
+    library: TrtLibrary
+    options: BuildOptions
+    profile: dict[str, ShapeRange]
+    gpu: Gpu | None
+    complaints: list[str]
+
+    def parse(self) -> Any:
+        """Return (builder, network, parser)."""
+        onnx = self.options.onnx
+        try:
+            return self.loaders.NetworkFromOnnxPath(str(onnx), strongly_typed=True)()
+        except Exception as error:  # Polygraphy's own exception type, and pybind's
+            raise EngineError(
+                f"{onnx}: NVIDIA's ONNX parser refuses the graph: {_tell(self.complaints, error)} "
+                "Export again with `python -m export.build`, whose graph check names the node."
+            ) from error
+
+    def build(self, parsed: Any, on_progress: ProgressCallback | None) -> Any:
+        """Return the serialized engine, a buffer."""
+        trt, options = self.library.trt, self.options
+        cache = timing_cache_path(options.plan.parent, self.library, self.gpu)
+        monitor = make_progress_monitor(trt, on_progress)
+        config = self.loaders.PostprocessConfig(
+            self._config_loader(cache, monitor), lambda *made: _clear_tf32(trt, made[-1])
+        )
+        build = self.loaders.EngineBytesFromNetwork(
+            parsed, config=config, save_timing_cache=None if cache is None else str(cache)
+        )
+        try:
+            with warnings.catch_warnings():  # Polygraphy makes a cache that TensorRT-RTX ignores
+                warnings.simplefilter("ignore", DeprecationWarning)
+                return build()
+        except Exception as error:  # Polygraphy's own exception type, and pybind's
+            if monitor.interrupted:
+                raise KeyboardInterrupt from error
+            raise EngineError(
+                f"{options.onnx}: {self.library.name} {self.library.version} cannot build the "
+                f"graph for {options.target.name}: {_tell(self.complaints, error)} If memory ran "
+                "out, close other programs, lower --workspace, or add swap "
+                "(`python -m engines.doctor BUNDLE`)."
+            ) from error
+
+    def _config_loader(self, cache: Path | None, monitor: Any) -> Any:
+        trt = self.library.trt
+        ranges = self.loaders.Profile()
+        for name, shapes in self.profile.items():
+            ranges.add(name, shapes.smallest, shapes.tuned, shapes.largest)
+        common = {
+            "profiles": [ranges],
+            "memory_pool_limits": {trt.MemoryPoolType.WORKSPACE: workspace_of(self.options)},
+            "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
+            "progress_monitor": monitor,
+            "load_timing_cache": str(cache) if cache and cache.is_file() else None,
+        }
+        if self.library.name == "tensorrt":
+            return self.loaders.CreateConfig(**common)
+        rtx = importlib.import_module("polygraphy.backend.tensorrt_rtx")
+        capability = self.options.target.compute_capability
+        return rtx.CreateConfigRTX(compute_capabilities=[capability], **common)
+
+
+def _clear_tf32(trt: Any, config: Any) -> None:
+    config.clear_flag(trt.BuilderFlag.TF32)
+
+
+def _inspect(library: TrtLibrary, data: Any) -> EngineReport | None:
+    trt = library.trt
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    engine = runtime.deserialize_cuda_engine(data)
+    if engine is None:
+        return None
+    inspector = engine.create_engine_inspector()
+    return report_engine(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    return work(), time.perf_counter() - start
+
+
+class _collected_complaints(logging.Handler):  # noqa: N801 - used as a context manager
+    """Collect what the library says at error level while the block runs."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(" ".join(record.getMessage().split()))
+
+    def __enter__(self) -> list[str]:
+        logging.getLogger("Polygraphy").addHandler(self)
+        return self.messages
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("Polygraphy").removeHandler(self)
+
+
+def _tell(complaints: list[str], error: Exception) -> str:
+    """Return the first thing that went wrong, which is the cause; the rest follows from it."""
+    first = complaints[0] if complaints else " ".join(str(error).split())
+    return first if first.endswith(".") else f"{first}."

@@ -1,0 +1,150 @@
+"""Plans built for real by NVIDIA's parser and builder, on a machine that needs no GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from engines import build
+from engines.bundle import open_bundle
+from engines.cli import make_app
+from engines.errors import EngineError, OptionError
+from engines.targets import find_target
+from tests.small_graph import write_small_bundle
+
+pytestmark = [pytest.mark.trt, pytest.mark.usefixtures("compiler")]
+
+
+def run_build(*arguments: object):
+    return CliRunner().invoke(make_app(build.main), [str(item) for item in arguments])
+
+
+@pytest.mark.parametrize("target", ["rtx-4090", "rtx-6000-ada"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_plan_is_really_built(tmp_path: Path, target: str, precision: str) -> None:
+    bundle = write_small_bundle(tmp_path / "bundle", precision=precision)
+    result = run_build(bundle, "--target", target, "--json")
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    record = answer["record"]
+    assert answer["action"] == "built"
+    assert Path(answer["plan"]).stat().st_size == record["plan_bytes"] > 1000
+    assert record["library"] == "tensorrt-rtx" and record["library_version"].count(".") == 3
+    assert (record["sm"], record["gpu"], record["precision"]) == (89, None, precision)
+    assert record["profile"]["pixel_values"]["largest"] == [8, 3, 8, 8]
+    layers = json.loads(Path(answer["layers"]).read_text())
+    assert layers["network"]["kinds"]["NORMALIZATION"] == 1
+    assert layers["network"]["kinds"]["TOPK"] == 1
+    assert ("HALF" in layers["network"]["output_types"]) == (precision == "fp16")
+    assert layers["engine"] is None
+    assert open_bundle(bundle).manifest.target == "cpu", "the bundle is whole after a build"
+
+
+def test_a_plan_that_fits_is_left_alone(tmp_path: Path) -> None:
+    bundle = write_small_bundle(tmp_path / "bundle")
+    plan = Path(json.loads(run_build(bundle, "--target", "rtx-4090", "--json").stdout)["plan"])
+    before = plan.stat().st_mtime_ns
+    again = run_build(bundle, "--target", "rtx-4090")
+    assert again.exit_code == 0 and "Already built" in again.stdout
+    assert plan.stat().st_mtime_ns == before
+    rebuilt = run_build(bundle, "--target", "rtx-4090", "--rebuild")
+    assert rebuilt.exit_code == 0 and "Built" in rebuilt.stdout
+    assert plan.stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        (("--batch", "4"), "asked for is"),
+        (("--workspace", "64"), "the plan was built with 4096 MB, asked for is 64 MB"),
+    ],
+)
+def test_a_plan_for_other_options_is_refused_with_both_values(
+    tmp_path: Path, option: tuple[str, str], expected: str
+) -> None:
+    bundle = write_small_bundle(tmp_path / "bundle")
+    assert run_build(bundle, "--target", "rtx-4090").exit_code == 0
+    refused = run_build(bundle, "--target", "rtx-4090", *option)
+    assert refused.exit_code == 2
+    assert expected in refused.stderr and "--rebuild" in refused.stderr
+    assert run_build(bundle, "--target", "rtx-4090", *option, "--rebuild").exit_code == 0
+
+
+def test_a_fixed_batch(tmp_path: Path) -> None:
+    bundle = write_small_bundle(tmp_path / "bundle")
+    answer = json.loads(run_build(bundle, "--target", "rtx-4090", "--batch", "4", "--json").stdout)
+    shapes = answer["record"]["profile"]["pixel_values"]
+    assert set(map(tuple, shapes.values())) == {(4, 3, 8, 8)}
+
+
+def test_nothing_but_the_plan_and_its_reports_is_left(tmp_path: Path) -> None:
+    bundle = write_small_bundle(tmp_path / "bundle")
+    assert run_build(bundle, "--target", "rtx-4090").exit_code == 0
+    stem = "vision-tensorrt-rtx-sm89.plan"
+    left = {path.name for path in (bundle / "local").iterdir()}
+    assert left == {stem, f"{stem}.json", f"{stem}.layers.json"}
+
+
+def test_a_graph_the_parser_refuses_names_the_operator(tmp_path: Path) -> None:
+    bundle = write_small_bundle(tmp_path / "bundle", refused=True)
+    refused = run_build(bundle, "--target", "rtx-4090")
+    assert refused.exit_code == 2
+    assert "NVIDIA's ONNX parser refuses the graph" in refused.stderr
+    assert "Unknown" in refused.stderr
+    assert not list((bundle / "local").glob("*.plan*")) if (bundle / "local").exists() else True
+
+
+def test_a_plan_from_elsewhere_needs_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = write_small_bundle(tmp_path / "bundle")
+    assert run_build(bundle, "--target", "rtx-4090").exit_code == 0
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "somebody-else"))
+    refused = run_build(bundle, "--target", "rtx-4090")
+    assert refused.exit_code == 2 and "--trust" in refused.stderr
+    adopted = run_build(bundle, "--target", "rtx-4090", "--trust")
+    assert adopted.exit_code == 0 and "Adopted" in adopted.stdout
+    assert "Already built" in run_build(bundle, "--target", "rtx-4090").stdout
+
+
+def test_interrupting_stops_the_builder(tmp_path: Path) -> None:
+    bundle = open_bundle(write_small_bundle(tmp_path / "bundle"))
+
+    def interrupt(phase: str, done: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build.prepare_plan(
+            bundle, bundle.vision(), find_target("rtx-4090"), build.PlanRequest(), interrupt
+        )
+    assert not list(bundle.local.glob("*.plan*"))
+
+
+def test_progress_reaches_the_end(tmp_path: Path) -> None:
+    bundle = open_bundle(write_small_bundle(tmp_path / "bundle"))
+    seen: list[tuple[str, float]] = []
+    build.prepare_plan(
+        bundle,
+        bundle.vision(),
+        find_target("rtx-4090"),
+        build.PlanRequest(),
+        lambda phase, done: seen.append((phase, done)),
+    )
+    assert seen[-1] == ("Building engine", 1.0)
+    assert all(0 <= done <= 1 for _, done in seen)
+
+
+def test_the_other_library_needs_its_own_process(tmp_path: Path) -> None:
+    from engines.trt_library import load_library, load_polygraphy
+
+    load_polygraphy(load_library("tensorrt-rtx"))
+    with pytest.raises(EngineError, match="a process of its own"):
+        load_library("tensorrt")
+
+
+def test_a_precision_the_target_lacks(tmp_path: Path) -> None:
+    bundle = open_bundle(write_small_bundle(tmp_path / "bundle", precision="int8"))
+    narrow = find_target("rtx-4090").model_copy(update={"precisions": ("fp32", "fp16")})
+    with pytest.raises(OptionError, match=r"int8: target rtx-4090 .* takes fp32, fp16"):
+        build.prepare_plan(bundle, bundle.vision(), narrow, build.PlanRequest())
