@@ -9,7 +9,7 @@ export ORT_DISABLE_TELEMETRY := 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format bench clean
+.PHONY: help install demo test test-slow test-trt lint format bench clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -32,6 +32,11 @@ test: install  ## Run the tests that fit in a few minutes.
 
 test-slow: install  ## Run the tests at CLIP-L/14-336 size.
 	$(BIN)/python -m pytest -m slow
+
+test-trt: install  ## Build real plans with NVIDIA's parser and compiler; needs no GPU.
+	@$(PIP) --editable '.[tensorrt]'
+	@$(BIN)/python -m engines.ahead_of_time >&2
+	$(BIN)/python -m pytest -m "trt and not slow"
 
 lint: install  ## Check style and types.
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ COMPILER_VERSION = "1.7.1.116"
 PACKAGE = "tensorrt_rtx"
 _BINDINGS = "tensorrt_rtx_bindings"
 _LIBRARIES = "onnxruntime_ep_nv_tensorrt_rtx"
-_LINKED = ("libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so")
+_LINKED = ("libtensorrt_rtx.so", "libtensorrt_onnxparser_rtx.so", "libcudart.so")
 _INSTALL = "python -m engines.ahead_of_time"
 _SHIM = f"""# Written by Foveate: the name that NVIDIA's own meta-package gives the bindings.
 from {_BINDINGS} import *  # noqa: F403
@@ -48,6 +48,11 @@ def compiler_home() -> Path:
     """Return the folder the compiler is imported from; it may not exist yet."""
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     return cache_root() / f"tensorrt-rtx-{COMPILER_VERSION}-{python}"
+
+
+def find_cuda_runtime() -> Path | None:
+    """Return the CUDA runtime that came with the compiler, if it is installed."""
+    return next((compiler_home() / _BINDINGS).glob("libcudart.so.*"), None)
 
 
 def add_compiler_to_path() -> bool:

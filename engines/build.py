@@ -25,11 +25,12 @@ from engines.gpu import find_gpu
 from engines.manifest import VisionGraph
 from engines.plan import (
     REBUILD_HINT,
-    Machine,
     PlanRecord,
     adopt_plan,
     is_signed_here,
     list_differences,
+    machine_here,
+    plan_path,
     read_record,
 )
 from engines.targets import Target, find_target
@@ -54,11 +55,6 @@ class PlanOutcome:
     action: str
     plan: Path
     record: PlanRecord
-
-
-def plan_path(bundle: Bundle, graph: VisionGraph, target: Target) -> Path:
-    """Return where the plan of a graph for a target lies."""
-    return bundle.local / f"{Path(graph.file).stem}-{target.engine}-sm{target.sm}.plan"
 
 
 def prepare_plan(
@@ -99,14 +95,7 @@ def _check_existing(options: BuildOptions, *, trust: bool) -> PlanRecord:
     record = read_record(options.plan)
     gpu = choose_gpu(options.target, find_gpu())
     library = load_library_for(options.target)
-    machine = Machine(
-        onnx_sha256=options.onnx_sha256,
-        library=library.name,
-        library_version=library.version,
-        sm=options.target.sm or 0,
-        gpu=gpu.name if gpu else "",
-        driver=gpu.driver if gpu else "",
-    )
+    machine = machine_here(options.onnx_sha256, library, options.target, gpu)
     differences = list_differences(record, machine)
     for name, wanted in shape_ranges(options.inputs, options.batch).items():
         if record.profile.get(name) != wanted:

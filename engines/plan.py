@@ -18,10 +18,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from engines.bundle import Bundle
 from engines.errors import EngineError
-from engines.manifest import Precision, Sha256
+from engines.gpu import Gpu
+from engines.manifest import Precision, Sha256, VisionGraph
 from engines.staging import staged_file
-from engines.trt_library import LibraryName
+from engines.targets import Target
+from engines.trt_library import LibraryName, TrtLibrary
 
 Buffer = bytes | bytearray | memoryview
 REBUILD_HINT = "Build it again on this machine: python -m engines.build BUNDLE --rebuild"
@@ -75,6 +78,23 @@ class Machine:
     sm: int
     gpu: str
     driver: str
+
+
+def machine_here(onnx_sha256: str, library: TrtLibrary, target: Target, gpu: Gpu | None) -> Machine:
+    """Return what a plan of a graph must have been built for; no GPU where it is built ahead."""
+    return Machine(
+        onnx_sha256=onnx_sha256,
+        library=library.name,
+        library_version=library.version,
+        sm=gpu.sm if gpu else target.sm or 0,
+        gpu=gpu.name if gpu else "",
+        driver=gpu.driver if gpu else "",
+    )
+
+
+def plan_path(bundle: Bundle, graph: VisionGraph, target: Target) -> Path:
+    """Return where the plan of a graph for a target lies."""
+    return bundle.local / f"{Path(graph.file).stem}-{target.engine}-sm{target.sm}.plan"
 
 
 def sidecar_path(plan: Path) -> Path:

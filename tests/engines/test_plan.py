@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engines.batch_profile import ANY_BATCH, BatchRange, parse_batch, shape_ranges
-from engines.build import PlanRequest, plan_path, prepare_plan
+from engines.build import PlanRequest, prepare_plan
 from engines.bundle import open_bundle
 from engines.errors import EngineError, OptionError
 from engines.gpu import Gpu, NoGpu
@@ -20,6 +20,7 @@ from engines.plan import (
     ShapeRange,
     adopt_plan,
     key_path,
+    plan_path,
     read_plan,
     read_record,
     sidecar_path,

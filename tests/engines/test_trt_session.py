@@ -1,0 +1,216 @@
+"""The TensorRT session's data path over stand-ins; TensorRT itself runs in the `gpu` tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.bundle import open_bundle
+from engines.cuda_memory import CudaRuntime, open_cuda_runtime
+from engines.errors import EngineError
+from engines.gpu import NoGpu, driver_version, find_gpu
+from engines.plan import PlanRecord, plan_path, write_plan
+from engines.targets import find_target
+from engines.trt import TrtSession, open_trt_session
+from engines.trt_library import TrtLibrary
+from tests.fake_tensorrt import (
+    TENSORS,
+    DataType,
+    FakeCuda,
+    FakeTensor,
+    TensorIOMode,
+    make_fake_trt,
+    run_model,
+)
+from tests.small_graph import write_small_bundle
+
+RANDOM = np.random.default_rng(3)
+
+
+def make_session(cuda: FakeCuda, **options: bool) -> TrtSession:
+    library = TrtLibrary("tensorrt", make_fake_trt(cuda), "10.3.0.26")
+    return TrtSession(b"plan", library, cuda, **options)
+
+
+def pixels(batch: int) -> dict[str, np.ndarray]:
+    return {"pixel_values": RANDOM.standard_normal((batch, 4)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_every_batch_in_any_order_gives_its_own_result(cuda_graphs: bool) -> None:
+    cuda = FakeCuda()
+    with make_session(cuda, cuda_graphs=cuda_graphs) as session:
+        assert session.provider == "tensorrt 10.3.0.26"
+        assert session.input_names == ("pixel_values",)
+        assert session.output_names == ("visual_tokens", "patch_index")
+        for batch in (1, 1, 1, 8, 1, 3, 8, 8, 1):
+            inputs = pixels(batch)
+            results = session.run(inputs)
+            for name, expected in run_model(inputs["pixel_values"]).items():
+                np.testing.assert_array_equal(results[name], expected)
+                assert results[name].dtype == expected.dtype
+
+
+def test_a_shape_is_captured_once_and_launched_from_then_on() -> None:
+    cuda = FakeCuda()
+    with make_session(cuda) as session:
+        for _ in range(4):
+            session.run(pixels(1))
+        assert cuda.calls == ["execute", "capture", "execute", "launch", "launch", "launch"]
+        session.run(pixels(2))
+        assert cuda.calls[-1] == "execute"
+
+
+def test_results_belong_to_the_caller() -> None:
+    with make_session(FakeCuda()) as session:
+        first = session.run(pixels(1))["visual_tokens"]
+        kept = first.copy()
+        session.run(pixels(1))
+        np.testing.assert_array_equal(first, kept)
+
+
+def test_a_view_that_is_not_contiguous_is_read_rightly() -> None:
+    with make_session(FakeCuda()) as session:
+        wide = RANDOM.standard_normal((2, 8)).astype(np.float32)[:, ::2]
+        results = session.run({"pixel_values": wide})
+        np.testing.assert_array_equal(
+            results["visual_tokens"], run_model(np.ascontiguousarray(wide))["visual_tokens"]
+        )
+
+
+def test_closing_frees_everything_once() -> None:
+    cuda = FakeCuda()
+    session = make_session(cuda)
+    for _ in range(3):
+        session.run(pixels(1))
+    session.close()
+    session.close()
+    assert not cuda.memory and not cuda.pinned and not cuda.graphs and cuda.streams == 0
+    with pytest.raises(EngineError, match="closed"):
+        session.run(pixels(1))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        ({}, '"pixel_values" is missing'),
+        ({"pixels": np.zeros((1, 4), np.float32)}, '"pixels" is not an input'),
+        ({"pixel_values": np.zeros((9, 4), np.float32)}, r"float32\[9, 4\], expected float32 from"),
+        ({"pixel_values": np.zeros((1, 5), np.float32)}, r"to \[8, 4\]"),
+        ({"pixel_values": np.zeros((1, 4), np.float64)}, "is float64"),
+        ({"pixel_values": np.zeros(4, np.float32)}, r"float32\[4\]"),
+    ],
+)
+def test_wrong_inputs_are_named(inputs: dict[str, np.ndarray], expected: str) -> None:
+    with make_session(FakeCuda()) as session, pytest.raises(EngineError, match=expected):
+        session.run(inputs)
+
+
+def test_a_failed_capture_leaves_a_usable_session() -> None:
+    cuda = FakeCuda()
+    with make_session(cuda) as session:
+        session.run(pixels(1))
+        session._context.fails = True
+        with pytest.raises(EngineError, match="could not run the plan"):
+            session.run(pixels(1))
+        session._context.fails = False
+        inputs = pixels(1)
+        result = session.run(inputs)["visual_tokens"]
+        np.testing.assert_array_equal(result, run_model(inputs["pixel_values"])["visual_tokens"])
+
+
+def test_a_refused_plan_says_so() -> None:
+    cuda = FakeCuda()
+    library = TrtLibrary("tensorrt", make_fake_trt(cuda, refuses=True), "10.3.0.26")
+    with pytest.raises(EngineError, match=r"refuses the plan \(4 bytes\).*--rebuild"):
+        TrtSession(b"plan", library, cuda)
+
+
+def test_a_type_numpy_lacks_is_named() -> None:
+    cuda = FakeCuda()
+    odd = FakeTensor("scores", TensorIOMode.OUTPUT, DataType.FP8, (-1, 2))
+    library = TrtLibrary("tensorrt", make_fake_trt(cuda, (*TENSORS, odd)), "10.3.0.26")
+    with pytest.raises(EngineError, match='"scores" is FP8'):
+        TrtSession(b"plan", library, cuda)
+
+
+def test_a_plan_cannot_run_where_there_is_no_gpu(tmp_path: Path) -> None:
+    if not isinstance(find_gpu(), NoGpu):
+        pytest.skip("this machine has a GPU")
+    bundle = open_bundle(write_small_bundle(tmp_path / "bundle", target="rtx-4090"))
+    target = find_target("rtx-4090")
+    graph = bundle.vision()
+    plan = plan_path(bundle, graph, target)
+    plan.parent.mkdir()
+    record = PlanRecord(
+        onnx_file="vision.onnx",
+        onnx_sha256=bundle.manifest.files["vision.onnx"].sha256,
+        library="tensorrt-rtx",
+        library_version="1.7.1.116",
+        target="rtx-4090",
+        precision="fp32",
+        sm=89,
+        gpu=None,
+        driver=None,
+        profile={},
+        flags=(),
+        workspace_bytes=1,
+        build_seconds=1,
+        built_at="",
+        foveate="",
+    )
+    write_plan(plan, b"plan", record)
+    with pytest.raises(EngineError, match=r"sm_89 \(GeForce RTX 4090\) and cannot run here: no NV"):
+        open_trt_session(bundle, graph, target)
+    plan.unlink()
+    with pytest.raises(EngineError, match="there is no such plan"):
+        open_trt_session(bundle, graph, target)
+
+
+def test_driver_version_is_read_or_unknown(tmp_path: Path) -> None:
+    proc = tmp_path / "version"
+    assert driver_version(proc) == "unknown"
+    proc.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.133.20  Sun Mar 30\n")
+    assert driver_version(proc) == "570.133.20"
+    proc.write_text("nothing of the kind")
+    assert driver_version(proc) == "unknown"
+
+
+@pytest.mark.trt
+@pytest.mark.usefixtures("compiler")
+def test_the_cuda_runtime_itself_says_what_is_wrong() -> None:
+    if not isinstance(find_gpu(), NoGpu):
+        pytest.skip("this machine has a GPU")
+    runtime = open_cuda_runtime()
+    assert isinstance(runtime, CudaRuntime)
+    with pytest.raises(EngineError, match=r"CUDA refuses cudaMalloc: .*\(error \d+\)"):
+        runtime.allocate(16)
+    with pytest.raises(EngineError, match="cudaStreamCreate"):
+        runtime.create_stream()
+
+
+@pytest.mark.trt
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(
+    "function",
+    [
+        "cudaMalloc",
+        "cudaMallocHost",
+        "cudaFree",
+        "cudaFreeHost",
+        "cudaStreamCreate",
+        "cudaStreamDestroy",
+        "cudaStreamSynchronize",
+        "cudaStreamBeginCapture",
+        "cudaStreamEndCapture",
+        "cudaMemcpyAsync",
+        "cudaGraphInstantiateWithFlags",
+        "cudaGraphLaunch",
+        "cudaGraphDestroy",
+        "cudaGraphExecDestroy",
+    ],
+)
+def test_every_cuda_call_exists(function: str) -> None:
+    assert getattr(open_cuda_runtime()._library, function)

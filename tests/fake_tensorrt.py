@@ -1,0 +1,224 @@
+"""Stand-ins for TensorRT and CUDA: device memory is host memory, an engine is a NumPy function.
+
+They hold the session to the rules it can break without a GPU: addresses set before execution, the
+input shape set before each run, nothing executed while a stream is being captured, every buffer
+freed once. They say nothing about TensorRT itself; the `gpu` tests do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class TensorIOMode(Enum):
+    NONE = 0
+    INPUT = 1
+    OUTPUT = 2
+
+
+class DataType(Enum):
+    FLOAT = 0
+    INT64 = 1
+    FP8 = 2
+
+
+_NUMPY = {DataType.FLOAT: np.float32, DataType.INT64: np.int64}
+
+
+@dataclass(frozen=True)
+class FakeTensor:
+    name: str
+    mode: TensorIOMode
+    dtype: DataType
+    shape: tuple[int, ...]
+    """-1 is the batch."""
+
+
+TENSORS = (
+    FakeTensor("pixel_values", TensorIOMode.INPUT, DataType.FLOAT, (-1, 4)),
+    FakeTensor("visual_tokens", TensorIOMode.OUTPUT, DataType.FLOAT, (-1, 2, 2)),
+    FakeTensor("patch_index", TensorIOMode.OUTPUT, DataType.INT64, (-1, 2)),
+)
+
+
+def run_model(pixels: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    """What the fake engine computes."""
+    order = np.argsort(pixels, axis=1)[:, :2]
+    tokens = np.stack([pixels[:, :2], pixels[:, 2:] * 2], axis=1)
+    return {"visual_tokens": tokens.astype(np.float32), "patch_index": order.astype(np.int64)}
+
+
+@dataclass
+class FakeCuda:
+    """`engines.cuda_memory.Cuda` on host memory, with a queue that runs on synchronize."""
+
+    memory: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
+    pinned: set[int] = field(default_factory=set)
+    queue: list[Callable[[], None]] = field(default_factory=list)
+    capture: list[Callable[[], None]] | None = None
+    graphs: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+    streams: int = 0
+
+    def _enqueue(self, work: Callable[[], None]) -> None:
+        (self.queue if self.capture is None else self.capture).append(work)
+
+    def allocate(self, size: int) -> int:
+        block = np.zeros(size, np.uint8)
+        self.memory[block.ctypes.data] = block
+        return block.ctypes.data
+
+    def allocate_pinned(self, size: int) -> NDArray[np.uint8]:
+        block = np.zeros(size, np.uint8)
+        self.pinned.add(block.ctypes.data)
+        return block
+
+    def free(self, pointer: int) -> None:
+        del self.memory[pointer]
+
+    def free_pinned(self, buffer: NDArray[np.uint8]) -> None:
+        self.pinned.remove(buffer.ctypes.data)
+
+    def create_stream(self) -> int:
+        self.streams += 1
+        return 7
+
+    def destroy_stream(self, stream: int) -> None:
+        self.streams -= 1
+
+    def copy_to_device(self, pointer: int, source: int, size: int, stream: int) -> None:
+        assert pointer in self.memory and source in self.pinned
+        assert size <= self.memory[pointer].nbytes
+        self._enqueue(lambda: void(ctypes.memmove(pointer, source, size)))
+
+    def copy_to_host(self, destination: int, pointer: int, size: int, stream: int) -> None:
+        assert pointer in self.memory and destination in self.pinned
+        assert size <= self.memory[pointer].nbytes
+        self._enqueue(lambda: void(ctypes.memmove(destination, pointer, size)))
+
+    def synchronize(self, stream: int) -> None:
+        assert self.capture is None, "synchronizing a stream that is being captured"
+        for work in self.queue:
+            work()
+        self.queue.clear()
+
+    def begin_capture(self, stream: int) -> None:
+        self.calls.append("capture")
+        self.capture = []
+
+    def end_capture(self, stream: int) -> int:
+        assert self.capture is not None
+        number = len(self.graphs) + 1
+        self.graphs[number], self.capture = self.capture, None
+        return number
+
+    def launch(self, graph: int, stream: int) -> None:
+        self.calls.append("launch")
+        self.queue += self.graphs[graph]
+
+    def destroy_graph(self, graph: int) -> None:
+        del self.graphs[graph]
+
+
+def void(_: object) -> None:
+    """Turn an expression into a statement."""
+
+
+class FakeContext:
+    def __init__(self, cuda: FakeCuda, tensors: tuple[FakeTensor, ...]) -> None:
+        self.cuda = cuda
+        self.tensors = {tensor.name: tensor for tensor in tensors}
+        self.addresses: dict[str, int] = {}
+        self.batch: int | None = None
+        self.fails = False
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        self.addresses[name] = memory
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.batch = shape[0]
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        assert self.batch is not None
+        return (self.batch, *self.tensors[name].shape[1:])
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        assert set(self.addresses) == set(self.tensors), "an address was not set"
+        self.cuda.calls.append("execute")
+        batch = self.batch
+        assert batch is not None
+
+        def work() -> None:
+            pixels = self._array("pixel_values", batch)
+            for name, value in run_model(pixels).items():
+                if name in self.addresses:
+                    self._array(name, batch)[...] = value
+
+        self.cuda._enqueue(work)
+        return not self.fails
+
+    def _array(self, name: str, batch: int) -> NDArray[Any]:
+        tensor = self.tensors[name]
+        shape = (batch, *tensor.shape[1:])
+        dtype = np.dtype(_NUMPY[tensor.dtype])
+        block = self.cuda.memory[self.addresses[name]]
+        return block[: int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape)
+
+
+class FakeEngine:
+    def __init__(self, cuda: FakeCuda, tensors: tuple[FakeTensor, ...]) -> None:
+        self.tensors = tensors
+        self.context = FakeContext(cuda, tensors)
+        self.num_io_tensors = len(tensors)
+
+    def _tensor(self, name: str) -> FakeTensor:
+        return next(tensor for tensor in self.tensors if tensor.name == name)
+
+    def create_execution_context(self) -> FakeContext:
+        return self.context
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.tensors[index].name
+
+    def get_tensor_mode(self, name: str) -> TensorIOMode:
+        return self._tensor(name).mode
+
+    def get_tensor_dtype(self, name: str) -> DataType:
+        return self._tensor(name).dtype
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
+        rest = self._tensor(name).shape[1:]
+        return [(batch, *rest) for batch in (1, 1, 8)]
+
+
+class _Severity:
+    ERROR = 1
+
+
+def make_fake_trt(
+    cuda: FakeCuda, tensors: tuple[FakeTensor, ...] = TENSORS, *, refuses: bool = False
+) -> SimpleNamespace:
+    """Return a module-like object with what the session uses of the bindings."""
+
+    class Logger(_Severity):
+        def __init__(self, severity: int) -> None:
+            assert severity == self.ERROR
+
+    class Runtime:
+        def __init__(self, logger: Logger) -> None:
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, serialized_engine: bytes) -> FakeEngine | None:
+            return None if refuses else FakeEngine(cuda, tensors)
+
+    return SimpleNamespace(Logger=Logger, Runtime=Runtime, TensorIOMode=TensorIOMode)
