@@ -1,0 +1,244 @@
+"""The visual graph as an ONNX file that ONNX Runtime and TensorRT both take.
+
+Enters: a `VisualGraph` in float32. Leaves: one `.onnx` file (weights beside it when they are too
+many for one file) whose nodes are named after the modules they come from, because the quantizer,
+the FP16 converter and the graph check must tell the reducer's nodes from the tower's.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common as passes
+from onnxscript import opset18 as op
+
+from engines.errors import OptionError
+from engines.manifest import TensorSpec
+from export.visual_graph import INPUT, OUTPUTS, VisualGraph
+
+OPSETS = (17, 18, 19)
+"""What TensorRT 10.3 to 11 all read."""
+
+MODULE_KEY = "foveate.module"
+"""Metadata of every node: the module it was traced from, such as ``tower.layers.3.mlp.fc1``."""
+
+_PROTOBUF_LIMIT_BYTES = 2**31 - 2**20
+_MAX_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """What was written.
+
+    Attributes:
+        file: the `.onnx` file.
+        weights_file: the weights beside it, if they are.
+        inputs: what it takes.
+        outputs: what it returns.
+        opset: its ONNX operator set.
+    """
+
+    file: Path
+    weights_file: Path | None
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    opset: int
+
+
+def export_onnx(
+    graph: VisualGraph,
+    file: Path,
+    *,
+    opset: int = 18,
+    metadata: Mapping[str, str] | None = None,
+    external_weights: bool | None = None,
+) -> ExportedGraph:
+    """Write a visual graph to `file`; nothing appears there unless it passes ONNX's own checker.
+
+    Args:
+        graph: in float32.
+        file: where to write; weights go to ``<file>.data``.
+        opset: one of `OPSETS`.
+        metadata: what to write into the model, beside what Foveate says itself.
+        external_weights: keep weights in a file of their own; None does so beyond 2 GB only.
+
+    Raises:
+        OptionError: an opset that is not one of `OPSETS`.
+    """
+    if opset not in OPSETS:
+        raise OptionError(
+            f"opset {opset} is not one of {', '.join(map(str, OPSETS))}, which TensorRT 10.3 to 11 "
+            "all read. Leave it out to get 18."
+        )
+    model = _trace(graph, max(opset, 18))  # 18 is the least PyTorch writes
+    name_after_modules(model)
+    if opset == 17:
+        _downgrade_to_17(model)
+    model.metadata_props.update(metadata or {})
+    return _write(model, file, external_weights)
+
+
+def _trace(graph: VisualGraph, opset: int) -> ir.Model:
+    side = graph.image_size
+    # A batch of two, because torch.export takes a dimension of one for a constant.
+    example = torch.zeros(2, 3, side, side)
+    batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
+    with _quiet_exporter(), torch.no_grad():
+        program = torch.onnx.export(
+            graph,
+            (example,),
+            input_names=[INPUT],
+            output_names=list(OUTPUTS),
+            dynamic_shapes=({0: batch},),
+            opset_version=opset,
+            dynamo=True,
+            custom_translation_table={
+                torch.ops.aten.scaled_dot_product_attention.default: _attention_nodes
+            },
+            verbose=False,
+        )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned nothing")
+    model = program.model
+    for tidy in (
+        passes.CommonSubexpressionEliminationPass(),
+        passes.DeduplicateInitializersPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedOpsetsPass(),
+    ):
+        model = tidy(model).model
+    return model
+
+
+def _attention_nodes(query: Any, key: Any, value: Any, **options: Any) -> Any:
+    """Write `scaled_dot_product_attention` as the five nodes that runtimes fuse again.
+
+    PyTorch's own translation scales queries and keys both and reshapes around the transposition,
+    which hides the pattern from ONNX Runtime.
+    """
+    if options:
+        raise NotImplementedError(f"attention of a vision tower takes no {', '.join(options)}")
+    scale: Any = op.Constant(value_float=float(query.shape[-1]) ** -0.5)
+    logits = op.MatMul(op.Mul(query, scale), op.Transpose(key, perm=[0, 1, 3, 2]))  # [B, H, S, S]
+    return op.MatMul(op.Softmax(logits, axis=-1), value)  # [B, H, S, d]
+
+
+def name_after_modules(model: ir.Model) -> None:
+    """Name every node and weight after the module it came from, and keep that as metadata.
+
+    What else the exporter wrote about a node (source lines, stack traces) is dropped: it names
+    files of the machine the export ran on.
+    """
+    taken: Counter[str] = Counter()
+    for node in model.graph:
+        module = _module_of(node)
+        base = f"{module}/{node.op_type}" if module else node.op_type
+        taken[base] += 1
+        node.name = base if taken[base] == 1 else f"{base}_{taken[base] - 1}"
+        node.metadata_props.clear()
+        node.metadata_props[MODULE_KEY] = module
+        node.doc_string = None
+        for number, output in enumerate(node.outputs):
+            output.metadata_props.clear()
+            if not output.is_graph_output():
+                output.name = f"{node.name}:{number}"
+    _name_weights(model, taken)
+    model.graph.doc_string = model.doc_string = None
+    model.graph.name = "vision"
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+def _name_weights(model: ir.Model, taken: Counter[str]) -> None:
+    for weight in list(model.graph.initializers.values()):
+        weight.metadata_props.clear()
+        node = next(iter(weight.uses())).node
+        module = node.metadata_props[MODULE_KEY]
+        kind = "weight" if node.op_type in ("MatMul", "Gemm", "Conv") else "constant"
+        if str(weight.name).startswith(module + ".") and "." in str(weight.name):
+            continue
+        base = f"{module}.{kind}" if module else kind
+        taken[base] += 1
+        weight.name = base if taken[base] == 1 else f"{base}_{taken[base] - 1}"
+
+
+def _module_of(node: ir.Node) -> str:
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    if scopes is not None:
+        path: list[str] = [scope for scope in ast.literal_eval(scopes) if scope[:1] != "_"]
+        return path[-2] if len(path) > 1 else ""
+    # A pass made this node; it belongs to whatever it continues.
+    source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    return source.metadata_props.get(MODULE_KEY, "") if source is not None else ""
+
+
+def _downgrade_to_17(model: ir.Model) -> None:
+    """Undo what opset 18 changed about the operators used here: `axes` was an attribute.
+
+    ONNX's own converter would do it too, but forgets the nodes' metadata and stops at 2 GB. The
+    checker refuses the file should an operator ever need more than this.
+    """
+    for node in model.graph:
+        if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
+            axes = node.inputs[1].const_value if node.inputs[1] is not None else None
+            if axes is None:
+                raise RuntimeError(f"{node.name}: the axes of {node.op_type} are not constant")
+            node.attributes.pop("noop_with_empty_axes", None)
+            node.attributes.add(ir.AttrInt64s("axes", axes.numpy().tolist()))
+            node.resize_inputs(1)
+    passes.RemoveUnusedNodesPass()(model)
+    model.opset_imports[""] = 17
+
+
+def _write(model: ir.Model, file: Path, external_weights: bool | None) -> ExportedGraph:
+    size = sum(w.const_value.nbytes for w in model.graph.initializers.values() if w.const_value)
+    external = size > _PROTOBUF_LIMIT_BYTES if external_weights is None else external_weights
+    weights_name = f"{file.name}.data" if external else None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as staging:
+        staged = Path(staging) / file.name
+        ir.save(model, staged, external_data=weights_name)
+        onnx.checker.check_model(str(staged), full_check=True)
+        if weights_name is not None:
+            (Path(staging) / weights_name).replace(file.parent / weights_name)
+        staged.replace(file)
+    return ExportedGraph(
+        file=file,
+        weights_file=file.parent / weights_name if weights_name else None,
+        inputs=tuple(_spec(value) for value in model.graph.inputs),
+        outputs=tuple(_spec(value) for value in model.graph.outputs),
+        opset=model.opset_imports[""],
+    )
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    if value.name is None or value.dtype is None or value.shape is None:
+        raise RuntimeError(f"graph input or output {value!r} has no name, type or shape")
+    shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+    return TensorSpec(name=value.name, dtype=str(value.dtype.numpy()), shape=shape)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Hush what the exporter says about packages and classes that are not ours."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
