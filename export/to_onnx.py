@@ -8,6 +8,7 @@ the FP16 converter and the graph check must tell the reducer's nodes from the to
 from __future__ import annotations
 
 import ast
+import json
 import logging
 import warnings
 from collections import Counter
@@ -65,32 +66,26 @@ def export_onnx(
     metadata: Mapping[str, str] | None = None,
     external_weights: bool | None = None,
 ) -> ExportedGraph:
-    """Write a visual graph to `file`; nothing appears there unless it passes ONNX's own checker.
+    """Write a visual graph to `file`.
 
     Args:
         graph: in float32.
-        file: where to write; weights go to ``<file>.data``.
+        file: where to write; external weights go to ``<file>.data``.
         opset: one of `OPSETS`.
-        metadata: what to write into the model, beside what Foveate says itself.
-        external_weights: keep weights in a file of their own; None does so beyond 2 GB only.
+        metadata: what to write into the model beside what it says of its reducer.
+        external_weights: keep the weights in a file of their own; None: only beyond 2 GB.
 
     Raises:
-        OptionError: an opset that is not one of `OPSETS`.
+        OptionError: the opset is not one of `OPSETS`.
     """
-    if opset not in OPSETS:
-        raise OptionError(
-            f"opset {opset} is not one of {', '.join(map(str, OPSETS))}, which TensorRT 10.3 to 11 "
-            "all read. Leave it out to get 18."
-        )
-    model = _trace(graph, max(opset, 18))  # 18 is the least PyTorch writes
-    name_after_modules(model)
-    if opset == 17:
-        _downgrade_to_17(model)
+    _check_opset(opset)
+    model = trace_graph(graph)
     model.metadata_props.update(metadata or {})
-    return _write(model, file, external_weights)
+    return write_graph(model, file, opset=opset, external_weights=external_weights)
 
 
-def _trace(graph: VisualGraph, opset: int) -> ir.Model:
+def trace_graph(graph: VisualGraph) -> ir.Model:
+    """Return a visual graph as an ONNX model of opset 18, nodes named after their modules."""
     side = graph.image_size
     # A batch of two, because torch.export takes a dimension of one for a constant.
     example = torch.zeros(2, 3, side, side)
@@ -102,7 +97,7 @@ def _trace(graph: VisualGraph, opset: int) -> ir.Model:
             input_names=[INPUT],
             output_names=list(OUTPUTS),
             dynamic_shapes=({0: batch},),
-            opset_version=opset,
+            opset_version=18,
             dynamo=True,
             custom_translation_table={
                 torch.ops.aten.scaled_dot_product_attention.default: _attention_nodes
@@ -119,6 +114,16 @@ def _trace(graph: VisualGraph, opset: int) -> ir.Model:
         passes.RemoveUnusedOpsetsPass(),
     ):
         model = tidy(model).model
+    _name_after_modules(model)
+    reducer = graph.reducer.reduce
+    model.metadata_props.update(
+        {
+            "foveate.reducer": reducer.name,
+            "foveate.reducer_options": json.dumps(reducer.options),
+            "foveate.tokens": str(graph.token_count),
+            "torch": torch.__version__,
+        }
+    )
     return model
 
 
@@ -135,7 +140,7 @@ def _attention_nodes(query: Any, key: Any, value: Any, **options: Any) -> Any:
     return op.MatMul(op.Softmax(logits, axis=-1), value)  # [B, H, S, d]
 
 
-def name_after_modules(model: ir.Model) -> None:
+def _name_after_modules(model: ir.Model) -> None:
     """Name every node and weight after the module it came from, and keep that as metadata.
 
     What else the exporter wrote about a node (source lines, stack traces) is dropped: it names
@@ -184,25 +189,22 @@ def _module_of(node: ir.Node) -> str:
     return source.metadata_props.get(MODULE_KEY, "") if source is not None else ""
 
 
-def _downgrade_to_17(model: ir.Model) -> None:
-    """Undo what opset 18 changed about the operators used here: `axes` was an attribute.
+def write_graph(
+    model: ir.Model, file: Path, *, opset: int = 18, external_weights: bool | None = None
+) -> ExportedGraph:
+    """Write a traced graph; nothing appears at `file` unless ONNX's own checker accepts it.
 
-    ONNX's own converter would do it too, but forgets the nodes' metadata and stops at 2 GB. The
-    checker refuses the file should an operator ever need more than this.
+    Args:
+        model: from `trace_graph`; left at `opset`.
+        file: where to write; external weights go to ``<file>.data``.
+        opset: one of `OPSETS`.
+        external_weights: keep the weights in a file of their own; None: only beyond 2 GB.
+
+    Raises:
+        OptionError: the opset is not one of `OPSETS`.
     """
-    for node in model.graph:
-        if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
-            axes = node.inputs[1].const_value if node.inputs[1] is not None else None
-            if axes is None:
-                raise RuntimeError(f"{node.name}: the axes of {node.op_type} are not constant")
-            node.attributes.pop("noop_with_empty_axes", None)
-            node.attributes.add(ir.AttrInt64s("axes", axes.numpy().tolist()))
-            node.resize_inputs(1)
-    passes.RemoveUnusedNodesPass()(model)
-    model.opset_imports[""] = 17
-
-
-def _write(model: ir.Model, file: Path, external_weights: bool | None) -> ExportedGraph:
+    _check_opset(opset)
+    _set_opset(model, opset)
     size = sum(w.const_value.nbytes for w in model.graph.initializers.values() if w.const_value)
     external = size > _PROTOBUF_LIMIT_BYTES if external_weights is None else external_weights
     weights_name = f"{file.name}.data" if external else None
@@ -219,8 +221,36 @@ def _write(model: ir.Model, file: Path, external_weights: bool | None) -> Export
         weights_file=file.parent / weights_name if weights_name else None,
         inputs=tuple(_spec(value) for value in model.graph.inputs),
         outputs=tuple(_spec(value) for value in model.graph.outputs),
-        opset=model.opset_imports[""],
+        opset=opset,
     )
+
+
+def _check_opset(opset: int) -> None:
+    if opset not in OPSETS:
+        raise OptionError(
+            f"opset {opset} is not one of {', '.join(map(str, OPSETS))}, which TensorRT 10.3 to 11 "
+            "all read. Leave it out to get 18."
+        )
+
+
+def _set_opset(model: ir.Model, opset: int) -> None:
+    """Move a graph of opset 18 to 17 or 19.
+
+    Of the operators used here only the reductions differ: their axes were an attribute until 17.
+    ONNX's own converter knows that too, but forgets what a node's module was and stops at 2 GB.
+    Should an operator ever need more than this, the checker refuses the file.
+    """
+    for node in model.graph:
+        if opset == 17 and node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
+            given = node.inputs[1] if len(node.inputs) == 2 else None
+            axes = given.const_value if given is not None else None
+            if axes is None:
+                raise RuntimeError(f"{node.name}: the axes of {node.op_type} are not constant")
+            node.attributes.pop("noop_with_empty_axes", None)
+            node.attributes.add(ir.AttrInt64s("axes", axes.numpy().tolist()))
+            node.resize_inputs(1)
+    passes.RemoveUnusedNodesPass()(model)
+    model.opset_imports[""] = opset
 
 
 def _spec(value: ir.Value) -> TensorSpec:
