@@ -1,0 +1,276 @@
+"""`python -m export.build`: a checkpoint becomes a bundle.
+
+Enters: `BuildOptions`. Leaves: a bundle directory, whole or not at all, and a `BuildReport`. The
+steps are plan, export the vision graph of each budget, export the language model, publish.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Protocol, get_args
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+
+from engines import cli
+from engines.bundle import BundleDraft, write_bundle
+from engines.errors import OptionError
+from engines.manifest import LlmPrecision, Manifest, Precision, ReducerSpec, VisionGraph
+from export.build_plan import Budget, BuildOptions, BuildPlan, plan_build
+from export.decoder import export_language
+from export.reducers import REDUCERS, Reducer
+from export.to_onnx import export_onnx
+from export.visual_graph import build_visual_graph
+
+_TOOLS = ("foveate", "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
+_EXAMPLES = (
+    "`python -m export.build --model models/pocket-llava --out build/pocket`",
+    "`python -m export.build --model llava-hf/llava-1.5-7b-hf --tokens 64,192 --out build/llava`",
+    "`python -m export.build --model DIR --reducer prumerge_plus --tokens 144 --dry-run --out B`",
+)
+
+
+class Progress(Protocol):
+    """What a build tells while it runs; `rich.progress` is behind it on the command line."""
+
+    def __call__(self, line: str, done: float) -> None:
+        """Say what is being done, and the share of the whole build that is behind, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What was built.
+
+    Attributes:
+        bundle: its directory.
+        bytes: size of each file in it.
+        seconds: how long each step took.
+    """
+
+    bundle: Path
+    bytes: dict[str, int]
+    seconds: dict[str, float]
+
+
+def build_bundle(
+    options: BuildOptions, progress: Progress = lambda line, done: None
+) -> BuildReport:
+    """Build a bundle.
+
+    Raises:
+        FoveateError: the options, the checkpoint or the disk do not allow it; nothing is left.
+    """
+    progress(f"Opening {options.model}", 0.0)
+    plan = plan_build(options)
+    steps = len(plan.reducers) + 2
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(name: str, line: str) -> Iterator[None]:
+        progress(line, len(seconds) / steps)
+        start = time.perf_counter()
+        yield
+        seconds[name] = round(time.perf_counter() - start, 2)
+
+    with write_bundle(options.out, overwrite=options.overwrite) as draft:
+        graphs = []
+        for reducer in plan.reducers:
+            count = reducer.token_count(plan.patches)
+            line = f"Vision graph: {reducer.name}, {count} of {plan.patches} visual tokens"
+            with step(f"vision_{count}", line):
+                graphs.append(_export_graph(plan, reducer, options.opset, draft))
+        with step("language_model", f"Language model: {options.llm_precision}"):
+            begun = len(seconds)
+            language = export_language(
+                plan.checkpoint,
+                draft.root,
+                options.llm_precision,
+                progress=lambda done, layers: progress(
+                    f"Language model: layer {done} of {layers}", (begun + done / layers) / steps
+                ),
+            )
+        draft.describe(
+            Manifest(
+                model=plan.checkpoint.name,
+                target=plan.target.name,
+                vision=tuple(graphs),
+                preprocessing=plan.checkpoint.preprocessing,
+                text=language.text,
+                prompt=language.prompt,
+                language_models=(language.model,),
+                versions={tool: version(tool) for tool in _TOOLS},
+            )
+        )
+        progress("Hashing and publishing", len(seconds) / steps)
+    progress("Done", 1.0)
+    files = sorted(file for file in options.out.rglob("*") if file.is_file())
+    sizes = {file.relative_to(options.out).as_posix(): file.stat().st_size for file in files}
+    return BuildReport(options.out, sizes, seconds)
+
+
+def _export_graph(plan: BuildPlan, reducer: Reducer, opset: int, draft: BundleDraft) -> VisionGraph:
+    count = reducer.token_count(plan.patches)
+    relative = f"vision/{reducer.name}_{count}.onnx"
+    exported = export_onnx(
+        build_visual_graph(plan.checkpoint, reducer),
+        draft.path(relative),
+        opset=opset,
+        metadata={"model": plan.checkpoint.name},
+    )
+    return VisionGraph(
+        file=relative,
+        inputs=exported.inputs,
+        outputs=exported.outputs,
+        reducer=ReducerSpec(name=reducer.name, tokens=count, options=dict(reducer.options)),
+        precision=plan.precision,
+        opset=exported.opset,
+        patch_rows=plan.patch_side,
+        patch_columns=plan.patch_side,
+    )
+
+
+def main(
+    model: Annotated[
+        str, typer.Option(help="LLaVA checkpoint: a directory, or a Hugging Face name.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the bundle.")],
+    target: Annotated[
+        str, typer.Option(help="Device; `python -m engines.targets` lists them.")
+    ] = "cpu",
+    reducer: Annotated[str, typer.Option(help=f"One of {', '.join(REDUCERS)}.")] = "visionzip",
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Visual tokens to leave (64 if left out). Several, such as 64,192,all, give a "
+            "graph each; `runtime.ask --tokens` chooses."
+        ),
+    ] = None,
+    dominant: Annotated[
+        int | None, typer.Option(help="VisionZip: tokens kept as they are, class token included.")
+    ] = None,
+    contextual: Annotated[
+        int | None, typer.Option(help="VisionZip: tokens that merge what is not kept.")
+    ] = None,
+    merge: Annotated[
+        str | None, typer.Option(help="VisionZip: `mean` (the paper) or `reference` (its code).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Reducer `random`: its seed.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Of the vision graph; left out, the target's default.")
+    ] = None,
+    llm_precision: Annotated[str, typer.Option(help="int4 or fp32.")] = "int4",
+    opset: Annotated[int, typer.Option(help="ONNX operator set: 17, 18 or 19.")] = 18,
+    targets: Annotated[Path | None, typer.Option(help="TOML file of your own targets.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the bundle at --out.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, write nothing.")] = False,
+    as_json: cli.JsonOption = False,
+) -> int:
+    """Build a bundle: one vision graph (tower, reducer, projector) and a quantized decoder.
+
+    The bundle is written whole or not at all. What it needs of the checkpoint is read part by
+    part, so a 7B model needs memory for its largest part only.
+    """
+    given = {"dominant": dominant, "contextual": contextual, "merge": merge, "seed": seed}
+    reducer_options = {name: value for name, value in given.items() if value is not None}
+    options = BuildOptions(
+        model=model,
+        out=out,
+        target=target,
+        reducer=reducer,
+        tokens=_read_budgets(tokens, reducer_options),
+        reducer_options=reducer_options,
+        precision=_one_of("--precision", precision, Precision) if precision else None,
+        llm_precision=_one_of("--llm-precision", llm_precision, LlmPrecision),
+        opset=opset,
+        targets_file=targets,
+        overwrite=overwrite,
+    )
+    if dry_run:
+        _tell_plan(plan_build(options), options, as_json)
+        return 0
+    with _progress_bar() as progress:
+        report = build_bundle(options, progress)
+    _tell_report(report, as_json)
+    return 0
+
+
+def _read_budgets(text: str | None, reducer_options: dict[str, Any]) -> tuple[Budget, ...]:
+    """Read ``"64"`` or ``"32,64,all"``."""
+    if text is None:
+        counted = {"dominant", "contextual"} <= set(reducer_options)
+        return () if counted else BuildOptions.tokens
+    words = [word.strip() for word in text.split(",")]
+    wrong = [word for word in words if word != "all" and not word.isdecimal()]
+    if wrong:
+        raise OptionError(
+            f"--tokens {text}: {', '.join(map(repr, wrong))} is not a number of tokens. Give one "
+            "or more with commas between them, such as 64 or 32,64,all."
+        )
+    return tuple("all" if word == "all" else int(word) for word in words)
+
+
+def _one_of(option: str, value: str, choices: Any) -> Any:
+    known = get_args(choices)
+    if value not in known:
+        raise OptionError(f"{option} {value}: expected one of {', '.join(known)}.")
+    return value
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Progress]:
+    columns = (BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with RichProgress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("Starting", total=1.0)
+        yield lambda line, done: bar.update(task, description=line, completed=done)
+
+
+def _tell_plan(plan: BuildPlan, options: BuildOptions, as_json: bool) -> None:
+    graphs = [
+        {"reducer": one.name, "tokens": one.token_count(plan.patches), **one.options}
+        for one in plan.reducers
+    ]
+    if as_json:
+        cli.print_json(
+            {
+                "model": plan.checkpoint.name,
+                "target": plan.target.name,
+                "precision": plan.precision,
+                "llm_precision": options.llm_precision,
+                "patches": plan.patches,
+                "vision": graphs,
+                "bundle": str(options.out),
+            }
+        )
+        return
+    print(f"{plan.checkpoint.name} for {plan.target.title}, nothing written (--dry-run):")
+    for graph in graphs:
+        chosen = ", ".join(f"{k} {v}" for k, v in graph.items() if k not in ("reducer", "tokens"))
+        detail = f" ({chosen})" if chosen else ""
+        print(
+            f"  vision graph  {plan.precision}, {graph['reducer']}{detail}: "
+            f"{graph['tokens']} of {plan.patches} visual tokens"
+        )
+    print(f"  decoder       {options.llm_precision}, ONNX Runtime")
+    print(f"  into          {options.out}")
+
+
+def _tell_report(report: BuildReport, as_json: bool) -> None:
+    if as_json:
+        cli.print_json({**asdict(report), "bundle": str(report.bundle)})
+        return
+    for name, size in report.bytes.items():
+        print(f"  {size / 1e6:10.2f} MB  {name}")
+    total = sum(report.bytes.values()) / 1e6
+    print(f"  {total:10.2f} MB  {report.bundle} in {sum(report.seconds.values()):.0f} s")
+    print(f'\nNext: python -m runtime.ask {report.bundle} PICTURE "What is in the picture?"')
+
+
+if __name__ == "__main__":
+    cli.run(main, _EXAMPLES)

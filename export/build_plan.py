@@ -1,0 +1,95 @@
+"""What to build, and whether it can be: everything that can be refused early is refused here.
+
+Enters: `BuildOptions` as the user gives them. Leaves: a `BuildPlan`, with the checkpoint opened,
+the target found and every reducer made; nothing has been written yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from engines.bundle import refuse_occupied
+from engines.errors import OptionError
+from engines.manifest import LlmPrecision, Precision
+from engines.targets import Target, find_target
+from export.checkpoint import Checkpoint, open_checkpoint
+from export.reducers import Reducer, reducer_for_budget
+
+Budget = int | Literal["all"]
+"""Visual tokens to leave; ``"all"`` means no reduction."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build.
+
+    Attributes:
+        model: a LLaVA checkpoint's directory, or the name of a Hugging Face repository.
+        out: the bundle's directory.
+        target: the device, a name of `engines.targets`.
+        reducer: a name of `export.reducers.REDUCERS`.
+        tokens: a graph is built for each; with none, for what the reducer's options leave.
+        reducer_options: options of the reducer, which take precedence over what a budget implies.
+        precision: of the vision graph; None takes the target's default.
+        llm_precision: of the language model.
+        opset: of the vision graph.
+        targets_file: a TOML file of the user's own targets.
+        overwrite: replace a bundle that is already there.
+    """
+
+    model: str
+    out: Path
+    target: str = "cpu"
+    reducer: str = "visionzip"
+    tokens: tuple[Budget, ...] = (64,)
+    reducer_options: Mapping[str, int | float | str] = field(default_factory=dict)
+    precision: Precision | None = None
+    llm_precision: LlmPrecision = "int4"
+    opset: int = 18
+    targets_file: Path | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What will be built, checked before anything slow starts."""
+
+    checkpoint: Checkpoint
+    target: Target
+    precision: Precision
+    reducers: tuple[Reducer, ...]
+    patch_side: int
+
+    @property
+    def patches(self) -> int:
+        """How many patches the tower makes of a picture."""
+        return self.patch_side**2
+
+
+def plan_build(options: BuildOptions) -> BuildPlan:
+    """Check the options against the target, the checkpoint and the disk.
+
+    Raises:
+        FoveateError: something cannot be served; nothing was written.
+    """
+    target = find_target(options.target, options.targets_file)
+    precision = target.check_precision(options.precision or target.default_precision)
+    if precision != "fp32":
+        raise OptionError(
+            f"--precision {precision} is not built yet by this version. Use --precision fp32."
+        )
+    refuse_occupied(options.out, options.overwrite)
+    checkpoint = open_checkpoint(options.model)
+    side = checkpoint.vision_config.image_size // checkpoint.vision_config.patch_size
+    budgets = options.tokens or (None,)
+    reducers = tuple(_choose_reducer(options, budget, side**2) for budget in budgets)
+    return BuildPlan(checkpoint, target, precision, reducers, side)
+
+
+def _choose_reducer(options: BuildOptions, budget: Budget | None, patches: int) -> Reducer:
+    if budget == "all":
+        return reducer_for_budget("none", None, patches)
+    return reducer_for_budget(options.reducer, budget, patches, **options.reducer_options)
