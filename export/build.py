@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
-from engines import cli
+from engines import __version__, cli
 from engines.bundle import BundleDraft, write_bundle
 from engines.errors import OptionError
 from engines.manifest import LlmPrecision, Manifest, Precision, ReducerSpec, VisionGraph
@@ -29,7 +29,7 @@ from export.reducers import REDUCERS, Reducer
 from export.to_onnx import export_onnx
 from export.visual_graph import build_visual_graph
 
-_TOOLS = ("foveate", "torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
+_TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
 _EXAMPLES = (
     "`python -m export.build --model models/pocket-llava --out build/pocket`",
     "`python -m export.build --model llava-hf/llava-1.5-7b-hf --tokens 64,192 --out build/llava`",
@@ -105,7 +105,7 @@ def build_bundle(
                 text=language.text,
                 prompt=language.prompt,
                 language_models=(language.model,),
-                versions={tool: version(tool) for tool in _TOOLS},
+                versions={"foveate": __version__} | {tool: version(tool) for tool in _TOOLS},
             )
         )
         progress("Hashing and publishing", len(seconds) / steps)

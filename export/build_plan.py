@@ -83,7 +83,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         )
     refuse_occupied(options.out, options.overwrite)
     checkpoint = open_checkpoint(options.model)
-    side = checkpoint.vision_config.image_size // checkpoint.vision_config.patch_size
+    side = checkpoint.patch_side
     budgets = options.tokens or (None,)
     reducers = tuple(_choose_reducer(options, budget, side**2) for budget in budgets)
     return BuildPlan(checkpoint, target, precision, reducers, side)

@@ -84,6 +84,12 @@ class Checkpoint:
     preprocessing: Preprocessing
 
     @property
+    def patch_side(self) -> int:
+        """Patches along one side of the picture (LLaVA-1.5: 24)."""
+        config: Any = self.vision_config
+        return int(config.image_size) // int(config.patch_size)
+
+    @property
     def keeps_class_token(self) -> bool:
         """Whether the language model was trained with the class token among the visual tokens.
 
