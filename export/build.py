@@ -131,8 +131,8 @@ def _export_graph(plan: BuildPlan, reducer: Reducer, opset: int, draft: BundleDr
         reducer=ReducerSpec(name=reducer.name, tokens=count, options=dict(reducer.options)),
         precision=plan.precision,
         opset=exported.opset,
-        patch_rows=plan.patch_side,
-        patch_columns=plan.patch_side,
+        patch_rows=plan.checkpoint.patch_side,
+        patch_columns=plan.checkpoint.patch_side,
     )
 
 
@@ -149,7 +149,7 @@ def main(
         str | None,
         typer.Option(
             help="Visual tokens to leave (64 if left out). Several, such as 64,192,all, give a "
-            "graph each; `runtime.ask --tokens` chooses."
+            "graph each; `runtime.ask --visual-tokens` chooses."
         ),
     ] = None,
     dominant: Annotated[
@@ -184,7 +184,7 @@ def main(
         out=out,
         target=target,
         reducer=reducer,
-        tokens=_read_budgets(tokens, reducer_options),
+        tokens=_read_budgets(tokens, reducer, reducer_options),
         reducer_options=reducer_options,
         precision=_one_of("--precision", precision, Precision) if precision else None,
         llm_precision=_one_of("--llm-precision", llm_precision, LlmPrecision),
@@ -195,14 +195,18 @@ def main(
     if dry_run:
         _tell_plan(plan_build(options), options, as_json)
         return 0
-    with _progress_bar() as progress:
+    with show_progress() as progress:
         report = build_bundle(options, progress)
     _tell_report(report, as_json)
     return 0
 
 
-def _read_budgets(text: str | None, reducer_options: dict[str, Any]) -> tuple[Budget, ...]:
-    """Read ``"64"`` or ``"32,64,all"``."""
+def _read_budgets(
+    text: str | None, reducer: str, reducer_options: dict[str, Any]
+) -> tuple[Budget, ...]:
+    """Read ``"64"`` or ``"32,64,all"``; left out, what the reducer implies."""
+    if text is None and reducer == "none":
+        return ("all",)
     if text is None:
         counted = {"dominant", "contextual"} <= set(reducer_options)
         return () if counted else BuildOptions.tokens
@@ -224,7 +228,7 @@ def _one_of(option: str, value: str, choices: Any) -> Any:
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Progress]:
+def show_progress() -> Iterator[Progress]:
     columns = (BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}"))
     with RichProgress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("Starting", total=1.0)

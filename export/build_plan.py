@@ -16,7 +16,7 @@ from engines.errors import OptionError
 from engines.manifest import LlmPrecision, Precision
 from engines.targets import Target, find_target
 from export.checkpoint import Checkpoint, open_checkpoint
-from export.reducers import Reducer, reducer_for_budget
+from export.reducers import Reducer, make_reducer, reducer_for_budget
 
 Budget = int | Literal["all"]
 """Visual tokens to leave; ``"all"`` means no reduction."""
@@ -31,7 +31,7 @@ class BuildOptions:
         out: the bundle's directory.
         target: the device, a name of `engines.targets`.
         reducer: a name of `export.reducers.REDUCERS`.
-        tokens: a graph is built for each; with none, for what the reducer's options leave.
+        tokens: a graph is built for each; without any, for what the reducer's options leave.
         reducer_options: options of the reducer, which take precedence over what a budget implies.
         precision: of the vision graph; None takes the target's default.
         llm_precision: of the language model.
@@ -61,12 +61,11 @@ class BuildPlan:
     target: Target
     precision: Precision
     reducers: tuple[Reducer, ...]
-    patch_side: int
 
     @property
     def patches(self) -> int:
         """How many patches the tower makes of a picture."""
-        return self.patch_side**2
+        return self.checkpoint.patch_side**2
 
 
 def plan_build(options: BuildOptions) -> BuildPlan:
@@ -83,13 +82,19 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         )
     refuse_occupied(options.out, options.overwrite)
     checkpoint = open_checkpoint(options.model)
-    side = checkpoint.patch_side
-    budgets = options.tokens or (None,)
-    reducers = tuple(_choose_reducer(options, budget, side**2) for budget in budgets)
-    return BuildPlan(checkpoint, target, precision, reducers, side)
+    reducers = tuple(
+        _choose_reducer(options, budget, checkpoint) for budget in options.tokens or (None,)
+    )
+    return BuildPlan(checkpoint, target, precision, reducers)
 
 
-def _choose_reducer(options: BuildOptions, budget: Budget | None, patches: int) -> Reducer:
+def _choose_reducer(
+    options: BuildOptions, budget: Budget | None, checkpoint: Checkpoint
+) -> Reducer:
+    patches = checkpoint.patch_side**2
+    given = dict(options.reducer_options)
     if budget == "all":
-        return reducer_for_budget("none", None, patches)
-    return reducer_for_budget(options.reducer, budget, patches, **options.reducer_options)
+        return make_reducer("none", class_token=checkpoint.keeps_class_token)
+    if options.reducer == "none":
+        given.setdefault("class_token", checkpoint.keeps_class_token)
+    return reducer_for_budget(options.reducer, budget, patches, **given)

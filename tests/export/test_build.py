@@ -1,0 +1,123 @@
+"""The build: a bundle whole or not at all, and every refusal before the first slow step."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.bundle import Bundle, open_bundle
+from engines.errors import BundleError, FoveateError
+from export import build as build_module
+from export.build import build_bundle
+from export.build_plan import BuildOptions, plan_build
+from runtime.vision import VisionEncoder
+
+
+@pytest.fixture(scope="session")
+def built(language_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle with two budgets of the tiny checkpoint."""
+    out = tmp_path_factory.mktemp("built") / "bundle"
+    lines: list[str] = []
+    options = BuildOptions(str(language_checkpoint), out, tokens=(8, "all"), llm_precision="fp32")
+    report = build_bundle(options, lambda line, done: lines.append(line))
+    assert lines[-1] == "Done"
+    assert set(report.seconds) == {"vision_8", "vision_16", "language_model"}
+    assert report.bytes["vision/visionzip_8.onnx"] > 0
+    return open_bundle(out)
+
+
+def test_bundle_holds_a_graph_for_each_budget(built: Bundle) -> None:
+    first, second = built.manifest.vision
+    assert (first.reducer.name, first.reducer.tokens) == ("visionzip", 8)
+    assert first.reducer.options == {"dominant": 7, "contextual": 1, "merge": "mean"}
+    assert (second.reducer.name, second.reducer.tokens) == ("none", 16)
+    picture = np.random.default_rng(0).integers(0, 256, (1, 40, 30, 3), dtype=np.uint8)
+    for graph in built.manifest.vision:
+        with VisionEncoder(built, tokens=graph.reducer.tokens) as encoder:
+            encoded = encoder.encode(picture)
+        assert encoded.tokens.shape == (1, graph.reducer.tokens, 64)
+        assert encoded.valid.tolist() == [graph.reducer.tokens]
+
+
+def test_bundle_says_what_built_it(built: Bundle) -> None:
+    assert {"foveate", "torch", "onnx"} <= set(built.manifest.versions)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model": "no/such/place"}, "no such directory"),
+        ({"target": "jetson-oron"}, "Did you mean jetson-orin"),
+        ({"reducer": "visionzipp"}, "Did you mean 'visionzip'"),
+        ({"tokens": (17,)}, "17"),
+        ({"reducer": "none", "tokens": (4,)}, "16 of 16"),
+        ({"reducer_options": {"merge": "median"}}, "median"),
+        ({"precision": "int8"}, "--precision"),
+    ],
+)
+def test_refusals_leave_nothing(
+    language_checkpoint: Path, tmp_path: Path, change: dict[str, object], says: str
+) -> None:
+    fields = {"model": str(language_checkpoint), "out": tmp_path / "bundle"} | change
+    with pytest.raises(FoveateError, match=says):
+        build_bundle(BuildOptions(**fields))  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(
+    language_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(build_module, "export_language", fill)
+    with pytest.raises(BundleError, match="No room to write"):
+        build_bundle(BuildOptions(str(language_checkpoint), tmp_path / "bundle", tokens=(4,)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_old_bundle_is_kept_unless_told(built: Bundle, language_checkpoint: Path) -> None:
+    with pytest.raises(BundleError, match="--overwrite"):
+        plan_build(BuildOptions(str(language_checkpoint), built.root))
+    plan_build(BuildOptions(str(language_checkpoint), built.root, tokens=(8,), overwrite=True))
+
+
+@pytest.fixture
+def run_build(language_checkpoint: Path, tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """Run the command; returns exit code, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        command = [sys.executable, "-m", "export.build", "--model", str(language_checkpoint)]
+        command += ["--out", str(tmp_path / "bundle"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+def test_dry_run_prints_one_object_and_writes_nothing(
+    run_build: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    code, out, _ = run_build(
+        "--dominant", "5", "--contextual", "3", "--dry-run", "--json", "--target", "cpu"
+    )
+    assert code == 0
+    plan = json.loads(out)
+    assert plan["vision"] == [
+        {"reducer": "visionzip", "tokens": 8, "dominant": 5, "contextual": 3, "merge": "mean"}
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_option_ends_with_two(run_build: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run_build("--tokens", "64,many")
+    assert (code, out) == (2, "")
+    assert "'many' is not a number of tokens" in err
+    assert "Traceback" not in err
