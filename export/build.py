@@ -229,6 +229,7 @@ def _one_of(option: str, value: str, choices: Any) -> Any:
 
 @contextmanager
 def show_progress() -> Iterator[Progress]:
+    """Give a build somewhere to tell its progress: a bar on stderr."""
     columns = (BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}"))
     with RichProgress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("Starting", total=1.0)
