@@ -33,3 +33,7 @@ class EngineError(FoveateError):
 
 class BackendError(FoveateError):
     """An LLM backend that cannot be started or refused its input."""
+
+
+class SourceError(FoveateError):
+    """A camera, video, bag or folder that frames cannot be read from."""
