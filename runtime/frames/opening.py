@@ -1,0 +1,118 @@
+"""From what a person types to a source of frames.
+
+Enters: one text, such as `clip.mp4`, `/dev/video0`, `csi:0` or `rtsp://camera/stream`. Leaves: an
+open `FrameSource`, or a `SourceError` that says what could have been typed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from engines.errors import OptionError, SourceError
+from runtime.frames.bag import Bag, is_bag
+from runtime.frames.frame import Reader
+from runtime.frames.gstreamer import PRESETS, open_gstreamer, pipeline_from_preset
+from runtime.frames.live_stream import NETWORK_SCHEMES, open_network_stream, open_v4l2_camera
+from runtime.frames.picture_files import PICTURE_SUFFIXES, PictureFiles
+from runtime.frames.source import FrameSource, Rotation, SourceOptions
+from runtime.frames.stdin import StdinFrames, StdinStream
+from runtime.frames.video_file import VideoFile
+
+KINDS = """\
+picture.jpg, folder/          pictures, a folder in the order of its names
+clip.mp4                      a video file
+/dev/video0, 0                a USB camera; ?video_size=1280x720&framerate=30&input_format=mjpeg
+csi:0                         a Jetson's CSI camera; ?width=1280&height=720&fps=30&flip=2
+usb-nv:, rtsp-nv:             cameras decoded by a Jetson's hardware; ?location=rtsp://...
+gst:PIPELINE                  a GStreamer pipeline without its sink
+rtsp://host/path              a network camera; also http, udp, tcp, srt, rtmp
+log.bag, log.mcap, bag/       a ROS 1 or 2 bag or an MCAP file; --topic where it has several
+-                             standard input, in a format FFmpeg reads
+-:640x480                     standard input, bare RGB frames"""
+
+
+def open_source(
+    spec: str,
+    *,
+    rotate: Rotation = 0,
+    crop: tuple[int, int, int, int] | None = None,
+    fps: float | None = None,
+    topic: str | None = None,
+) -> FrameSource:
+    """Open a camera, a video, a bag or pictures.
+
+    Args:
+        spec: what to open; `KINDS` lists the forms.
+        rotate: degrees clockwise, applied after the crop.
+        crop: x, y, width and height in pixels of the source's own frames.
+        fps: most frames per second.
+        topic: name or message type of a bag's topic.
+
+    Raises:
+        OptionError: an option is not possible, or has no meaning for this source.
+        SourceError: the source cannot be opened.
+    """
+    options = SourceOptions(rotate=rotate, crop=crop, fps=fps, topic=topic)
+    reader = _open_reader(spec.strip(), topic)
+    if topic is not None and not isinstance(reader, Bag):
+        reader.close()
+        raise OptionError(f"{spec} has no topics. Leave --topic out, or give a bag.")
+    return FrameSource(reader, options)
+
+
+def crop_from_text(text: str) -> tuple[int, int, int, int]:
+    """Read ``x,y,width,height``.
+
+    Raises:
+        OptionError: it is not four whole numbers.
+    """
+    pieces = [piece.strip() for piece in text.split(",")]
+    if len(pieces) != 4 or not all(piece.isdecimal() for piece in pieces):
+        raise OptionError(f"The crop is {text!r}, expected x,y,width,height as in 100,0,800,600.")
+    x, y, width, height = map(int, pieces)
+    return x, y, width, height
+
+
+def _open_reader(spec: str, topic: str | None) -> Reader:
+    if spec == "-" or spec.startswith("-:"):
+        return StdinFrames(spec[2:]) if spec[1:] else StdinStream()
+    head, colon, rest = spec.partition(":")
+    if colon and head in NETWORK_SCHEMES and rest.startswith("//"):
+        return open_network_stream(spec)
+    pipeline = _pipeline(spec)
+    if pipeline is not None:
+        return open_gstreamer(pipeline)
+    device, _, query = spec.partition("?")
+    if device.isdecimal() or device.startswith("/dev/video"):
+        path = f"/dev/video{device}" if device.isdecimal() else device
+        return open_v4l2_camera(path, dict(parse_qsl(query)))
+    return _open_path(Path(spec).expanduser(), topic)
+
+
+def _pipeline(spec: str) -> str | None:
+    head, colon, rest = spec.partition(":")
+    if colon and head == "gst":
+        return rest
+    if " ! " in spec:
+        return spec
+    if head not in PRESETS:
+        return None
+    sensor, _, query = rest.partition("?")
+    values = dict(parse_qsl(query))
+    if sensor:
+        values["id"] = sensor
+    return pipeline_from_preset(head, values)
+
+
+def _open_path(path: Path, topic: str | None) -> Reader:
+    if not path.exists():
+        raise SourceError(f"{path}: there is no such file or device. A source is one of:\n{KINDS}")
+    if not os.access(path, os.R_OK):
+        raise SourceError(f"{path} may not be read by this user. Change its permissions.")
+    if is_bag(path):
+        return Bag(path, topic)
+    if path.is_dir() or path.suffix.lower() in PICTURE_SUFFIXES:
+        return PictureFiles(path)
+    return VideoFile(path)

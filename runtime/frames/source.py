@@ -1,0 +1,135 @@
+"""A source of frames: one reader, seen through a rotation, a crop and a frame rate.
+
+Enters: a `Reader` of any kind. Leaves: frames, in RGB and upright. What cannot be read is counted
+in `FrameSource.errors` and skipped: one bad packet must not end a robot's day.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+
+from engines.errors import OptionError, PictureError, SourceError
+from runtime.frames.frame import Frame, Picture, Reader, ReadErrors
+
+Rotation = Literal[0, 90, 180, 270]
+
+_EARLY = 0.1
+"""A frame may come this share of a period early; cameras do not keep time exactly."""
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a source is looked at.
+
+    Attributes:
+        rotate: degrees clockwise, applied after the crop.
+        crop: x, y, width and height in pixels of the source's own frames; None for all of it.
+        fps: most frames per second; None for all of them.
+        topic: name or message type of the topic of a bag that has several.
+    """
+
+    rotate: Rotation = 0
+    crop: tuple[int, int, int, int] | None = None
+    fps: float | None = None
+    topic: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.rotate not in (0, 90, 180, 270):
+            problems.append(f"rotate is {self.rotate}, expected 0, 90, 180 or 270 degrees.")
+        if self.crop is not None and (
+            len(self.crop) != 4 or min(self.crop) < 0 or min(self.crop[2:]) < 1
+        ):
+            problems.append(
+                f"crop is {self.crop}, expected x, y, width, height in pixels, for example "
+                "100,0,800,600."
+            )
+        if self.fps is not None and not self.fps > 0:
+            problems.append(f"fps is {self.fps}, expected more than 0.")
+        if problems:
+            raise OptionError(" ".join(problems))
+
+
+class FrameSource:
+    """Frames of one reader; iterate over it once, and use it as a context manager.
+
+    Attributes:
+        name: what the source is called.
+        live: whether frames are lost when nobody takes them.
+        errors: what could not be read so far.
+    """
+
+    def __init__(self, reader: Reader, options: SourceOptions | None = None) -> None:
+        self.name = reader.name
+        self.live = reader.live
+        self.errors = ReadErrors(reader.name)
+        self._reader = reader
+        self._options = options or SourceOptions()
+        self._clock = FrameClock(self._options.fps)
+
+    def __iter__(self) -> Iterator[Frame]:
+        for capture in self._reader.captures(self.errors):
+            if not self._clock.wants(capture.timestamp_ns):
+                continue
+            try:
+                image = self._view(capture.image())
+            except (SourceError, PictureError) as error:
+                self.errors.count("undecodable", error)
+                continue
+            yield Frame(image, capture.timestamp_ns, self.name)
+
+    def _view(self, image: Picture) -> Picture:
+        if self._options.crop is not None:
+            x, y, width, height = self._options.crop
+            rows, columns = image.shape[:2]
+            if x + width > columns or y + height > rows:
+                raise SourceError(
+                    f"the crop {x},{y},{width},{height} reaches outside a frame of "
+                    f"{columns}x{rows} pixels. Make it smaller."
+                )
+            image = image[y : y + height, x : x + width]
+        if self._options.rotate:
+            image = np.rot90(image, k=-self._options.rotate // 90)
+        return np.ascontiguousarray(image)
+
+    def close(self) -> None:
+        """Stop, from any thread; calling it again does nothing."""
+        self._reader.close()
+
+    def __enter__(self) -> FrameSource:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class FrameClock:
+    """Chooses frames by their time so that at most ``fps`` of them are taken per second."""
+
+    def __init__(self, fps: float | None) -> None:
+        self._period_ns = None if fps is None else 1e9 / fps
+        self._due_ns: float | None = None
+
+    def wants(self, timestamp_ns: int) -> bool:
+        """Say whether the frame of that time is to be taken."""
+        if self._period_ns is None:
+            return True
+        due, period = self._due_ns, self._period_ns
+        # A clock that was set back, or a gap, starts the schedule anew.
+        if due is None or not due - 2 * period < timestamp_ns < due + period:
+            self._due_ns = timestamp_ns + period
+            return True
+        if timestamp_ns < due - _EARLY * period:
+            return False
+        self._due_ns = due + period
+        return True

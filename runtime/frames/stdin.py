@@ -1,0 +1,84 @@
+"""Frames from standard input: whatever another program can write to a pipe.
+
+Either a stream that FFmpeg can read (MJPEG, MPEG-TS, Matroska, YUV4MPEG2), or bare RGB24 frames of
+a given size, which need nothing but NumPy.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import BinaryIO
+
+import numpy as np
+
+from engines.errors import SourceError
+from runtime.frames.decoding import captures_of, open_container
+from runtime.frames.frame import Capture, Picture, ReadErrors
+
+
+class StdinStream:
+    """Standard input in a format that FFmpeg knows."""
+
+    live = True
+    name = "stdin"
+
+    def __init__(self, stream: BinaryIO | None = None) -> None:
+        """Wait for the stream's header.
+
+        Raises:
+            SourceError: it is no video.
+        """
+        self._closed = threading.Event()
+        self._container = open_container(self.name, stream or sys.stdin.buffer)
+
+    def captures(self, errors: ReadErrors) -> Iterator[Capture]:
+        """Yield pictures until the writer closes the pipe."""
+        return captures_of(self._container, errors, self._closed.is_set, wall_clock=True)
+
+    def close(self) -> None:
+        """Stop after the read in progress."""
+        self._closed.set()
+
+
+class StdinFrames:
+    """Standard input as bare frames of one size: height x width x 3 bytes each, RGB."""
+
+    live = True
+    name = "stdin"
+
+    def __init__(self, size: str, stream: BinaryIO | None = None) -> None:
+        """Take the size, for example ``640x480``.
+
+        Raises:
+            SourceError: the size is not width x height.
+        """
+        width, _, height = size.partition("x")
+        if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+            raise SourceError(f"The frame size is {size!r}, expected WIDTHxHEIGHT as in -:640x480.")
+        self._shape = (int(height), int(width), 3)
+        self._stream = stream or sys.stdin.buffer
+        self._closed = threading.Event()
+
+    def captures(self, errors: ReadErrors) -> Iterator[Capture]:
+        """Yield frames until the writer closes the pipe; a piece of one at the end is counted."""
+        frame_bytes = int(np.prod(self._shape))
+        while not self._closed.is_set():
+            data = self._stream.read(frame_bytes)
+            if len(data) < frame_bytes:
+                if data:
+                    errors.count(
+                        "cut short", f"the last frame has {len(data)} of {frame_bytes} bytes"
+                    )
+                return
+            yield Capture(time.time_ns(), partial(self._image, data))
+
+    def _image(self, data: bytes) -> Picture:
+        return np.frombuffer(data, np.uint8).reshape(self._shape)
+
+    def close(self) -> None:
+        """Stop after the read in progress."""
+        self._closed.set()
