@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from engines.errors import OptionError
-from runtime.backends import LanguageBackend, Logits
+from runtime.backends import Logits
 from runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
@@ -41,6 +41,21 @@ class GenerationOptions:
             raise OptionError("A stop string is empty, which would end every answer at once.")
 
 
+class Decoding(Protocol):
+    """What writing an answer needs of a language backend, or of a `Context` over one."""
+
+    @property
+    def position(self) -> int:
+        """Positions filled so far."""
+
+    @property
+    def context_length(self) -> int:
+        """Positions the KV cache holds."""
+
+    def decode(self, token: int) -> Logits:
+        """Append one token and return the logits after it, float32[V]."""
+
+
 class Generation:
     """One answer in the making: iterate over it for its pieces of text.
 
@@ -52,7 +67,7 @@ class Generation:
 
     def __init__(
         self,
-        backend: LanguageBackend,
+        backend: Decoding,
         logits: Logits,
         tokenizer: Tokenizer,
         *,

@@ -9,6 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnx.parser
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -131,20 +134,76 @@ def write_checkpoint(root: Path, model: LlavaForConditionalGeneration) -> Path:
     return root
 
 
+def stand_in_graph(hidden_size: int) -> onnx.ModelProto:
+    """A vision graph without a tower: each of 16 patches is its mean colour, projected."""
+    weight = np.random.default_rng(0).normal(size=(3, hidden_size)).astype(np.float32)
+    model = onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["" : 18]>
+        vision (float[batch, 3, 28, 28] pixel_values) => (
+            float[batch, 16, {hidden_size}] visual_tokens, int64[batch] valid_count,
+            int64[batch, 16] patch_index, int64[batch, 16] assignment)
+        <int64[3] flat = {{0, 3, 16}}, int64[3] pixels = {{1, 2, 3}}, int64[1] one = {{1}},
+         int64[1] count = {{16}}, float[1] nothing = {{0.0}},
+         int64[16] patches = {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}}>
+        {{
+            pooled = AveragePool <kernel_shape = [7, 7], strides = [7, 7]> (pixel_values)
+            columns = Reshape (pooled, flat)
+            colours = Transpose <perm = [0, 2, 1]> (columns)
+            visual_tokens = MatMul (colours, weight)
+            sums = ReduceSum <keepdims = 0> (pixel_values, pixels)
+            zeros = Mul (sums, nothing)
+            zero_counts = Cast <to = 7> (zeros)
+            valid_count = Add (zero_counts, count)
+            zero_rows = Unsqueeze (zero_counts, one)
+            patch_index = Add (zero_rows, patches)
+            assignment = Identity (patch_index)
+        }}""")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "weight"))
+    onnx.checker.check_model(model)
+    return model
+
+
+def stand_in_record() -> dict[str, Any]:
+    """What the manifest says of the stand-in."""
+    outputs = {
+        "visual_tokens": ("float32", ["batch", 16, 64]),
+        "valid_count": ("int64", ["batch"]),
+        "patch_index": ("int64", ["batch", 16]),
+        "assignment": ("int64", ["batch", 16]),
+    }
+    return {
+        "file": "vision.onnx",
+        "inputs": [{"name": "pixel_values", "dtype": "float32", "shape": ["batch", 3, 28, 28]}],
+        "outputs": [
+            {"name": name, "dtype": dtype, "shape": shape}
+            for name, (dtype, shape) in outputs.items()
+        ],
+        "reducer": {"name": "none", "tokens": 16},
+        "precision": "fp32",
+        "opset": 18,
+        "patch_rows": 4,
+        "patch_columns": 4,
+    }
+
+
 def write_language_bundle(
     destination: Path,
     checkpoint: Path,
     precision: LlmPrecision = "fp32",
     progress: Progress | None = None,
 ) -> Bundle:
-    """Write and open a bundle whose language half is real and whose vision graph is not."""
+    """Write and open a bundle whose language half is real and whose vision graph is a stand-in."""
     with write_bundle(destination) as draft:
         language = export_language(
             open_checkpoint(checkpoint), draft.root, precision, progress=progress
         )
-        draft.path("vision.onnx").write_text("no graph")
+        onnx.save(stand_in_graph(language.text.hidden_size), str(draft.path("vision.onnx")))
         fields = tiny_manifest(
-            text=language.text, prompt=language.prompt, language_models=[language.model]
+            vision=[stand_in_record()],
+            preprocessing=open_checkpoint(checkpoint).preprocessing,
+            text=language.text,
+            prompt=language.prompt,
+            language_models=[language.model],
         )
         draft.describe(Manifest.model_validate(fields))
     return open_bundle(destination)

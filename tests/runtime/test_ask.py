@@ -1,0 +1,163 @@
+"""Asking: the function, the command, what it prints where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LlavaForConditionalGeneration
+
+from engines.bundle import Bundle
+from runtime.ask import AskOptions, ask
+from runtime.generate import GenerationOptions
+from runtime.model import open_model
+from runtime.prompt import Turn
+
+QUESTION = "What is in the picture?"
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("photos") / "photo.png"
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(file)
+    return file
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "runtime.ask", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "100"},
+        check=False,
+    )
+
+
+def test_answer_equals_transformers_given_the_same_visual_tokens(
+    language_bundle: Bundle, language_reference: LlavaForConditionalGeneration, photo: Path
+) -> None:
+    answer, _ = ask(
+        language_bundle.root,
+        photo,
+        QUESTION,
+        AskOptions(threads=1, generation=GenerationOptions(max_tokens=30)),
+    )
+    with open_model(language_bundle, threads=1) as model:
+        ids = model.writer.ids([Turn("user", QUESTION, images=1)])
+        backend = model.context.backend
+        place = int(np.flatnonzero(ids == model.writer.image_token_id)[0])
+        rows = np.concatenate(
+            [backend.embed(ids[:place]), answer.visual.picture(0), backend.embed(ids[place + 1 :])]
+        )
+    generated = language_reference.generate(
+        inputs_embeds=torch.from_numpy(rows[None]), max_new_tokens=30, do_sample=False
+    )[0]
+    assert list(answer.token_ids) == [token for token in generated.tolist() if token != 2]
+    assert answer.visual_tokens == 16
+    assert answer.prompt_tokens == len(ids) + 15
+    assert set(answer.milliseconds) == {
+        "load",
+        "preprocess",
+        "encode",
+        "prefill",
+        "decode",
+        "total",
+    }
+    assert answer.milliseconds["total"] >= answer.milliseconds["load"]
+
+
+def test_a_second_question_computes_its_own_tokens_only(
+    language_bundle: Bundle, photo: Path
+) -> None:
+    picture = np.asarray(Image.open(photo))
+    short = GenerationOptions(max_tokens=3)
+    with open_model(language_bundle, threads=1) as model:
+        first = model.ask(picture, QUESTION, short)
+        again = model.ask(picture, "How many chairs?", short)
+        ids = model.writer.ids([Turn("user", "How many chairs?", images=1)])
+        place = ids.tolist().index(model.writer.image_token_id)
+        moved = model.ask(255 - picture, QUESTION, short)
+    assert first.reused_tokens == 0
+    assert again.reused_tokens >= place + 16
+    assert moved.reused_tokens == place
+
+
+def test_json_is_one_object(language_bundle: Bundle, photo: Path) -> None:
+    done = command(
+        language_bundle.root, photo, QUESTION, "--json", "--threads", 1, "--max-tokens", 4
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    assert document["visual_tokens"] == document["patches"] == 16
+    assert document["answer_tokens"] <= 4
+    assert document["backend"] == "ort"
+    assert document["finish"] in {"max_tokens", "stop_token"}
+    assert set(document["milliseconds"]) == {
+        "load",
+        "preprocess",
+        "encode",
+        "prefill",
+        "decode",
+        "total",
+    }
+    assert {"numpy", "onnxruntime", "python", "tokenizers"} <= set(document["versions"])
+    assert done.stderr == ""
+
+
+def test_text_goes_to_stdout_and_times_to_stderr(language_bundle: Bundle, photo: Path) -> None:
+    options = AskOptions(threads=1, generation=GenerationOptions(max_tokens=6))
+    expected, _ = ask(language_bundle.root, photo, QUESTION, options)
+    done = command(language_bundle.root, photo, QUESTION, "--threads", 1, "--max-tokens", 6)
+    assert done.returncode == 0
+    assert done.stdout == expected.text + "\n"
+    assert "16 visual tokens" in done.stderr
+    assert "prefill" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("missing.png", QUESTION), "missing.png does not exist"),
+        (("PHOTO", QUESTION, "--backend", "abacus"), "abacus"),
+        (("PHOTO", QUESTION, "--visual-tokens", "9"), "no vision graph with 9 visual tokens"),
+        (("PHOTO", QUESTION, "--temperature", "-1"), "temperature is -1"),
+        (("PHOTO", QUESTION * 100), "the context holds 1024"),
+    ],
+)
+def test_mistakes_are_told_in_a_paragraph(
+    language_bundle: Bundle, photo: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    given = [photo if argument == "PHOTO" else argument for argument in arguments]
+    done = command(language_bundle.root, *given)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_help_teaches() -> None:
+    done = command("--help")
+    assert done.returncode == 0
+    for part in ("Ask a bundle a question", "--overlay", "--max-tokens", "python -m runtime.ask"):
+        assert part in done.stdout
+
+
+def test_importing_it_is_light() -> None:
+    """Heavy packages are imported when they are used: `--help` must come at once."""
+    heavy = ("onnxruntime", "jinja2", "tokenizers", "rich", "torch", "transformers", "PIL")
+    code = f"import sys, runtime.ask; print([n for n in {heavy} if n in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.strip() == "[]"
