@@ -23,7 +23,7 @@ BUILD_HINT = (
 """How to build it for an x86 machine without the AMX kernels; see `uses_amx`."""
 
 _log = logging.getLogger(__name__)
-_WARNING, _CONTINUED = 3, 5
+_ERROR = 4
 _said: deque[str] = deque(maxlen=8)
 _keep: list[Any] = []
 """The callback that C holds a pointer to."""
@@ -66,7 +66,7 @@ def uses_amx(system_info: str) -> bool:
 
 
 def take_log() -> str:
-    """Return llama.cpp's last warnings and errors as one line, and forget them."""
+    """Return llama.cpp's last errors as one line, and forget them."""
     words = " ".join("".join(_said).split())
     _said.clear()
     return words or "llama.cpp gave no reason"
@@ -74,7 +74,7 @@ def take_log() -> str:
 
 def _remember(level: int, text: bytes, _: Any) -> None:
     line = text.decode("utf-8", "replace")
-    if level >= _WARNING and level != _CONTINUED and line.strip(" .\n"):
+    if level == _ERROR:
         _said.append(line)
     if line.strip():
         _log.debug("%s", line.rstrip())
