@@ -181,14 +181,13 @@ def test_forks_share_the_cache_and_say_when_it_is_full(
     forks = [backend.fork() for _ in range(7)]
     with pytest.raises(BackendError, match="8 conversations share this model already"):
         backend.fork()
-    forks[0].prefill([IDS])
-    kept = forks[1].prefill([IDS[:10]])
+    first = forks[0].prefill([IDS])
+    forks[1].prefill([IDS[:10]])
     with pytest.raises(BackendError, match="256 positions is full: forked conversations share it"):
         forks[2].prefill([IDS])
     assert forks[2].position == 180
     forks[0].close()
-    forks[1].rewind(180)
-    np.testing.assert_array_equal(forks[2].prefill([IDS])[:0], kept[:0])
+    np.testing.assert_allclose(forks[2].prefill([IDS]), first, atol=1e-3)
     assert forks[2].position == 240
 
 
