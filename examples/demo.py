@@ -10,21 +10,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from engines.bundle import open_bundle
 from export.build import build_bundle, show_progress
 from export.build_plan import BuildOptions
+from runtime.generate import GenerationOptions
 from runtime.model import Answer, Model, Pixels, open_model
 from runtime.overlay import save_overlay
 from runtime.pictures import load_picture
 
 CHECKPOINT = Path("models/pocket-llava")
-PICTURE = CHECKPOINT / "test/0007.png"
+PICTURE = CHECKPOINT / "test/00007.png"
 QUESTION = "What do you see?"
 BUNDLE = Path("build/demo")
 OVERLAY = Path("build/demo-overlay.png")
+SHORT = GenerationOptions(max_tokens=24)
 STAGES = ("encode", "prefill", "decode", "total")
 
 
@@ -35,7 +38,7 @@ def main() -> None:
         build_bundle(options, progress)
     bundle = open_bundle(BUNDLE)
     picture = load_picture(PICTURE)
-    table = Table("visual tokens", "answer", *(f"{stage} ms" for stage in STAGES))
+    table = Table("visual tokens", "answer", *(f"{stage} ms" for stage in STAGES), box=SIMPLE)
     for graph in reversed(bundle.manifest.vision):
         with open_model(bundle, visual_tokens=graph.reducer.tokens) as model:
             answer = ask_warm(model, picture)
@@ -51,8 +54,8 @@ def main() -> None:
 
 def ask_warm(model: Model, picture: Pixels) -> Answer:
     """Ask about a black frame first: a robot's engine is warm, and the answer's times are too."""
-    model.ask(np.zeros_like(picture), QUESTION)
-    return model.ask(picture, QUESTION)
+    model.ask(np.zeros_like(picture), QUESTION, SHORT)
+    return model.ask(picture, QUESTION, SHORT)
 
 
 if __name__ == "__main__":
