@@ -92,9 +92,14 @@ def machine_here(onnx_sha256: str, library: TrtLibrary, target: Target, gpu: Gpu
     )
 
 
+def plan_name(graph: VisionGraph, target: Target) -> str:
+    """Return the file name of a graph's plan for a target."""
+    return f"{Path(graph.file).stem}-{target.engine}-sm{target.sm}.plan"
+
+
 def plan_path(bundle: Bundle, graph: VisionGraph, target: Target) -> Path:
     """Return where the plan of a graph for a target lies."""
-    return bundle.local / f"{Path(graph.file).stem}-{target.engine}-sm{target.sm}.plan"
+    return bundle.local / plan_name(graph, target)
 
 
 def sidecar_path(plan: Path) -> Path:

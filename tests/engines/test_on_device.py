@@ -1,0 +1,144 @@
+"""The script a bundle carries, run with a trtexec that writes down how it was called."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from engines.batch_profile import ANY_BATCH
+from engines.bundle import open_bundle, write_bundle
+from engines.manifest import Manifest
+from engines.on_device import PAGE_NAME, SCRIPT_NAME, make_page, write_device_files
+from engines.targets import find_target
+from tests.small_graph import write_small_bundle
+
+TRTEXEC = """#!/bin/sh
+if [ "$1" = --help ]; then echo "{help}"; exit 0; fi
+for word; do echo "$word"; done > called
+"""
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Path:
+    """A folder with a bundle's graph and what it carries for a Jetson."""
+    bundle = open_bundle(write_small_bundle(tmp_path / "bundle"))
+    folder = tmp_path / "on device"
+    folder.mkdir()
+    written = write_device_files(folder, bundle.vision(), find_target("jetson-orin"), ANY_BATCH)
+    assert written == (SCRIPT_NAME, PAGE_NAME)
+    return folder
+
+
+def run_script(folder: Path, *arguments: str, help_text: str | None) -> subprocess.CompletedProcess:
+    path = "/usr/bin:/bin"
+    if help_text is not None:
+        tools = folder / "tools"
+        tools.mkdir(exist_ok=True)
+        tool = tools / "trtexec"
+        tool.write_text(TRTEXEC.format(help=help_text))
+        tool.chmod(0o755)
+        path = f"{tools}:{path}"
+    return subprocess.run(
+        [folder / SCRIPT_NAME, *arguments],
+        env={"PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
+    )
+
+
+@pytest.mark.parametrize(
+    ("help_text", "typed"), [("  --stronglyTyped  Create ...", True), ("  --onnx=<file>", False)]
+)
+def test_the_trtexec_call_of_jetpack_6_and_7(device: Path, help_text: str, typed: bool) -> None:
+    done = run_script(device, "--trtexec", help_text=help_text)
+    assert done.returncode == 0, done.stderr
+    called = (device / "called").read_text().splitlines()
+    assert called == [
+        "--onnx=vision.onnx",
+        "--saveEngine=local/vision-tensorrt-sm87.plan.trtexec",
+        *(["--stronglyTyped"] if typed else []),
+        "--noTF32",
+        "--minShapes=pixel_values:1x3x8x8",
+        "--optShapes=pixel_values:1x3x8x8",
+        "--maxShapes=pixel_values:8x3x8x8",
+        "--memPoolSize=workspace:4096",
+        "--profilingVerbosity=detailed",
+        "--timingCacheFile=local/trtexec.cache",
+        "--skipInference",
+    ]
+
+
+def test_the_call_is_printed_where_there_is_no_trtexec(device: Path) -> None:
+    done = run_script(device, "--print", help_text=None)
+    assert done.returncode == 0
+    assert done.stdout.startswith("/usr/src/tensorrt/bin/trtexec --onnx=vision.onnx")
+    assert "--stronglyTyped" in done.stdout
+
+
+def test_what_is_missing_is_said(device: Path) -> None:
+    done = run_script(device, "--trtexec", help_text=None)
+    assert done.returncode == 2 and "sudo apt install libnvinfer-bin" in done.stderr
+    done = run_script(device, help_text=None)
+    assert done.returncode == 2 and "pip install 'foveate[tensorrt]'" in done.stderr
+
+
+def test_an_unknown_option_shows_the_help(device: Path) -> None:
+    done = run_script(device, "--help", help_text=None)
+    assert done.returncode == 2 and "--trtexec" in done.stdout
+
+
+def test_no_placeholder_is_left(device: Path) -> None:
+    text = (device / SCRIPT_NAME).read_text() + (device / PAGE_NAME).read_text()
+    assert "@" not in text.replace('"$@"', "").replace("[@]", "")
+
+
+def test_the_page_names_the_releases_that_work() -> None:
+    target = find_target("jetson-orin")
+    graph = _graph()
+    page = make_page(graph, target)
+    assert "JetPack 6.2 (TensorRT 10.3)" in page
+    assert "TensorRT 10.13 was shipped without kernels for sm_87" in page
+    assert "with or without a GPU" in make_page(graph, find_target("rtx-4090"))
+
+
+def _graph():
+    from tests.tiny_bundle import tiny_manifest
+
+    return Manifest.model_validate(tiny_manifest()).vision[0]
+
+
+def test_a_fixed_batch_needs_no_shapes(tmp_path: Path) -> None:
+    graph = _graph()
+    fixed = graph.inputs[0].model_copy(update={"shape": (1, 3, 8, 8)})
+    graph = graph.model_copy(update={"inputs": (fixed,)})
+    write_device_files(tmp_path, graph, find_target("l4"))
+    done = run_script(tmp_path, "--print", help_text=None)
+    assert "Shapes" not in done.stdout and "--noTF32" in done.stdout
+
+
+def test_a_cpu_bundle_carries_nothing(tmp_path: Path) -> None:
+    assert write_device_files(tmp_path, _graph(), find_target("cpu")) == ()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bundle_with_the_files_opens(tmp_path: Path) -> None:
+    from tests.tiny_bundle import tiny_manifest
+
+    manifest = Manifest.model_validate(tiny_manifest(target="jetson-orin"))
+    with write_bundle(tmp_path / "bundle") as draft:
+        for name in (
+            "vision.onnx",
+            "embeddings.safetensors",
+            "tokenizer.json",
+            "decoder/model.onnx",
+        ):
+            draft.path(name).write_text(name)
+        write_device_files(draft.root, manifest.vision[0], find_target("jetson-orin"))
+        draft.describe(manifest)
+    bundle = open_bundle(tmp_path / "bundle")
+    assert SCRIPT_NAME in bundle.manifest.files
+    assert bundle.path(SCRIPT_NAME).stat().st_mode & 0o111
