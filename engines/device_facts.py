@@ -1,0 +1,155 @@
+"""What this machine is: board, JetPack, memory, power mode, libraries.
+
+Enters: the files and tools of a Linux system. Leaves: `DeviceFacts`, with None for what cannot be
+told. Nothing here judges; `engines.doctor` does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from engines.ahead_of_time import add_compiler_to_path
+from engines.cuda_memory import open_cuda_runtime
+from engines.errors import EngineError
+from engines.gpu import Gpu, NoGpu, find_gpu
+from engines.trt_library import load_library
+
+_TOOL_SECONDS = 10
+# Release of Jetson Linux -> JetPack, newest first. From NVIDIA's JetPack archive (36.x) and, for
+# 38.x and 39.x, github.com/roboflow/inference pull 2531.
+_JETPACKS = (
+    ("39.2", "7.2"),
+    ("38.4", "7.1"),
+    ("38.2", "7.0"),
+    ("36.4.3", "6.2"),
+    ("36.4", "6.1"),
+    ("36.3", "6.0"),
+)
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """One machine, sizes in bytes."""
+
+    board: str | None
+    """The device tree's model name, on an Arm board."""
+    jetson_linux: str | None
+    """For example ``"36.4.3"``; None off a Jetson."""
+    gpu: Gpu | NoGpu
+    tensorrt: str | None
+    """Version to the build number."""
+    tensorrt_problem: str
+    """Why there is none."""
+    compiler: bool
+    """The ahead-of-time compiler is installed."""
+    polygraphy: str | None
+    cuda_runtime: bool
+    memory_bytes: int
+    available_bytes: int
+    swap_bytes: int
+    disk_bytes: int
+    """Free where the bundles lie."""
+    power_mode: str | None
+
+    @property
+    def jetpack(self) -> str | None:
+        """JetPack's release, as far as the table knows it."""
+        if self.jetson_linux is None:
+            return None
+        for release, jetpack in _JETPACKS:
+            if self.jetson_linux == release or self.jetson_linux.startswith(f"{release}."):
+                return jetpack
+        return None
+
+
+def read_facts(place: Path = Path(), root: Path = Path("/")) -> DeviceFacts:
+    """Look at the machine.
+
+    Args:
+        place: where bundles lie; its disk is measured.
+        root: the system's root, another one in tests.
+    """
+    memory = read_memory(root / "proc/meminfo")
+    tensorrt, problem = _find_tensorrt()
+    return DeviceFacts(
+        board=_read_text(root / "proc/device-tree/model"),
+        jetson_linux=read_jetson_linux(root / "etc/nv_tegra_release"),
+        gpu=find_gpu(),
+        tensorrt=tensorrt,
+        tensorrt_problem=problem,
+        compiler=add_compiler_to_path(),
+        polygraphy=_package_version("polygraphy"),
+        cuda_runtime=_has_cuda_runtime(),
+        memory_bytes=memory.get("MemTotal", 0),
+        available_bytes=memory.get("MemAvailable", 0),
+        swap_bytes=memory.get("SwapFree", 0),
+        disk_bytes=shutil.disk_usage(place).free,
+        power_mode=read_power_mode(),
+    )
+
+
+def read_memory(meminfo: Path) -> dict[str, int]:
+    """Read /proc/meminfo into bytes; empty where there is none."""
+    found = {}
+    for line in (_read_text(meminfo) or "").splitlines():
+        match = re.match(r"(\w+):\s+(\d+) kB", line)
+        if match:
+            found[match.group(1)] = int(match.group(2)) * 1024
+    return found
+
+
+def read_jetson_linux(release: Path) -> str | None:
+    """Read "# R36 (release), REVISION: 4.3, ..." as "36.4.3"."""
+    match = re.search(r"R(\d+).*?REVISION:\s*([\d.]+)", _read_text(release) or "")
+    return f"{match.group(1)}.{match.group(2)}" if match else None
+
+
+def read_power_mode() -> str | None:
+    """Ask nvpmodel for the power mode, "MAXN" for example; None off a Jetson."""
+    if shutil.which("nvpmodel") is None:
+        return None
+    try:
+        done = subprocess.run(
+            ["nvpmodel", "-q"], capture_output=True, text=True, timeout=_TOOL_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = re.search(r"NV Power Mode:\s*(\S+)", done.stdout)
+    return match.group(1) if match else None
+
+
+def _find_tensorrt() -> tuple[str | None, str]:
+    if importlib.util.find_spec("tensorrt") is None:
+        return None, "this Python has no module tensorrt"
+    try:
+        return load_library("tensorrt").version, ""
+    except EngineError as error:
+        return None, str(error)
+
+
+def _has_cuda_runtime() -> bool:
+    try:
+        open_cuda_runtime()
+    except EngineError:
+        return False
+    return True
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text("utf-8", "replace").strip("\0\n ")
+    except OSError:
+        return None

@@ -1,0 +1,253 @@
+"""`python -m engines.doctor [BUNDLE ...]`: will it run here, and if not, what mends it.
+
+Enters: facts about this machine and any bundles. Leaves: a list of findings, each with what was
+found and the command that fixes it; exit code 1 when something stands in the way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from engines import cli
+from engines.bundle import Bundle, open_bundle
+from engines.device_facts import DeviceFacts, read_facts
+from engines.errors import EngineError, FoveateError
+from engines.gpu import NoGpu
+from engines.plan import list_differences, machine_here, plan_path, read_record
+from engines.targets import Target, find_target
+from engines.trt_library import TrtLibrary
+
+Status = Literal["ok", "note", "problem"]
+BUILD_BASE_BYTES = 1_500_000_000
+"""CUDA context, TensorRT's kernels and Python, before any weight is read."""
+BUILD_WEIGHT_FACTOR = 3.5
+"""Peak memory per byte of ONNX while building; docs/tensorrt.md says how it was measured."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    about: str
+    status: Status
+    found: str
+    fix: str = ""
+    """A command or a sentence; empty where nothing is to be done."""
+
+
+def predict_build_bytes(onnx_bytes: int, workspace_bytes: int) -> int:
+    """Predict the peak memory of building a plan, CPU and GPU together as on a Jetson."""
+    return int(BUILD_BASE_BYTES + BUILD_WEIGHT_FACTOR * onnx_bytes + min(workspace_bytes, 1 << 30))
+
+
+def examine_machine(facts: DeviceFacts) -> list[Finding]:
+    """Judge what holds for every bundle."""
+    gpu = facts.gpu
+    findings = [
+        Finding("GPU", "note", f"none: {gpu.reason}")
+        if isinstance(gpu, NoGpu)
+        else Finding(
+            "GPU",
+            "ok",
+            f"{gpu.name}, sm_{gpu.sm}, {gpu.memory_bytes / 1e9:.1f} GB"
+            f"{' shared with the CPU' if gpu.integrated else ''}, driver {gpu.driver}, "
+            f"CUDA up to {gpu.cuda}",
+        )
+    ]
+    if facts.board or facts.jetson_linux:
+        findings.append(_examine_jetson(facts))
+    findings += [
+        Finding(
+            "memory",
+            "ok",
+            f"{facts.available_bytes / 1e9:.1f} of {facts.memory_bytes / 1e9:.1f} GB available, "
+            f"{facts.swap_bytes / 1e9:.1f} GB swap, {facts.disk_bytes / 1e9:.1f} GB disk",
+        ),
+        Finding("ahead-of-time compiler", "ok", "installed")
+        if facts.compiler
+        else Finding(
+            "ahead-of-time compiler",
+            "note",
+            "not installed; only RTX targets need it",
+            "python -m engines.ahead_of_time",
+        ),
+    ]
+    return findings
+
+
+def _examine_jetson(facts: DeviceFacts) -> Finding:
+    release = f"Jetson Linux {facts.jetson_linux}" if facts.jetson_linux else "no Jetson Linux"
+    jetpack = f", JetPack {facts.jetpack}" if facts.jetpack else ""
+    mode = f", power mode {facts.power_mode}" if facts.power_mode else ""
+    slow = facts.power_mode is not None and not facts.power_mode.startswith("MAXN")
+    return Finding(
+        "board",
+        "note" if slow else "ok",
+        f"{facts.board or 'unnamed'}, {release}{jetpack}{mode}",
+        "sudo nvpmodel -q --verbose lists the modes; for full speed: sudo nvpmodel -m 0 "
+        "(the number of MAXN differs by board) && sudo jetson_clocks"
+        if slow
+        else "",
+    )
+
+
+def examine_target(facts: DeviceFacts, target: Target) -> list[Finding]:
+    """Judge whether a target's engine can be built and run here."""
+    if not target.needs_cuda:
+        return [Finding("engine", "ok", f"{target.engine}: runs the ONNX file, nothing to build")]
+    findings = []
+    gpu = facts.gpu
+    if isinstance(gpu, NoGpu):
+        findings.append(
+            Finding("device", "problem", f"no GPU: {gpu.reason}", f"use it on a {target.title}")
+        )
+    elif gpu.sm != target.sm:
+        findings.append(
+            Finding(
+                "device",
+                "problem",
+                f"this GPU is sm_{gpu.sm}, the bundle is for sm_{target.sm} ({target.title})",
+                "python -m engines.build BUNDLE --target with this GPU's target",
+            )
+        )
+    if target.engine == "tensorrt":
+        findings.append(_examine_tensorrt(facts, target))
+    elif not facts.compiler:
+        fix = "python -m engines.ahead_of_time"
+        findings.append(Finding("TensorRT-RTX", "problem", "not installed", fix))
+    if facts.polygraphy is None:
+        fix = "pip install 'foveate[tensorrt]'"
+        findings.append(Finding("Polygraphy", "problem", "not installed; it builds plans", fix))
+    if not facts.cuda_runtime and not isinstance(gpu, NoGpu):
+        fix = "sudo apt install nvidia-jetpack, or pip install nvidia-cuda-runtime-cu12"
+        findings.append(Finding("CUDA runtime", "problem", "libcudart is not found", fix))
+    return findings
+
+
+def _examine_tensorrt(facts: DeviceFacts, target: Target) -> Finding:
+    if facts.tensorrt is None:
+        jetson = facts.jetson_linux is not None
+        fix = (
+            "sudo apt install python3-libnvinfer, then python3 -m venv --system-site-packages"
+            if jetson
+            else "pip install tensorrt-cu12"
+        )
+        return Finding("TensorRT", "problem", facts.tensorrt_problem, fix)
+    complaint = target.explain_unsupported_tensorrt(facts.tensorrt)
+    if complaint:
+        works = ", ".join(f"JetPack {name} ({trt})" for name, trt in target.jetpack.items())
+        return Finding("TensorRT", "problem", complaint, f"install {works}" if works else "")
+    return Finding("TensorRT", "ok", facts.tensorrt)
+
+
+def examine_bundle(facts: DeviceFacts, bundle: Bundle, target: Target) -> list[Finding]:
+    """Judge whether one bundle can be built and run here."""
+    findings = [Finding("bundle", "ok", f"{bundle.root}: {bundle.manifest.model}, {target.name}")]
+    findings += examine_target(facts, target)
+    graph = bundle.vision()
+    if target.needs_cuda:
+        plan = plan_path(bundle, graph, target)
+        if plan.exists():
+            findings.append(_examine_plan(facts, bundle, target, plan))
+        else:
+            findings.append(_examine_build_memory(facts, bundle, target))
+    return findings
+
+
+def _examine_build_memory(facts: DeviceFacts, bundle: Bundle, target: Target) -> Finding:
+    onnx_bytes = bundle.manifest.files[bundle.vision().file].bytes
+    needed = predict_build_bytes(onnx_bytes, (target.workspace_mb or 0) << 20)
+    room = facts.available_bytes
+    said = f"about {needed / 1e9:.1f} GB to build, {room / 1e9:.1f} GB available"
+    if needed <= room:
+        return Finding("build memory", "ok", said)
+    missing_gb = max(4, int((needed - room) / 1e9) + 2)
+    fix = (
+        f"sudo fallocate -l {missing_gb}G /swapfile && sudo chmod 600 /swapfile && sudo mkswap "
+        "/swapfile && sudo swapon /swapfile"
+    )
+    if facts.jetson_linux:
+        fix += "; also stop the desktop: sudo systemctl isolate multi-user.target"
+    if needed <= room + facts.swap_bytes:
+        return Finding("build memory", "note", f"{said} and swap for the rest: slow, but it fits")
+    return Finding("build memory", "problem", said, fix)
+
+
+def _examine_plan(facts: DeviceFacts, bundle: Bundle, target: Target, plan: Path) -> Finding:
+    rebuild = f"python -m engines.build {bundle.root} --rebuild"
+    try:
+        record = read_record(plan)
+    except EngineError as error:
+        return Finding("plan", "problem", str(error), rebuild)
+    version = facts.tensorrt if target.engine == "tensorrt" else record.library_version
+    gpu = None if isinstance(facts.gpu, NoGpu) else facts.gpu
+    library = TrtLibrary(record.library, None, version or "no TensorRT")
+    sha256 = bundle.manifest.files[bundle.vision().file].sha256
+    differences = list_differences(record, machine_here(sha256, library, target, gpu))
+    if differences:
+        return Finding("plan", "problem", "; ".join(differences), rebuild)
+    return Finding("plan", "ok", f"{plan.name}, built {record.built_at}")
+
+
+def _print_findings(title: str, findings: Sequence[Finding]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    signs = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}
+    table = Table("", "", "found", "what to do", title=title, title_justify="left")
+    for item in findings:
+        table.add_row(signs[item.status], item.about, escape(item.found), escape(item.fix))
+    Console().print(table)
+
+
+def main(
+    bundles: Annotated[
+        list[Path] | None, typer.Argument(help="Bundles to check; none for the machine alone.")
+    ] = None,
+    *,
+    target: Annotated[str | None, typer.Option(help="Device; left out, each bundle's own.")] = None,
+    targets: Annotated[Path | None, typer.Option(help="Your own targets (TOML).")] = None,
+    as_json: cli.JsonOption = False,
+) -> int:
+    """Tell what this machine is, what is missing for each bundle, and the commands that fix it.
+
+    Ends with 1 when something stands in the way.
+    """
+    facts = read_facts((bundles or [Path()])[0] if bundles and bundles[0].is_dir() else Path())
+    sections: list[tuple[str, list[Finding]]] = [("This machine", examine_machine(facts))]
+    if target and not bundles:
+        device = find_target(target, targets)
+        sections.append((f"For {device.name}", examine_target(facts, device)))
+    for path in bundles or []:
+        try:
+            bundle = open_bundle(path, verify=False)
+            device = find_target(target or bundle.manifest.target, targets)
+            sections.append((str(path), examine_bundle(facts, bundle, device)))
+        except FoveateError as error:
+            sections.append((str(path), [Finding("bundle", "problem", str(error))]))
+    problems = sum(item.status == "problem" for _, found in sections for item in found)
+    if as_json:
+        cli.print_json(
+            {
+                "problems": problems,
+                "sections": [
+                    {"about": title, "findings": [dataclasses.asdict(item) for item in found]}
+                    for title, found in sections
+                ],
+            }
+        )
+    else:
+        for title, found in sections:
+            _print_findings(title, found)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    cli.run(main, ["python -m engines.doctor", "python -m engines.doctor build/rover --json"])
