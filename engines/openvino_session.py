@@ -1,0 +1,180 @@
+"""OpenVINO behind the `Session` door: the vision graph on the CPU of an x86 board.
+
+Enters: the same ONNX file, FP32 or Q/DQ, that every other engine takes. Leaves: a session. OpenVINO
+would round FP32 to BF16 on CPUs that have it, unasked; here FP32 means FP32 unless the caller asks
+for ``rest="bf16"``, because a rounded score may keep another patch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from engines.errors import EngineError
+from engines.session import Array
+
+Rest = Literal["fp32", "bf16"]
+_HINTS: dict[Rest, str] = {"fp32": "f32", "bf16": "bf16"}
+
+
+class OpenVinoSession:
+    """A graph compiled for this CPU. Calls from several threads take turns."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int | None = None,
+        rest: Rest = "fp32",
+        cache: Path | None = None,
+    ) -> None:
+        """Compile the graph.
+
+        Args:
+            path: the ONNX file; its external weights lie beside it.
+            threads: CPU threads; left out, OpenVINO's own choice, one per physical core.
+            rest: type of what is not quantized. BF16 needs a CPU with AVX-512 BF16 or AMX.
+            cache: folder to keep the compiled graph in, so that the next start is fast.
+
+        Raises:
+            EngineError: OpenVINO is not installed, the graph is missing or damaged, or the CPU
+                lacks BF16.
+        """
+        openvino = _import_openvino()
+        self.path = path
+        if not path.is_file():
+            raise EngineError(f"{path} does not exist, expected an ONNX file. Build it again.")
+        core = openvino.Core()
+        _refuse_missing_bf16(core, rest)
+        settings: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": _HINTS[rest],
+        }
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+        if cache is not None:
+            settings["CACHE_DIR"] = str(cache)
+        try:
+            self._compiled: Any = core.compile_model(core.read_model(path), "CPU", settings)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise EngineError(
+                f"{path} ({path.stat().st_size:,} bytes) is not a graph that OpenVINO "
+                f"{openvino.__version__} can run: {reason[-600:]} Build it again, or run it with "
+                "ONNX Runtime: --engine ort."
+            ) from error
+        self._request: Any = self._compiled.create_infer_request()
+        self._provider = f"OpenVINO {str(openvino.__version__).split('-')[0]} ({rest})"
+        self._inputs = {node.get_any_name(): node for node in self._compiled.inputs}
+        self._outputs = [node.get_any_name() for node in self._compiled.outputs]
+        self._turn = threading.Lock()
+
+    @property
+    def provider(self) -> str:
+        """OpenVINO's version and the type of what is not quantized."""
+        return self._provider
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names `run` takes."""
+        return tuple(self._inputs)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names `run` returns."""
+        return tuple(self._outputs)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the graph once; the arrays returned belong to the caller.
+
+        Raises:
+            EngineError: a name, shape or dtype is not what the graph takes, or the run failed.
+        """
+        self._check_inputs(inputs)
+        with self._turn:
+            if self._request is None:
+                raise EngineError(f"{self.path}: the session is closed; open it again to run it.")
+            arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+            try:
+                self._request.infer(arrays, share_inputs=True)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())
+                raise EngineError(f"{self.path} failed on {self.provider}: {reason}") from error
+            return {name: self._request.get_tensor(name).data.copy() for name in self._outputs}
+
+    def _check_inputs(self, inputs: Mapping[str, Array]) -> None:
+        problems = [f'"{name}" is missing' for name in self._inputs if name not in inputs]
+        problems += [f'"{name}" is not an input' for name in inputs if name not in self._inputs]
+        for name, node in self._inputs.items():
+            array = inputs.get(name)
+            if array is None:
+                continue
+            axes = list(node.get_partial_shape())
+            fits = array.ndim == len(axes) and all(
+                axis.is_dynamic or axis.get_length() == size
+                for axis, size in zip(axes, array.shape, strict=True)
+            )
+            dtype = node.get_element_type().to_dtype()
+            if not fits or array.dtype != dtype:
+                expected = ", ".join(
+                    "any" if axis.is_dynamic else str(axis.get_length()) for axis in axes
+                )
+                problems.append(
+                    f'"{name}" is {array.dtype}{list(array.shape)}, expected {dtype}[{expected}]'
+                )
+        if problems:
+            raise EngineError(f"{self.path} cannot be run on these inputs: {'; '.join(problems)}.")
+
+    def close(self) -> None:
+        """Free the graph and its buffers; calling it again does nothing."""
+        with self._turn:
+            self._request = self._compiled = None
+
+    def __enter__(self) -> OpenVinoSession:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def cpu_has_bf16() -> bool:
+    """Tell whether OpenVINO can compute in BF16 on this CPU (AVX-512 BF16 or AMX).
+
+    Raises:
+        EngineError: OpenVINO is not installed.
+    """
+    return _has_bf16(_import_openvino().Core())
+
+
+def _has_bf16(core: Any) -> bool:
+    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _refuse_missing_bf16(core: Any, rest: Rest) -> None:
+    if rest == "bf16" and not _has_bf16(core):
+        name = core.get_property("CPU", "FULL_DEVICE_NAME")
+        raise EngineError(
+            f"This CPU ({name}) has neither AMX nor AVX-512 BF16, so nothing can run in BF16. "
+            'Leave the rest in FP32 (rest="fp32").'
+        )
+
+
+def _import_openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise EngineError(
+            f"OpenVINO is not installed ({error}). Install it: pip install 'foveate[openvino]', or "
+            "run the graph with ONNX Runtime: --engine ort."
+        ) from error
+    return openvino
