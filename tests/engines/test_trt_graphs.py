@@ -1,0 +1,62 @@
+"""Every reducer's own graph in FP32, FP16 and INT8 through NVIDIA's parser and builder."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from engines.manifest import Precision, TensorSpec
+from engines.targets import find_target
+from engines.trt_build import BuildOptions, BuildResult, build_plan
+from tests import real_graphs
+
+pytestmark = [pytest.mark.trt, pytest.mark.usefixtures("compiler")]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+
+
+@dataclass(frozen=True)
+class Exported:
+    reducer: str
+    file: Path
+    inputs: tuple[TensorSpec, ...]
+
+
+@pytest.fixture(scope="module", params=real_graphs.NAMES)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = tmp_path_factory.mktemp(request.param)
+    return Exported(request.param, *real_graphs.write_graph(folder, request.param))
+
+
+def build(file: Path, inputs: tuple[TensorSpec, ...], precision: Precision, sm: int) -> BuildResult:
+    typed = real_graphs.write_typed_graph(file, precision)
+    target = find_target("rtx-4090").model_copy(update={"sm": sm})
+    sha256 = hashlib.sha256(typed.read_bytes()).hexdigest()
+    plan = file.with_name(f"{precision}-{sm}.plan")
+    return build_plan(BuildOptions(typed, sha256, plan, target, precision, inputs))
+
+
+@pytest.mark.parametrize("sm", [86, 89])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_reducer_parses_and_builds(exported: Exported, precision: Precision, sm: int) -> None:
+    result = build(exported.file, exported.inputs, precision, sm)
+    types = result.layers.network.output_types
+    kinds = result.layers.network.kinds
+    assert result.record.plan_bytes > 10_000
+    assert ("HALF" in types) == (precision == "fp16")
+    assert ("QUANTIZE" in kinds) == (precision == "int8")
+    if precision == "int8":
+        # Six matmuls a layer and the patch convolution, each with a Q/DQ pair for its input.
+        assert kinds["DEQUANTIZE"] >= 6 * 3
+        assert kinds["QUANTIZE"] <= kinds["DEQUANTIZE"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_clip_l_336_builds(tmp_path: Path, precision: Precision) -> None:
+    file, inputs = real_graphs.write_graph(tmp_path, "visionzip", real_graphs.CLIP_L_336)
+    result = build(file, inputs, precision, 89)
+    floor = {"fp32": 1.1e9, "fp16": 0.55e9, "int8": 0.28e9}[precision]
+    assert floor < result.record.plan_bytes < 1.3 * floor

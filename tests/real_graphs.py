@@ -1,0 +1,170 @@
+"""The graphs that the exporter really writes, small or at CLIP-L/14-336 size, with random weights.
+
+Weights do not matter to a parser or a builder; the operators, shapes and types do, and these are
+the exporter's own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from engines.manifest import TensorSpec
+from export.reducers import REDUCERS, reducer_for_budget
+from export.to_onnx import export_onnx
+from export.towers.registry import make_tower
+from export.visual_graph import VisualGraph
+
+TINY = CLIPVisionConfig(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    image_size=56,
+    patch_size=7,
+)
+CLIP_L_336 = CLIPVisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+)
+NAMES = tuple(REDUCERS)
+
+
+def write_graph(
+    folder: Path, reducer: str, config: CLIPVisionConfig = TINY
+) -> tuple[Path, tuple[TensorSpec, ...]]:
+    """Export the graph of a reducer in FP32; return the file and its inputs."""
+    torch.manual_seed(0)
+    model = CLIPVisionModel(config).eval()
+    patches = (config.image_size // config.patch_size) ** 2
+    tokens = None if reducer == "none" else 64 if patches > 64 else 16
+    chosen = reducer_for_budget(reducer, tokens, patches)
+    width = config.hidden_size
+    projector = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+    graph = VisualGraph(
+        make_tower(model, config.num_hidden_layers - 1, chosen.scoring),
+        chosen,
+        projector,
+        config.image_size,
+        patches,
+    )
+    exported = export_onnx(graph.eval().requires_grad_(False), folder / "vision.onnx")
+    return exported.file, exported.inputs
+
+
+def write_typed_graph(fp32: Path, precision: str) -> Path:
+    """Give a graph the types of a precision, in the plainest way.
+
+    The reducer and the scores stay FP32 in all. For parsers and builders only: the product's own
+    converters (`export.precision`, `calibration.quantize`) choose scales with care.
+    """
+    if precision == "fp32":
+        return fp32
+    model = onnx.load(fp32)
+    kept = [node.name for node in model.graph.node if _stays_fp32(node.name)]
+    typed = fp32.with_name(f"{precision}.onnx")
+    if precision == "fp16":
+        onnx.save(_with_half_precision(model, set(kept)), typed)
+        return typed
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+    height = model.graph.input[0].type.tensor_type.shape.dim[2].dim_value
+
+    class Noise(CalibrationDataReader):
+        def __init__(self) -> None:
+            random = np.random.default_rng(0)
+            frames = random.standard_normal((2, 1, 3, height, height)).astype(np.float32)
+            self.frames = iter([{"pixel_values": frame} for frame in frames])
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.frames, None)
+
+    quantize_static(
+        fp32,
+        typed,
+        Noise(),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+        nodes_to_exclude=[*kept, *_attention_matmuls(model)],
+        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+    )
+    return typed
+
+
+def _with_half_precision(model: onnx.ModelProto, kept: set[str]) -> onnx.ModelProto:
+    """Make every node but ``kept`` FP16, with a cast wherever a tensor crosses the border."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    floats = {
+        info.name
+        for info in (*graph.value_info, *graph.input, *graph.output)
+        if info.type.tensor_type.elem_type == TensorProto.FLOAT
+    }
+    weights = {item.name: item for item in graph.initializer}
+    floats |= {name for name, item in weights.items() if item.data_type == TensorProto.FLOAT}
+    halves: set[str] = set()  # activations that are FP16
+    cast: dict[tuple[str, int], str] = {}
+    nodes: list[onnx.NodeProto] = []
+
+    def read(name: str, half: bool) -> str:
+        wanted = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+        if name not in floats or half == (name in halves):
+            return name
+        if (name, wanted) not in cast:
+            cast[name, wanted] = f"{name}_as_{wanted}"
+            if name in weights:
+                value = numpy_helper.to_array(weights[name]).astype(np.float16)
+                graph.initializer.append(numpy_helper.from_array(value, cast[name, wanted]))
+            else:
+                made = helper.make_node("Cast", [name], [cast[name, wanted]], to=wanted)
+                made.name = f"{name}/to_{wanted}"
+                nodes.append(made)
+        return cast[name, wanted]
+
+    outputs = {info.name for info in graph.output}
+    for node in graph.node:
+        half = node.name not in kept and node.op_type not in ("Shape", "Constant", "Cast")
+        node.input[:] = [read(name, half) for name in node.input]
+        for index, name in enumerate(node.output):
+            if half and name in floats:
+                halves.add(name)
+                if name in outputs:  # leaves as FP32
+                    node.output[index] = f"{name}_half"
+                    made = helper.make_node("Cast", [f"{name}_half"], [name], to=1)
+                    halves.remove(name)
+                    node_and_cast = [node, made]
+                    break
+        else:
+            node_and_cast = [node]
+        nodes.extend(node_and_cast)
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    read_names = {name for node in nodes for name in node.input}
+    used = [item for item in graph.initializer if item.name in read_names]
+    del graph.initializer[:]
+    graph.initializer.extend(used)
+    model.graph.CopyFrom(graph)
+    return model
+
+
+def _stays_fp32(name: str) -> bool:
+    return name.startswith(("reducer", "Shape")) or "scores" in name.split("/", maxsplit=1)[0]
+
+
+def _attention_matmuls(model: onnx.ModelProto) -> list[str]:
+    """MatMuls of two activations: attention itself, which stays in floating point."""
+    weights = {item.name for item in model.graph.initializer}
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type == "MatMul" and not weights & set(node.input)
+    ]
