@@ -1,0 +1,83 @@
+"""How far a bundle may be from its checkpoint, by the precision it computes in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from engines.errors import OptionError
+from engines.manifest import Precision
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """Limits on the worst picture; each field's name is that of the measure it limits.
+
+    Attributes:
+        relative: largest difference of visual tokens, over the largest token value.
+        overlap: least intersection over union of the kept patches.
+        cosine: least cosine of a visual token with its counterpart.
+        logits_cosine: least cosine of the first token's logits.
+        equal_answers: least share of greedy answers that are equal.
+    """
+
+    relative: float
+    overlap: float
+    cosine: float
+    logits_cosine: float = 0.0
+    equal_answers: float = 0.0
+
+    def __post_init__(self) -> None:
+        problems = []
+        for field in fields(self):
+            value, most = getattr(self, field.name), None if field.name == "relative" else 1.0
+            if not value >= 0 or (most is not None and value > most):
+                expected = "0 or more" if most is None else "0 to 1"
+                problems.append(f"{field.name} is {value}, expected {expected}")
+        if problems:
+            raise OptionError(f"Tolerances cannot be these: {'; '.join(problems)}.")
+
+    def failures(self, summary: Mapping[str, float]) -> list[str]:
+        """Return a sentence for each measure that is past its limit; NaN always is."""
+        told = []
+        for field in fields(self):
+            name, limit = field.name, getattr(self, field.name)
+            if name not in summary:
+                continue
+            value = summary[name]
+            at_most = name == "relative"
+            if not (value <= limit if at_most else value >= limit):
+                told.append(
+                    f"{name} is {value:.6g}, expected at {'most' if at_most else 'least'} {limit:g}"
+                )
+        return told
+
+
+_VISION: dict[Precision, Tolerances] = {
+    "fp32": Tolerances(relative=1e-3, overlap=1.0, cosine=0.9999),
+    "fp16": Tolerances(relative=0.05, overlap=0.9, cosine=0.99),
+    "int8": Tolerances(relative=0.5, overlap=0.7, cosine=0.9),
+    "mixed": Tolerances(relative=0.5, overlap=0.7, cosine=0.9),
+}
+_LOGITS_COSINE = {"fp32": 0.9999, "fp16": 0.999, "int4": 0.9}
+_EQUAL_ANSWERS = {"fp32": 0.9}
+
+
+def tolerances_for(vision: Precision, llm: str | None) -> Tolerances:
+    """Return the default tolerances of a bundle.
+
+    Args:
+        vision: precision of its vision graph.
+        llm: precision of its decoder; None when it is left out.
+    """
+    limits = _VISION[vision]
+    if llm is None:
+        return limits
+    exact = vision == "fp32"
+    return Tolerances(
+        limits.relative,
+        limits.overlap,
+        limits.cosine,
+        logits_cosine=min(_LOGITS_COSINE.get(llm, 0.9), 1.0 if exact else 0.9),
+        equal_answers=_EQUAL_ANSWERS.get(llm, 0.0) if exact else 0.0,
+    )
