@@ -42,7 +42,7 @@ from runtime.vision import VisionEncoder, VisualTokens
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2"}
 _EXAMPLES = (
-    "`python -m export.verify build/pocket --model models/pocket-llava --images pictures/`",
+    "`python -m export.verify build/pocket --images pictures/`",
     "`python -m export.verify B --model DIR --images pictures/ --vision-only --json`",
     "`python -m export.verify B --model DIR --images pictures/ --min-overlap 0.95`",
 )
@@ -57,8 +57,9 @@ class VerifyOptions:
 
     Attributes:
         bundle: the bundle's directory.
-        model: the checkpoint it was built from, a directory or a Hugging Face name.
         images: a directory of pictures, or one picture.
+        model: the checkpoint it was built from, a directory or a Hugging Face name; None looks for
+            the name the bundle records, here and in ``models/``.
         tokens: which of the bundle's graphs, by its number of visual tokens; None is the first.
         question: what is asked about each picture.
         max_tokens: longest answer.
@@ -69,8 +70,8 @@ class VerifyOptions:
     """
 
     bundle: Path
-    model: str
     images: Path
+    model: str | None = None
     tokens: int | None = None
     question: str = "What is in the picture?"
     max_tokens: int = 32
@@ -102,7 +103,7 @@ def verify_bundle(
         precision["llm"] = bundle.language_model(OrtBackend.name).precision
     tolerances = tolerances_for(graph.precision, precision.get("llm"))
     tolerances = replace(tolerances, **options.tolerances)
-    checkpoint = open_checkpoint(options.model)
+    checkpoint = open_checkpoint(options.model or find_checkpoint(bundle.manifest.model))
     refuse_other_checkpoint(bundle, checkpoint)
     spec = graph.reducer
     reference = VisionReference(checkpoint, make_reducer(spec.name, **spec.options))
@@ -151,6 +152,23 @@ def find_pictures(images: Path) -> list[Path]:
             f"{', '.join(sorted(_SUFFIXES))}."
         )
     return found
+
+
+def find_checkpoint(name: str) -> str:
+    """Return where the checkpoint lies whose name a bundle records.
+
+    Raises:
+        OptionError: neither here nor in ``models/``, and not the name of a repository.
+    """
+    for folder in (Path(name), Path("models", name)):
+        if folder.is_dir():
+            return str(folder)
+    if "/" in name:
+        return name
+    raise OptionError(
+        f"The bundle was built from {name}, which is neither here nor in models/. Give the "
+        "checkpoint's directory with --model."
+    )
 
 
 def refuse_other_checkpoint(bundle: Bundle, checkpoint: Checkpoint) -> None:
@@ -218,10 +236,14 @@ def _language_models(
 
 def main(
     bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
-    model: Annotated[
-        str, typer.Option(help="The checkpoint it was built from: a directory or a name.")
-    ],
     images: Annotated[Path, typer.Option(help="Directory of pictures, or one picture.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The checkpoint it was built from, a directory or a Hugging Face name; left out, "
+            "the one the bundle names, here or in `models/`."
+        ),
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Which vision graph; left out, the first.")
     ] = None,
@@ -254,8 +276,8 @@ def main(
     """Compare a bundle with the checkpoint it was built from, on pictures of yours.
 
     PyTorch runs the checkpoint as transformers does, with every attention matrix; both sides get
-    the same pixels. Tolerances left out are those of the bundle's precision. Exit code 1 means
-    that one was passed.
+    the same pixels. Tolerances left out are those of the bundle's precision. Exit code 1: a
+    measure is past its tolerance.
     """
     tolerances = {
         "relative": max_relative,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -90,15 +91,17 @@ def onnx_of(reducer, patches, width, key_width, opset=18):
         torch.randn(2, 1 + patches, key_width if scored else 0),
     )
     names = ("tokens", "valid", "origin", "assignment")
-    program = torch.onnx.export(
-        _Graph(reducer).eval(),
-        example,
-        dynamo=True,
-        opset_version=opset,
-        dynamic_shapes=({0: "batch"},) * 3,
-        output_names=names,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own, about itself
+        program = torch.onnx.export(
+            _Graph(reducer).eval(),
+            example,
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=({0: "batch"},) * 3,
+            output_names=names,
+            verbose=False,
+        )
     return program.model_proto
 
 

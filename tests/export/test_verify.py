@@ -25,7 +25,7 @@ from export.checkpoint import open_checkpoint
 from export.reducers import make_reducer
 from export.to_onnx import export_onnx
 from export.tolerances import Tolerances, tolerances_for
-from export.verify import VerifyOptions, main, verify_bundle
+from export.verify import VerifyOptions, find_checkpoint, main, verify_bundle
 from export.visual_graph import build_visual_graph
 from tests.photographs import load_photographs
 
@@ -215,6 +215,19 @@ def test_mistakes_are_explained(
     for kind, says, paths, changes in cases:
         with pytest.raises(kind, match=says):
             verify_bundle(options(*paths, **changes))
+
+
+def test_the_checkpoint_is_found_by_the_name_the_bundle_records(
+    verified_bundle, language_checkpoint, photographs, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OptionError, match="built from tiny-llama, which is neither here nor in mo"):
+        verify_bundle(VerifyOptions(verified_bundle, photographs, vision_only=True))
+    shutil.copytree(language_checkpoint, tmp_path / "models" / "tiny-llama")
+    assert verify_bundle(
+        VerifyOptions(verified_bundle, photographs, vision_only=True, limit=1)
+    ).passed
+    assert find_checkpoint("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
 
 
 def test_the_command_ends_with_2_on_a_mistake(tmp_path):
