@@ -33,6 +33,14 @@ BackendOption = Annotated[
     str | None,
     typer.Option("--backend", help="Language model backend; left out, the bundle's first."),
 ]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        help="What runs the vision graph: ort, ort-cuda, ort-tensorrt, openvino, tensorrt or "
+        "tensorrt-rtx; left out, what the bundle's target says.",
+    ),
+]
 VerifyOption = Annotated[
     bool,
     typer.Option(

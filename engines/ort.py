@@ -36,13 +36,15 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 Optimization = Literal["none", "basic", "extended", "all"]
+Provider = str | tuple[str, dict[str, str]]
+"""ONNX Runtime's name of a provider, with its options where it has any."""
 
 
 def create_inference_session(
     path: str | os.PathLike[str],
     *,
     threads: int | None = None,
-    providers: Sequence[str] = (CPU,),
+    providers: Sequence[Provider] = (CPU,),
     optimization: Optimization = "all",
 ) -> onnxruntime.InferenceSession:
     """Load an ONNX file with telemetry off and without any silent fallback.
@@ -68,14 +70,15 @@ def create_inference_session(
         onnxruntime.GraphOptimizationLevel,
         "ORT_DISABLE_ALL" if optimization == "none" else f"ORT_ENABLE_{optimization.upper()}",
     )
-    ordered = list(dict.fromkeys([*providers, CPU]))
+    names = _names_of(providers)
+    ordered = [*providers, *([] if CPU in names else [CPU])]
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=ordered)
     except Exception as error:  # ONNX Runtime's errors share no base class
         raise EngineError(_load_message(Path(path), onnxruntime.__version__, error)) from error
-    if session.get_providers()[0] != ordered[0]:
+    if session.get_providers()[0] != names[0]:
         raise EngineError(
-            f"{path}: {ordered[0]} could not start, ONNX Runtime offered {session.get_providers()} "
+            f"{path}: {names[0]} could not start, ONNX Runtime offered {session.get_providers()} "
             "instead. Check that the GPU driver, CUDA and cuDNN are of the versions that "
             f"onnxruntime-gpu {onnxruntime.__version__} names, or run on the CPU."
         )
@@ -92,9 +95,13 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
-def _refuse_absent_providers(onnxruntime: Any, providers: Sequence[str]) -> None:
+def _names_of(providers: Sequence[Provider]) -> list[str]:
+    return [item if isinstance(item, str) else item[0] for item in providers]
+
+
+def _refuse_absent_providers(onnxruntime: Any, providers: Sequence[Provider]) -> None:
     available = onnxruntime.get_available_providers()
-    absent = [name for name in providers if name not in available]
+    absent = [name for name in _names_of(providers) if name not in available]
     if absent or not providers:
         raise EngineError(
             f"The installed onnxruntime {onnxruntime.__version__} cannot run on "
@@ -127,7 +134,7 @@ class OrtSession:
         path: str | os.PathLike[str],
         *,
         threads: int | None = None,
-        providers: Sequence[str] = (CPU,),
+        providers: Sequence[Provider] = (CPU,),
         optimization: Optimization = "all",
     ) -> None:
         """Load the graph; the arguments are those of `create_inference_session`.

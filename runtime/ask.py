@@ -16,6 +16,7 @@ import typer
 
 from engines.cli import (
     BackendOption,
+    EngineOption,
     JsonOption,
     MaxTokensOption,
     SeedOption,
@@ -44,6 +45,7 @@ class AskOptions:
 
     Attributes:
         backend: the language backend; None takes the bundle's first.
+        engine: what runs the vision graph; None takes what the bundle's target says.
         threads: CPU threads; None takes one per physical core.
         visual_tokens: which of the bundle's vision graphs; None takes the first.
         system: instructions before the question.
@@ -53,6 +55,7 @@ class AskOptions:
     """
 
     backend: str | None = None
+    engine: str | None = None
     threads: int | None = None
     visual_tokens: int | None = None
     system: str | None = None
@@ -94,6 +97,7 @@ def ask(
     with open_model(
         opened,
         backend=chosen.backend,
+        engine=chosen.engine,
         threads=chosen.threads,
         visual_tokens=chosen.visual_tokens,
     ) as model:
@@ -163,6 +167,7 @@ def main(
         str | None, typer.Option(help="Instructions before the question, if the model takes them.")
     ] = None,
     backend: BackendOption = None,
+    engine: EngineOption = None,
     threads: ThreadsOption = None,
     max_tokens: MaxTokensOption = 256,
     temperature: Annotated[
@@ -188,6 +193,7 @@ def main(
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     options = AskOptions(
         backend=backend,
+        engine=engine,
         threads=threads,
         visual_tokens=visual_tokens,
         system=system,

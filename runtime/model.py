@@ -155,6 +155,7 @@ def open_model(
     bundle: Bundle,
     *,
     backend: str | None = None,
+    engine: str | None = None,
     threads: int | None = None,
     visual_tokens: int | None = None,
     context_length: int | None = None,
@@ -164,6 +165,7 @@ def open_model(
     Args:
         bundle: from `open_bundle`.
         backend: the language backend; left out, the bundle's first.
+        engine: what runs the vision graph; left out, what the bundle's target says.
         threads: CPU threads of the vision graph and of the language model; left out, one per
             physical core.
         visual_tokens: which of the bundle's vision graphs; left out, the first.
@@ -173,7 +175,7 @@ def open_model(
         FoveateError: a part that cannot be loaded, said in words.
     """
     writer = PromptWriter(bundle)
-    encoder = VisionEncoder(bundle, threads=threads, tokens=visual_tokens)
+    encoder = VisionEncoder(bundle, engine=engine, threads=threads, tokens=visual_tokens)
     try:
         language = open_backend(bundle, backend, threads=threads, context_length=context_length)
     except BaseException:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engines.bundle import Bundle
 from engines.errors import BundleError, PictureError
 from engines.manifest import VisionGraph
-from engines.ort import OrtSession
+from engines.open_session import open_session
 from engines.session import Session
 from runtime.preprocess import Pixels, check_picture, preprocess_batch
 
@@ -56,6 +56,7 @@ class VisionEncoder:
         bundle: Bundle,
         session: Session | None = None,
         *,
+        engine: str | None = None,
         threads: int | None = None,
         tokens: int | None = None,
     ) -> None:
@@ -63,8 +64,10 @@ class VisionEncoder:
 
         Args:
             bundle: from `open_bundle`.
-            session: an engine that runs the graph; ONNX Runtime on the CPU when left out. It stays
-                the caller's to close.
+            session: an engine that runs the graph; one is opened when left out. It stays the
+                caller's to close.
+            engine: which engine to open, a name of `engines.open_session`; the target's own when
+                left out.
             threads: CPU threads when no session is given; left out, one per physical core.
             tokens: which of the bundle's graphs, by its number of visual tokens; the first when
                 left out.
@@ -78,7 +81,11 @@ class VisionEncoder:
         self.graph: VisionGraph = bundle.vision(tokens)
         self._owned = session is None
         file = bundle.path(self.graph.file)
-        self.session: Session = OrtSession(file, threads=threads) if session is None else session
+        self.session: Session = (
+            open_session(bundle, self.graph, engine=engine, threads=threads)
+            if session is None
+            else session
+        )
         absent = [name for name in _OUTPUTS if name not in self.session.output_names]
         if absent or len(self.session.input_names) != 1:
             self.close()
