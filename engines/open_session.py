@@ -1,0 +1,117 @@
+"""One call that opens a bundle's vision graph on the engine its target names, or another.
+
+Enters: a bundle and, if the user wants another than the target's, the name of an engine. Leaves: a
+`Session`. What does not run is told; nothing falls back to something slower by itself.
+"""
+
+from __future__ import annotations
+
+import os
+from difflib import get_close_matches
+from pathlib import Path
+
+from engines.bundle import Bundle
+from engines.errors import EngineError, OptionError
+from engines.manifest import VisionGraph
+from engines.session import Session
+from engines.targets import Target, find_target
+
+ENGINES = ("ort", "ort-cuda", "ort-tensorrt", "openvino", "tensorrt", "tensorrt-rtx")
+TARGETS_VARIABLE = "FOVEATE_TARGETS"
+"""Environment variable that names the user's own targets file, for commands without --targets."""
+_TENSORRT = "TensorrtExecutionProvider"
+
+
+def open_session(
+    bundle: Bundle,
+    graph: VisionGraph | None = None,
+    *,
+    engine: str | None = None,
+    threads: int | None = None,
+    trust: bool = False,
+) -> Session:
+    """Open a graph of a bundle.
+
+    Args:
+        bundle: from `open_bundle`.
+        graph: one of its graphs; the first when left out.
+        engine: one of `ENGINES`; the target's own when left out.
+        threads: CPU threads, for engines on the CPU.
+        trust: run a TensorRT plan that another user or machine signed.
+
+    Raises:
+        OptionError: no such engine or target, or the engine cannot take the graph's precision.
+        EngineError: the engine or its plan is not there, or does not run on this machine.
+    """
+    chosen = graph or bundle.vision()
+    name = engine or _target_of(bundle).engine
+    path = bundle.path(chosen.file)
+    if name == "ort":
+        from engines.ort import OrtSession
+
+        return OrtSession(path, threads=threads)
+    if name in ("ort-cuda", "ort-tensorrt"):
+        return _open_ort_on_gpu(bundle, chosen, name)
+    if name == "openvino":
+        from engines.openvino_session import OpenVinoSession
+
+        return OpenVinoSession(path, threads=threads, cache=bundle.local / "openvino")
+    if name in ("tensorrt", "tensorrt-rtx"):
+        return _open_plan(bundle, chosen, name, trust)
+    near = get_close_matches(name, ENGINES, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise OptionError(f"--engine {name}: expected one of {', '.join(ENGINES)}.{hint}")
+
+
+def _target_of(bundle: Bundle) -> Target:
+    extra = os.environ.get(TARGETS_VARIABLE)
+    try:
+        return find_target(bundle.manifest.target, Path(extra) if extra else None)
+    except OptionError as error:
+        raise OptionError(
+            f"{bundle.root} was built for the target {bundle.manifest.target}, which is not known "
+            f"here. Name its file in {TARGETS_VARIABLE}, or choose with --engine: "
+            f"{', '.join(ENGINES)}."
+        ) from error
+
+
+def _open_plan(bundle: Bundle, graph: VisionGraph, name: str, trust: bool) -> Session:
+    from engines.trt import open_trt_session
+
+    target = _target_of(bundle)
+    if target.engine != name:
+        raise OptionError(
+            f"--engine {name}: the bundle's target {target.name} has {target.engine}, and a plan "
+            "is for one target. Build the bundle for a target of that engine "
+            "(python -m engines.targets)."
+        )
+    try:
+        return open_trt_session(bundle, graph, target, trust=trust)
+    except EngineError as error:
+        raise EngineError(
+            f"{error} To run the graph without TensorRT, slower: --engine ort."
+        ) from error
+
+
+def _open_ort_on_gpu(bundle: Bundle, graph: VisionGraph, name: str) -> Session:
+    """Open ONNX Runtime on a GPU, with TF32 off: a rounded score may keep another patch."""
+    from engines.ort import CUDA, OrtSession, Provider
+
+    providers: list[Provider] = [(CUDA, {"use_tf32": "0"})]
+    if name == "ort-tensorrt":
+        if graph.precision not in ("fp32",):
+            raise OptionError(
+                f"--engine ort-tensorrt: ONNX Runtime gives TensorRT leave to round the "
+                f"{graph.precision} graph's FP32 selection too. Use --engine tensorrt, which "
+                "keeps every type as exported, or --engine ort-cuda."
+            )
+        cache = bundle.local / "ort-tensorrt"
+        cache.mkdir(parents=True, exist_ok=True)
+        options = {
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": str(cache),
+            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_path": str(cache),
+        }
+        providers.insert(0, (_TENSORRT, options))
+    return OrtSession(bundle.path(graph.file), providers=providers)
