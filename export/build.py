@@ -24,7 +24,8 @@ from engines.bundle import BundleDraft, write_bundle
 from engines.errors import OptionError
 from engines.manifest import LlmPrecision, Manifest, Precision, ReducerSpec, VisionGraph
 from export.build_plan import Budget, BuildOptions, BuildPlan, plan_build
-from export.decoder import export_language
+from export.gguf_quantize import GgufPrecision
+from export.language_models import DecoderBackend, export_language_models
 from export.reducers import REDUCERS, Reducer
 from export.to_onnx import export_onnx
 from export.visual_graph import build_visual_graph
@@ -52,11 +53,13 @@ class BuildReport:
         bundle: its directory.
         bytes: size of each file in it.
         seconds: how long each step took.
+        notes: what did not come out as asked for, in words.
     """
 
     bundle: Path
     bytes: dict[str, int]
     seconds: dict[str, float]
+    notes: tuple[str, ...] = ()
 
 
 def build_bundle(
@@ -86,12 +89,12 @@ def build_bundle(
             line = f"Vision graph: {reducer.name}, {count} of {plan.patches} visual tokens"
             with step(f"vision_{count}", line):
                 graphs.append(_export_graph(plan, reducer, options.opset, draft))
-        with step("language_model", f"Language model: {options.llm_precision}"):
+        with step("language_model", f"Language model for {', '.join(options.decoders.backends)}"):
             begun = len(seconds)
-            language = export_language(
+            language = export_language_models(
                 plan.checkpoint,
                 draft.root,
-                options.llm_precision,
+                options.decoders,
                 progress=lambda done, layers: progress(
                     f"Language model: layer {done} of {layers}", (begun + done / layers) / steps
                 ),
@@ -104,7 +107,7 @@ def build_bundle(
                 preprocessing=plan.checkpoint.preprocessing,
                 text=language.text,
                 prompt=language.prompt,
-                language_models=(language.model,),
+                language_models=language.models,
                 versions={"foveate": __version__} | {tool: version(tool) for tool in _TOOLS},
             )
         )
@@ -112,7 +115,7 @@ def build_bundle(
     progress("Done", 1.0)
     files = sorted(file for file in options.out.rglob("*") if file.is_file())
     sizes = {file.relative_to(options.out).as_posix(): file.stat().st_size for file in files}
-    return BuildReport(options.out, sizes, seconds)
+    return BuildReport(options.out, sizes, seconds, language.notes)
 
 
 def _export_graph(plan: BuildPlan, reducer: Reducer, opset: int, draft: BundleDraft) -> VisionGraph:
@@ -165,7 +168,16 @@ def main(
     precision: Annotated[
         str | None, typer.Option(help="Of the vision graph; left out, the target's default.")
     ] = None,
+    llm_backend: Annotated[
+        str, typer.Option(help="ort, llamacpp, or both with a comma; the first is the default.")
+    ] = "ort",
     llm_precision: Annotated[str, typer.Option(help="int4 or fp32.")] = "int4",
+    gguf_precision: Annotated[
+        str | None,
+        typer.Option(
+            help="llama.cpp: q4_k_m, q8_0, f16 or f32; left out, q4_k_m for int4, f16 for fp32."
+        ),
+    ] = None,
     opset: Annotated[int, typer.Option(help="ONNX operator set: 17, 18 or 19.")] = 18,
     targets: Annotated[Path | None, typer.Option(help="TOML file of your own targets.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the bundle at --out.")] = False,
@@ -187,7 +199,14 @@ def main(
         tokens=_read_budgets(tokens, reducer, reducer_options),
         reducer_options=reducer_options,
         precision=_one_of("--precision", precision, Precision) if precision else None,
+        llm_backends=tuple(
+            _one_of("--llm-backend", name.strip(), DecoderBackend)
+            for name in llm_backend.split(",")
+        ),
         llm_precision=_one_of("--llm-precision", llm_precision, LlmPrecision),
+        gguf_precision=_one_of("--gguf-precision", gguf_precision, GgufPrecision)
+        if gguf_precision
+        else None,
         opset=opset,
         targets_file=targets,
         overwrite=overwrite,
@@ -247,7 +266,9 @@ def _tell_plan(plan: BuildPlan, options: BuildOptions, as_json: bool) -> None:
                 "model": plan.checkpoint.name,
                 "target": plan.target.name,
                 "precision": plan.precision,
-                "llm_precision": options.llm_precision,
+                "decoders": {
+                    name: options.decoders.precision_of(name) for name in options.llm_backends
+                },
                 "patches": plan.patches,
                 "vision": graphs,
                 "bundle": str(options.out),
@@ -262,7 +283,8 @@ def _tell_plan(plan: BuildPlan, options: BuildOptions, as_json: bool) -> None:
             f"  vision graph  {plan.precision}, {graph['reducer']}{detail}: "
             f"{graph['tokens']} of {plan.patches} visual tokens"
         )
-    print(f"  decoder       {options.llm_precision}, ONNX Runtime")
+    for backend in options.llm_backends:
+        print(f"  decoder       {options.decoders.precision_of(backend)}, {backend}")
     print(f"  into          {options.out}")
 
 
@@ -274,6 +296,8 @@ def _tell_report(report: BuildReport, as_json: bool) -> None:
         print(f"  {size / 1e6:10.2f} MB  {name}")
     total = sum(report.bytes.values()) / 1e6
     print(f"  {total:10.2f} MB  {report.bundle} in {sum(report.seconds.values()):.0f} s")
+    for note in report.notes:
+        print(f"Note: {note}")
     print(f'\nNext: python -m runtime.ask {report.bundle} PICTURE "What is in the picture?"')
 
 

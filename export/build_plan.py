@@ -16,6 +16,8 @@ from engines.errors import OptionError
 from engines.manifest import LlmPrecision, Precision
 from engines.targets import Target, find_target
 from export.checkpoint import Checkpoint, open_checkpoint
+from export.gguf_quantize import GgufPrecision
+from export.language_models import DecoderBackend, DecoderOptions, check_language_models
 from export.reducers import Reducer, make_reducer, reducer_for_budget
 
 Budget = int | Literal["all"]
@@ -34,7 +36,9 @@ class BuildOptions:
         tokens: a graph is built for each; without any, for what the reducer's options leave.
         reducer_options: options of the reducer, which take precedence over what a budget implies.
         precision: of the vision graph; None takes the target's default.
+        llm_backends: language backends that get a decoder; the first is the bundle's default.
         llm_precision: of the language model.
+        gguf_precision: of llama.cpp's decoder; None takes what is like `llm_precision`.
         opset: of the vision graph.
         targets_file: a TOML file of the user's own targets.
         overwrite: replace a bundle that is already there.
@@ -47,10 +51,17 @@ class BuildOptions:
     tokens: tuple[Budget, ...] = (64,)
     reducer_options: Mapping[str, int | float | str] = field(default_factory=dict)
     precision: Precision | None = None
+    llm_backends: tuple[DecoderBackend, ...] = ("ort",)
     llm_precision: LlmPrecision = "int4"
+    gguf_precision: GgufPrecision | None = None
     opset: int = 18
     targets_file: Path | None = None
     overwrite: bool = False
+
+    @property
+    def decoders(self) -> DecoderOptions:
+        """The part that concerns the language model."""
+        return DecoderOptions(self.llm_backends, self.llm_precision, self.gguf_precision)
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
         )
     refuse_occupied(options.out, options.overwrite)
     checkpoint = open_checkpoint(options.model)
+    check_language_models(checkpoint, options.decoders)
     reducers = tuple(
         _choose_reducer(options, budget, checkpoint) for budget in options.tokens or (None,)
     )

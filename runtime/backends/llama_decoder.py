@@ -44,7 +44,7 @@ class LlamaDecoder:
         *,
         context_length: int,
         threads: int,
-        gpu_layers: int = 0,
+        gpu_layers: int | None = None,
         exact: bool = False,
     ) -> None:
         """Load the model and allocate its cache.
@@ -54,7 +54,7 @@ class LlamaDecoder:
             table: text embeddings.
             context_length: positions the cache holds.
             threads: CPU threads.
-            gpu_layers: layers that run on the GPU; -1 is all.
+            gpu_layers: layers that run on the GPU, -1 for all; None is all, where there is one.
             exact: keep the cache in float32 instead of float16.
 
         Raises:
@@ -66,6 +66,8 @@ class LlamaDecoder:
         self._context: Any = None
         self._batch: Any = None
         self._free = list(range(_MOST_SEQUENCES))
+        if gpu_layers is None:
+            gpu_layers = -1 if self._library.llama_supports_gpu_offload() else 0
         self._model = self._load(file, gpu_layers)
         try:
             self._check(file)

@@ -107,7 +107,7 @@ def open_llamacpp_backend(
     bundle: Bundle,
     *,
     threads: int | None = None,
-    gpu_layers: int = 0,
+    gpu_layers: int | None = None,
     context_length: int | None = None,
 ) -> LlamaCppBackend:
     """Load a bundle's GGUF decoder.
@@ -115,7 +115,8 @@ def open_llamacpp_backend(
     Args:
         bundle: an opened bundle.
         threads: CPU threads; by default all this process may use.
-        gpu_layers: decoder layers that run on the GPU; -1 is all of them.
+        gpu_layers: decoder layers that run on the GPU, -1 for all; by default all where llama.cpp
+            was built with GPU support, as on a Jetson.
         context_length: positions the cache holds; by default what the model was trained for, 4096
             at most.
 

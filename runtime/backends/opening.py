@@ -9,7 +9,7 @@ from engines.bundle import Bundle
 from engines.errors import OptionError
 from runtime.backends import LanguageBackend
 
-BACKENDS = ("ort",)
+BACKENDS = ("ort", "llamacpp")
 
 
 def open_backend(
@@ -37,6 +37,10 @@ def open_backend(
         from runtime.backends.ort import open_ort_backend
 
         return open_ort_backend(bundle, threads=threads, context_length=context_length)
+    if chosen == "llamacpp":
+        from runtime.backends.llamacpp import open_llamacpp_backend
+
+        return open_llamacpp_backend(bundle, threads=threads, context_length=context_length)
     raise OptionError(
         f'There is no language backend "{chosen}", expected one of {", ".join(BACKENDS)}.'
     )

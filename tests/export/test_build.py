@@ -77,7 +77,7 @@ def test_a_full_disk_leaves_nothing(
     def fill(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(build_module, "export_language", fill)
+    monkeypatch.setattr(build_module, "export_language_models", fill)
     with pytest.raises(BundleError, match="No room to write"):
         build_bundle(BuildOptions(str(language_checkpoint), tmp_path / "bundle", tokens=(4,)))
     assert list(tmp_path.iterdir()) == []
