@@ -1,0 +1,115 @@
+"""The four floors: a floor imports only floors below it, and only the packages it is allowed.
+
+Read from the source, so an import inside a function counts as much as one at the top.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = ("engines", "runtime", "calibration", "export")  # from the lowest up
+OUTSIDE = {"tests", "benchmarks", "examples", "models"}
+
+# What a robot installs. Optional packages (a video library, another engine) are imported where
+# they are used and come with an extra of pyproject.toml.
+THIN = {"jinja2", "numpy", "onnxruntime", "PIL", "pydantic", "safetensors", "tokenizers", "typer"}
+THIN |= {"rich", "tomli"}
+OPTIONAL = {
+    "engines": {"openvino", "polygraphy", "tensorrt"},
+    "runtime": {
+        "av", "cv2", "fastapi", "gguf", "gi", "llama_cpp", "mcap", "mcap_ros2", "rosbags",
+        "starlette", "uvicorn",
+    },
+}  # fmt: skip
+ALLOWED = {
+    "engines": THIN | OPTIONAL["engines"],
+    "runtime": THIN | OPTIONAL["runtime"],
+    "calibration": THIN | {"onnx", "modelopt", "scipy"},
+}
+TORCH_BELOW_EXPORT = {"calibration/tuning.py"}
+
+
+def imported_packages(source: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and top-level name of everything a module imports."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name.split(".")[0]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            yield node.lineno, node.module.split(".")[0]
+        elif isinstance(node, ast.Call) and _is_import_call(node):
+            name = node.args[0] if node.args else None
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                yield node.lineno, name.value.split(".")[0]
+
+
+def _is_import_call(node: ast.Call) -> bool:
+    called = node.func
+    name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+    return name in {"import_module", "__import__"}
+
+
+def breaches(path: str, source: str) -> list[str]:
+    """Return what a module of a floor may not import, one line each."""
+    floor = path.split("/", maxsplit=1)[0]
+    above = set(FLOORS[FLOORS.index(floor) + 1 :]) | OUTSIDE
+    allowed = ALLOWED.get(floor)
+    if allowed is not None and path in TORCH_BELOW_EXPORT:
+        allowed = allowed | {"torch"}
+    found = []
+    for line, package in imported_packages(source):
+        if package in above:
+            found.append(f"{path}:{line} imports {package}, which lies above {floor}")
+        elif package in FLOORS or package in sys.stdlib_module_names or allowed is None:
+            continue
+        elif package not in allowed:
+            found.append(f"{path}:{line} imports {package}, which {floor} may not use")
+    return found
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_a_floor_imports_only_what_lies_below(floor: str) -> None:
+    found = []
+    for file in sorted((ROOT / floor).rglob("*.py")):
+        path = file.relative_to(ROOT).as_posix()
+        found += breaches(path, file.read_text(encoding="utf-8"))
+    assert not found, "\n".join(found)
+
+
+def test_a_breach_is_seen() -> None:
+    source = (
+        "import os, torch\nfrom export.build import x\n"
+        "def f():\n    import transformers.models\n    importlib.import_module('onnx.helper')\n"
+    )
+    assert breaches("runtime/ask.py", source) == [
+        "runtime/ask.py:1 imports torch, which runtime may not use",
+        "runtime/ask.py:2 imports export, which lies above runtime",
+        "runtime/ask.py:4 imports transformers, which runtime may not use",
+        "runtime/ask.py:5 imports onnx, which runtime may not use",
+    ]
+    assert breaches("engines/x.py", "import runtime, tests") == [
+        "engines/x.py:1 imports runtime, which lies above engines",
+        "engines/x.py:1 imports tests, which lies above engines",
+    ]
+    assert not breaches("calibration/tuning.py", "import torch, engines, runtime, onnx")
+    assert not breaches("export/build.py", "import torch, calibration")
+
+
+def test_thin_dependencies_are_what_the_thin_floors_import() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads pyproject.toml")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = {line.split(">")[0].split(";")[0].strip() for line in project["dependencies"]}
+    names = {"pillow": "PIL"}
+    assert {names.get(name, name) for name in required} | {"rich"} == THIN  # rich: by typer
+    pinned = (ROOT / "requirements-robot.txt").read_text().splitlines()
+    robot = {line.split("==")[0].lower() for line in pinned if not line.startswith("#")}
+    assert required <= robot
+    assert set(pinned) - set((ROOT / "constraints.txt").read_text().splitlines()) == {
+        line for line in pinned if line.startswith("#")
+    }
