@@ -1,0 +1,106 @@
+"""How much a robot installs and how long the runtime takes to import.
+
+    python -m benchmarks.thin_install [--python python3.10] [--json]
+
+Two fresh environments: `requirements-robot.txt`, which is what the README's figure is about, and a
+plain `pip install .` with all that its dependencies ask for. Sizes are bytes of files below
+site-packages, pip's and setuptools' own not counted, after the first import (so with the bytecode
+it wrote). Imports are timed in processes of their own, bytecode and file cache warm.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engines import cli
+
+ROOT = Path(__file__).parents[1]
+WAYS = {
+    "robot": [
+        ["--no-deps", "--no-compile", "-r", "requirements-robot.txt"],
+        ["--no-deps", "--no-compile", "."],
+    ],
+    "plain": [["-c", "constraints.txt", "."]],
+}
+REPEATS = 7
+
+
+def install(way: str, python: str, place: Path) -> Path:
+    """Install the package one of the `WAYS` into a fresh environment and return its Python."""
+    subprocess.run([python, "-m", "venv", "--without-pip", place], check=True)
+    bare = place / "bin/python"
+    source = place / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "tests", "models")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "--python", str(bare), "--disable-pip-version-check"]
+    for arguments in WAYS[way]:
+        subprocess.run([*pip, "install", "--quiet", *arguments], cwd=source, check=True)
+    return bare
+
+
+def import_seconds(python: Path) -> list[float]:
+    """Return how long `import runtime.ask` takes, in `REPEATS` processes after a first one."""
+    probe = "import time; t = time.perf_counter(); import runtime.ask; print(time.perf_counter()-t)"
+    found = []
+    for _ in range(REPEATS + 1):
+        ended = subprocess.run(
+            [python, "-c", probe], capture_output=True, text=True, cwd="/", check=True
+        )
+        found.append(float(ended.stdout))
+    return found[1:]
+
+
+def installed_bytes(place: Path) -> int:
+    """Return the size of every file below site-packages."""
+    (packages,) = place.glob("lib/python3*/site-packages")
+    return sum(file.stat().st_size for file in packages.rglob("*") if file.is_file())
+
+
+def measure(way: str, python: str) -> dict[str, Any]:
+    """Install one way and measure it."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "env"
+        started = time.perf_counter()
+        bare = install(way, python, place)
+        install_s = time.perf_counter() - started
+        seconds = import_seconds(bare)
+        version = subprocess.run([bare, "-V"], capture_output=True, text=True, check=True)
+        return {
+            "way": way,
+            "python": version.stdout.split()[-1],
+            "installed_mb": round(installed_bytes(place) / 1e6, 1),
+            "import_s": round(statistics.median(seconds), 3),
+            "import_s_min": round(min(seconds), 3),
+            "install_s": round(install_s, 1),
+        }
+
+
+def main(
+    python: Annotated[
+        str, typer.Option(help="The Python to install for, such as python3.10.")
+    ] = sys.executable,
+    as_json: cli.JsonOption = False,
+) -> None:
+    """Measure what the runtime weighs and how fast it starts, on a machine at rest."""
+    results = [measure(way, python) for way in WAYS]
+    if as_json:
+        cli.print_json({"results": results})
+        return
+    for result in results:
+        print(
+            f"{result['way']:6} Python {result['python']:8} {result['installed_mb']:6.1f} MB   "
+            f"import runtime.ask {result['import_s']:.3f} s (best {result['import_s_min']:.3f})"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main, ["python -m benchmarks.thin_install --python python3.10"])

@@ -1,0 +1,102 @@
+"""What a bundle holds, and whether it is whole: `python -m engines.inspect BUNDLE`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engines import cli
+from engines.bundle import Bundle, open_bundle
+from engines.manifest import VisionGraph
+
+
+def describe_bundle(bundle: Bundle) -> dict[str, Any]:
+    """Return what a bundle holds, as one JSON object."""
+    manifest = bundle.manifest
+    return {
+        "bundle": str(bundle.root),
+        "model": manifest.model,
+        "target": manifest.target,
+        "schema_version": manifest.schema_version,
+        "vision": [
+            {
+                "file": graph.file,
+                "reducer": graph.reducer.name,
+                "options": graph.reducer.options,
+                "visual_tokens": graph.reducer.tokens,
+                "patches": graph.patch_rows * graph.patch_columns,
+                "precision": graph.precision,
+                "opset": graph.opset,
+            }
+            for graph in manifest.vision
+        ],
+        "language_models": [model.model_dump() for model in manifest.language_models],
+        "context_length": manifest.text.context_length,
+        "preprocessing": manifest.preprocessing.model_dump(),
+        "calibration_digest": manifest.calibration_digest,
+        "bytes": {name: record.bytes for name, record in sorted(manifest.files.items())},
+        "versions": manifest.versions,
+    }
+
+
+def _page(bundle: Bundle, verified: str) -> str:
+    manifest = bundle.manifest
+    total = sum(record.bytes for record in manifest.files.values())
+    lines = [f"{manifest.model}, built for {manifest.target} ({total / 1e6:,.1f} MB)", "", "Vision"]
+    lines += [_graph_line(graph) for graph in manifest.vision]
+    lines += ["", "Language model"]
+    lines += [
+        f"  {model.file}  {model.precision}, backend {model.backend}, "
+        f"context {manifest.text.context_length:,}"
+        for model in manifest.language_models
+    ]
+    lines += ["", "Files"]
+    lines += [f"  {record.bytes:>15,}  {name}" for name, record in sorted(manifest.files.items())]
+    made = ", ".join(f"{tool} {version}" for tool, version in manifest.versions.items())
+    lines += ["", f"Built with {made}.", verified, "", "Next:"]
+    lines += [f'  python -m runtime.ask {bundle.root} picture.jpg "What is in the picture?"']
+    return "\n".join(lines)
+
+
+def _graph_line(graph: VisionGraph) -> str:
+    patches = graph.patch_rows * graph.patch_columns
+    options = ", ".join(f"{name} {value}" for name, value in graph.reducer.options.items())
+    return (
+        f"  {graph.file}  {graph.reducer.name}{f' ({options})' if options else ''}: "
+        f"{graph.reducer.tokens} visual tokens from {patches} patches, {graph.precision}, "
+        f"opset {graph.opset}"
+    )
+
+
+def main(
+    bundle: Annotated[Path, typer.Argument(help="Directory that export.build wrote.")],
+    verify: cli.VerifyOption = True,
+    as_json: cli.JsonOption = False,
+) -> None:
+    """Say what a bundle holds and whether every file is as it was built.
+
+    Ends with 2 and one paragraph that names each missing, changed or added file when it is not.
+    """
+    started = time.perf_counter()
+    opened = open_bundle(bundle, verify=verify)
+    milliseconds = (time.perf_counter() - started) * 1e3
+    if as_json:
+        cli.print_json(
+            describe_bundle(opened) | {"verified": verify, "milliseconds": round(milliseconds, 1)}
+        )
+        return
+    checked = "SHA-256 of every file is" if verify else "Names and sizes are"
+    print(_page(opened, f"{checked} as built (checked in {milliseconds:.0f} ms)."))
+
+
+if __name__ == "__main__":
+    cli.run(
+        main,
+        [
+            "python -m engines.inspect build/pocket",
+            "python -m engines.inspect build/pocket --json --trust",
+        ],
+    )
