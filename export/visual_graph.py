@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from engines.errors import OptionError
 from export.checkpoint import Checkpoint
 from export.reducers.reduced import Reduced, Reducer
 from export.towers import TowerOutput
@@ -87,8 +88,10 @@ def build_visual_graph(checkpoint: Checkpoint, reducer: Reducer) -> VisualGraph:
 
     Raises:
         CheckpointError: a tensor of the tower or the projector is missing or misshapen.
-        OptionError: the reducer's budget does not fit the tower.
+        OptionError: the reducer's budget does not fit the tower, or `none` would hand on other
+            tokens than the language model was trained with.
     """
+    _check_class_token(checkpoint, reducer)
     model: Any = checkpoint.vision_model()
     tower = make_tower(model, checkpoint.feature_layer, reducer.scoring)
     embeddings = getattr(model, "vision_model", model).embeddings
@@ -100,3 +103,13 @@ def build_visual_graph(checkpoint: Checkpoint, reducer: Reducer) -> VisualGraph:
         patches=embeddings.num_patches,
     )
     return graph.eval().requires_grad_(False)
+
+
+def _check_class_token(checkpoint: Checkpoint, reducer: Reducer) -> None:
+    given = reducer.options.get("class_token")
+    if reducer.name == "none" and given != checkpoint.keeps_class_token:
+        raise OptionError(
+            f"reducer none: class_token is {given}, but vision_feature_select_strategy in the "
+            f"checkpoint's config.json is {checkpoint.config.vision_feature_select_strategy!r}. "
+            f"Make the reducer with class_token={checkpoint.keeps_class_token}."
+        )

@@ -234,6 +234,24 @@ def test_a_budget_larger_than_the_patches_is_refused(checkpoint: Checkpoint) -> 
         build_visual_graph(checkpoint, make_reducer("uniform", budget=65))
 
 
+def test_a_checkpoint_that_keeps_the_class_token(make_checkpoint, pixels):
+    root = make_checkpoint()
+    config = json.loads((root / "config.json").read_text())
+    config["vision_feature_select_strategy"] = "full"
+    (root / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(root)
+    with pytest.raises(OptionError, match=r"class_token is False, but .* is 'full'"):
+        build_visual_graph(checkpoint, make_reducer("none"))
+    graph = build_visual_graph(checkpoint, make_reducer("none", class_token=True))
+    images = torch.from_numpy(pixels[:2])
+    with torch.no_grad():
+        expected = checkpoint.llava().get_image_features(images).pooler_output
+        tokens, count, index, _ = graph(images)
+    torch.testing.assert_close(tokens, torch.stack(expected), atol=1e-5, rtol=1e-5)
+    assert count.tolist() == [65, 65]
+    assert index[0].tolist() == list(range(-1, 64))
+
+
 @pytest.mark.parametrize("layer", [1, 2, 3, 4])
 def test_any_layer_can_be_selected(checkpoint, pixels, layer):
     model = checkpoint.vision_model()
