@@ -182,8 +182,9 @@ def _name_weights(model: ir.Model, taken: Counter[str]) -> None:
 def _module_of(node: ir.Node) -> str:
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
     if scopes is not None:
-        path: list[str] = [scope for scope in ast.literal_eval(scopes) if scope[:1] != "_"]
-        return path[-2] if len(path) > 1 else ""
+        path: list[str] = ast.literal_eval(scopes)[:-1]  # the last one is the operation
+        modules = [scope for scope in path if not scope.startswith("_")]
+        return modules[-1] if modules else ""
     # A pass made this node; it belongs to whatever it continues.
     source = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
     return source.metadata_props.get(MODULE_KEY, "") if source is not None else ""
@@ -240,6 +241,8 @@ def _set_opset(model: ir.Model, opset: int) -> None:
     ONNX's own converter knows that too, but forgets what a node's module was and stops at 2 GB.
     Should an operator ever need more than this, the checker refuses the file.
     """
+    if model.opset_imports[""] == opset:
+        return
     for node in model.graph:
         if opset == 17 and node.op_type.startswith("Reduce") and node.op_type != "ReduceSum":
             given = node.inputs[1] if len(node.inputs) == 2 else None

@@ -148,6 +148,7 @@ def test_nodes_say_where_they_come_from(exported, case):
         module = properties[MODULE_KEY]
         assert node.name.startswith(f"{module}/" if module else node.op_type)
         assert not node.doc_string
+        assert module or node.op_type == "Shape", node.name
         modules.add(module)
     assert len({node.name for node in model.graph.node}) == len(model.graph.node)
     assert {"reducer", "tower.layers.0.attention.q_proj", "projector.linear_2"} <= modules
