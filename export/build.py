@@ -23,6 +23,7 @@ from engines import __version__, cli
 from engines.bundle import BundleDraft, write_bundle
 from engines.errors import OptionError
 from engines.manifest import LlmPrecision, Manifest, Precision, ReducerSpec, VisionGraph
+from engines.on_device import write_device_files
 from export.build_plan import Budget, BuildOptions, BuildPlan, plan_build
 from export.gguf_quantize import GgufPrecision
 from export.language_models import DecoderBackend, export_language_models
@@ -99,6 +100,7 @@ def build_bundle(
                     f"Language model: layer {done} of {layers}", (begun + done / layers) / steps
                 ),
             )
+        write_device_files(draft.root, graphs[0], plan.target)
         draft.describe(
             Manifest(
                 model=plan.checkpoint.name,
