@@ -13,7 +13,6 @@ import hmac
 import os
 import secrets
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -220,14 +219,6 @@ def sign_record(record: PlanRecord) -> PlanRecord:
 def is_signed_here(record: PlanRecord) -> bool:
     """Return whether this user's key signed the record."""
     return hmac.compare_digest(record.signature, _signature(record))
-
-
-def foveate_version() -> str:
-    """Return the version of this package, as installed."""
-    try:
-        return version("foveate")
-    except PackageNotFoundError:  # run from a source tree
-        return "source"
 
 
 def key_path() -> Path:

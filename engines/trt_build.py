@@ -19,13 +19,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from engines import __version__
 from engines.batch_profile import ANY_BATCH, BatchRange, shape_ranges
 from engines.build_progress import ProgressCallback, make_progress_monitor
 from engines.errors import EngineError, OptionError
 from engines.gpu import Gpu, NoGpu, find_gpu
 from engines.layer_report import EngineReport, LayerReport, report_engine, report_network
 from engines.manifest import Precision, TensorSpec
-from engines.plan import PlanRecord, ShapeRange, foveate_version, write_plan
+from engines.plan import PlanRecord, ShapeRange, write_plan
 from engines.staging import staged_file
 from engines.targets import Target
 from engines.trt_library import TrtLibrary, load_library_for, load_polygraphy
@@ -152,7 +153,7 @@ def build_plan(options: BuildOptions, on_progress: ProgressCallback | None = Non
             workspace_bytes=workspace_of(options),
             build_seconds=round(build_seconds, 3),
             built_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            foveate=foveate_version(),
+            foveate=__version__,
         ),
     )
     layers = LayerReport(

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import random_graphs
 from engines.manifest import Precision, TensorSpec
 from engines.targets import find_target
 from engines.trt_build import BuildOptions, BuildResult, build_plan
-from tests import real_graphs
 
 pytestmark = [pytest.mark.trt, pytest.mark.usefixtures("compiler")]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
@@ -24,14 +24,14 @@ class Exported:
     inputs: tuple[TensorSpec, ...]
 
 
-@pytest.fixture(scope="module", params=real_graphs.NAMES)
+@pytest.fixture(scope="module", params=random_graphs.NAMES)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp(request.param)
-    return Exported(request.param, *real_graphs.write_graph(folder, request.param))
+    return Exported(request.param, *random_graphs.write_graph(folder, request.param))
 
 
 def build(file: Path, inputs: tuple[TensorSpec, ...], precision: Precision, sm: int) -> BuildResult:
-    typed = real_graphs.write_typed_graph(file, precision)
+    typed = random_graphs.write_typed_graph(file, precision)
     target = find_target("rtx-4090").model_copy(update={"sm": sm})
     sha256 = hashlib.sha256(typed.read_bytes()).hexdigest()
     plan = file.with_name(f"{precision}-{sm}.plan")
@@ -56,7 +56,7 @@ def test_a_reducer_parses_and_builds(exported: Exported, precision: Precision, s
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_clip_l_336_builds(tmp_path: Path, precision: Precision) -> None:
-    file, inputs = real_graphs.write_graph(tmp_path, "visionzip", real_graphs.CLIP_L_336)
+    file, inputs = random_graphs.write_graph(tmp_path, "visionzip", random_graphs.CLIP_L_336)
     result = build(file, inputs, precision, 89)
     floor = {"fp32": 1.1e9, "fp16": 0.55e9, "int8": 0.28e9}[precision]
     assert floor < result.record.plan_bytes < 1.3 * floor

@@ -1,0 +1,174 @@
+"""What NVIDIA's parser and builder make of every graph: `python -m benchmarks.tensorrt_table`.
+
+For each reducer, precision and compute capability: parsed, built, size of the plan, seconds, peak
+memory. Every row is a process of its own, so that peaks do not add up. The weights are random,
+which changes neither operators nor shapes nor sizes. `--write docs/tensorrt.md` replaces the table
+there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from engines import cli
+from engines.errors import FoveateError
+from engines.manifest import Precision, TensorSpec
+from engines.targets import find_target
+from engines.trt_build import BuildOptions, build_plan
+from engines.trt_library import load_library
+
+SIZES = {"small": "TINY", "clip-l-336": "CLIP_L_336"}
+SMS = (86, 89)
+BEGIN, END = "<!-- tensorrt_table begins -->", "<!-- tensorrt_table ends -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One graph through one builder."""
+
+    graph: str
+    precision: str
+    sm: int
+    builder: str
+    onnx_mb: float
+    parse_seconds: float | None
+    build_seconds: float | None
+    plan_mb: float | None
+    peak_mb: float | None
+    problem: str = ""
+
+
+def build_one(file: Path, precision: Precision, sm: int) -> Row:
+    """Parse and build one graph in this process."""
+    inputs = tuple(
+        TensorSpec.model_validate(item) for item in json.loads((file.parent / "inputs").read_text())
+    )
+    library = load_library("tensorrt-rtx")
+    target = find_target("rtx-4090").model_copy(update={"sm": sm})
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    start = {
+        "graph": file.parent.name,
+        "precision": precision,
+        "sm": sm,
+        "builder": f"{library.name} {library.version}",
+        "onnx_mb": round(file.stat().st_size / 1e6, 1),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        plan = Path(folder) / "vision.plan"
+        try:
+            result = build_plan(BuildOptions(file, sha256, plan, target, precision, inputs))
+        except FoveateError as error:
+            return Row(**start, **dict.fromkeys(_MEASURED), problem=str(error))
+    peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Row(
+        **start,
+        parse_seconds=round(result.layers.parse_seconds, 2),
+        build_seconds=round(result.record.build_seconds, 1),
+        plan_mb=round(result.record.plan_bytes / 1e6, 1),
+        peak_mb=round(peak_kb / 1e3),
+    )
+
+
+_MEASURED = ("parse_seconds", "build_seconds", "plan_mb", "peak_mb")
+
+
+def write_graphs(folder: Path, size: str, reducers: list[str], precisions: list[str]) -> list[Path]:
+    """Export the graphs, once for all builders."""
+    from benchmarks import random_graphs
+
+    files = []
+    for reducer in reducers:
+        place = folder / f"{reducer}, {size}"
+        place.mkdir()
+        fp32, inputs = random_graphs.write_graph(
+            place, reducer, getattr(random_graphs, SIZES[size])
+        )
+        (place / "inputs").write_text(json.dumps([item.model_dump() for item in inputs]))
+        files += [random_graphs.write_typed_graph(fp32, precision) for precision in precisions]
+    return files
+
+
+def build_in_process_of_its_own(file: Path, precision: str, sm: int) -> Row:
+    """Run `build_one` where its peak memory is its own."""
+    command = [sys.executable, "-m", "benchmarks.tensorrt_table", "--one", str(file)]
+    command += ["--precision", precision, "--sm", str(sm)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr)
+    return Row(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def table_of(rows: list[Row]) -> str:
+    """Return the rows as a Markdown table."""
+    lines = [
+        "| graph | precision | SM | ONNX MB | parsed, s | built, s | plan MB | peak MB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        numbers = (row.onnx_mb, row.parse_seconds, row.build_seconds, row.plan_mb, row.peak_mb)
+        cells = ["refused" if number is None else f"{number:g}" for number in numbers]
+        lines.append(f"| {row.graph} | {row.precision} | {row.sm} | {' | '.join(cells)} |")
+    builders = ", ".join(sorted({row.builder for row in rows}))
+    problems = [f"{row.graph} {row.precision}: {row.problem}" for row in rows if row.problem]
+    said = [f"Parser and builder: {builders}, ahead of time, {platform.machine()}, no GPU.", ""]
+    return "\n".join([*said, *lines, *([""] if problems else []), *problems])
+
+
+def main(
+    *,
+    size: Annotated[list[str] | None, typer.Option(help=", ".join(SIZES))] = None,
+    reducer: Annotated[list[str] | None, typer.Option(help="Left out, all of them.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="fp32, fp16, int8")] = None,
+    sm: Annotated[list[int] | None, typer.Option(help="86, 89")] = None,
+    write: Annotated[Path | None, typer.Option(help="Page to put the table into.")] = None,
+    one: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    as_json: cli.JsonOption = False,
+) -> int:
+    """Build every graph with NVIDIA's ahead-of-time compiler and print one table."""
+    precisions = precision or ["fp32", "fp16", "int8"]
+    sms = sm or list(SMS)
+    if one is not None:
+        (chosen,) = (item for item in get_args(Precision) if item == precisions[0])
+        print(json.dumps(asdict(build_one(one, chosen, sms[0]))))
+        return 0
+    from export.reducers import REDUCERS
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for chosen_size in size or ["small"]:
+            files = write_graphs(Path(folder), chosen_size, reducer or list(REDUCERS), precisions)
+            for file in files:
+                name = "fp32" if file.stem == "vision" else file.stem
+                for number in sms:
+                    print(f"{file.parent.name} {name} sm_{number} ...", file=sys.stderr)
+                    rows.append(build_in_process_of_its_own(file, name, number))
+    if write is not None:
+        before, _, rest = write.read_text("utf-8").partition(BEGIN)
+        _, _, after = rest.partition(END)
+        write.write_text(f"{before}{BEGIN}\n{table_of(rows)}\n{END}{after}", encoding="utf-8")
+    if as_json:
+        cli.print_json({"rows": [asdict(row) for row in rows]})
+    else:
+        print(table_of(rows))
+    return 1 if any(row.problem for row in rows) else 0
+
+
+if __name__ == "__main__":
+    cli.run(
+        main,
+        [
+            "python -m benchmarks.tensorrt_table",
+            "python -m benchmarks.tensorrt_table --size clip-l-336 --reducer visionzip --sm 89",
+        ],
+    )
