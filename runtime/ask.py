@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engines import __version__
 from engines.cli import (
     BackendOption,
     EngineOption,
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
     from runtime.model import Answer, Show
 
 EXAMPLES = (
-    'python -m runtime.ask build/pocket photo.jpg "What is in the picture?"',
-    'python -m runtime.ask build/pocket photo.jpg "Is the door open?" --json --max-tokens 8',
-    'python -m runtime.ask build/pocket photo.jpg "Where is the cup?" --overlay kept.png',
+    '`python -m runtime.ask build/pocket photo.jpg "What is in the picture?"`',
+    '`python -m runtime.ask build/pocket photo.jpg "Is the door open?" --json --max-tokens 8`',
+    '`python -m runtime.ask build/pocket photo.jpg "Where is the cup?" --overlay kept.png`',
 )
 
 
@@ -106,7 +107,7 @@ def ask(
     if chosen.overlay is not None:
         from runtime.overlay import save_overlay
 
-        save_overlay(chosen.overlay, picture, answer.visual, opened)
+        save_overlay(chosen.overlay, picture, answer.seen[0], opened)
     spent = {"load": load_ms, **answer.milliseconds}
     spent["total"] += load_ms
     return replace(answer, milliseconds=spent), opened
@@ -115,7 +116,7 @@ def ask(
 def document_from_answer(answer: Answer, bundle: Bundle, backend: str | None) -> dict[str, Any]:
     """Return an answer as the JSON object that `--json` prints."""
     language = bundle.language_model(backend)
-    graph = bundle.vision(answer.visual.tokens.shape[1])
+    graph = bundle.vision(answer.seen[0].tokens.shape[1])
     decode_seconds = answer.milliseconds["decode"] / 1e3
     return {
         "answer": answer.text,
@@ -141,11 +142,11 @@ def installed_versions() -> dict[str, str]:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
-    versions = {"python": platform.python_version()}
-    for package in ("foveate", "numpy", "onnxruntime", "tokenizers"):
+    versions = {"foveate": __version__, "python": platform.python_version()}
+    for package in ("numpy", "onnxruntime", "tokenizers"):
         try:
             versions[package] = version(package)
-        except PackageNotFoundError:  # a source tree, or onnxruntime-gpu under its other name
+        except PackageNotFoundError:  # onnxruntime-gpu goes by its other name
             continue
     return versions
 

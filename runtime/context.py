@@ -53,8 +53,8 @@ class Context:
         wanted = [key for part in prompt for key in _keys(part)]
         # The last position is always computed: its logits are what is asked for.
         shared = min(_shared(self._held, wanted), max(len(wanted) - 1, 0))
+        del self._held[shared:]  # first, so that an interruption never leaves more than is there
         self.backend.rewind(shared)
-        del self._held[shared:]
         logits = self.backend.prefill(_without(prompt, shared))
         self._held = wanted
         self.reused, self.computed = shared, len(wanted) - shared

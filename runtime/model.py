@@ -6,15 +6,15 @@ Enters: pictures and questions. Leaves: answers, with the time of every stage.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import Bundle
-from runtime.backends import LanguageBackend
+from runtime.backends import Embeddings, LanguageBackend
 from runtime.backends.opening import open_backend
 from runtime.context import Context
 from runtime.generate import Finish, Generation, GenerationOptions
@@ -34,24 +34,33 @@ class Answer:
         text: the answer.
         token_ids: its tokens, without the stop token.
         finish: why it ended.
-        visual: what the language model saw of the picture.
         prompt_tokens: positions of the prompt, visual tokens included.
         reused_tokens: how many of them were in the KV cache already.
-        milliseconds: time of the stages `preprocess`, `encode`, `prefill`, `decode` and `total`.
+        milliseconds: time by stage: `preprocess` and `encode` of the pictures that came with the
+            question, `prefill`, `decode` and `total`.
+        seen: those pictures, as the language model saw them.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish: Finish
-    visual: VisualTokens
     prompt_tokens: int
     reused_tokens: int
-    milliseconds: dict[str, float] = field(default_factory=dict)
+    milliseconds: dict[str, float]
+    seen: tuple[VisualTokens, ...] = ()
 
     @property
     def visual_tokens(self) -> int:
-        """How many tokens the language model saw of the picture."""
-        return int(self.visual.valid[0])
+        """How many visual tokens came with the question."""
+        return sum(int(visual.valid[0]) for visual in self.seen)
+
+    def with_seen(self, seen: Sequence[VisualTokens]) -> Answer:
+        """Return the answer with the pictures that came with its question, and their time."""
+        preprocess_ms = sum(visual.milliseconds["preprocess"] for visual in seen)
+        encode_ms = sum(visual.milliseconds["vision"] for visual in seen)
+        spent = {"preprocess": preprocess_ms, "encode": encode_ms, **self.milliseconds}
+        spent["total"] += preprocess_ms + encode_ms
+        return replace(self, milliseconds=spent, seen=tuple(seen))
 
 
 class Model:
@@ -98,13 +107,33 @@ class Model:
             PictureError: not a picture the tower can take.
             BackendError: more positions than the context holds.
         """
-        started = time.perf_counter()
         visual = self.encoder.encode([picture])
         turns = [Turn("system", system)] if system else []
-        ids = self.writer.ids([*turns, Turn("user", question, images=1)])
-        prompt = interleave(ids, self.writer.image_token_id, [visual.picture(0)])
-        prefilling = time.perf_counter()
-        logits = self.context.prefill(prompt)
+        turns.append(Turn("user", question, images=1))
+        return self.answer(turns, [visual.picture(0)], options, show).with_seen([visual])
+
+    def answer(
+        self,
+        turns: Sequence[Turn],
+        pictures: Sequence[Embeddings],
+        options: GenerationOptions | None = None,
+        show: Show | None = None,
+    ) -> Answer:
+        """Write the next turn of a conversation; what the KV cache holds of it is not recomputed.
+
+        Args:
+            turns: the conversation, ending with a question.
+            pictures: float32[N, D] of each picture in it.
+            options: how the answer is written.
+            show: called with each piece of the answer as it is written.
+
+        Raises:
+            OptionError: the chat template refuses the conversation.
+            BackendError: more positions than the context holds.
+        """
+        started = time.perf_counter()
+        ids = self.writer.ids(turns)
+        logits = self.context.prefill(interleave(ids, self.writer.image_token_id, pictures))
         decoding = time.perf_counter()
         generation = Generation(
             self.context,
@@ -122,13 +151,10 @@ class Model:
             text=generation.text,
             token_ids=tuple(generation.token_ids),
             finish=generation.finish or "max_tokens",
-            visual=visual,
             prompt_tokens=self.context.reused + self.context.computed,
             reused_tokens=self.context.reused,
             milliseconds={
-                "preprocess": visual.milliseconds["preprocess"],
-                "encode": visual.milliseconds["vision"],
-                "prefill": (decoding - prefilling) * 1e3,
+                "prefill": (decoding - started) * 1e3,
                 "decode": (ended - decoding) * 1e3,
                 "total": (ended - started) * 1e3,
             },
