@@ -125,6 +125,15 @@ def test_text_goes_to_stdout_and_times_to_stderr(language_bundle: Bundle, photo:
     assert "prefill" in done.stderr
 
 
+def test_overlay_is_written(language_bundle: Bundle, photo: Path, tmp_path: Path) -> None:
+    options = AskOptions(
+        threads=1, overlay=tmp_path / "kept.png", generation=GenerationOptions(max_tokens=1)
+    )
+    ask(language_bundle.root, photo, QUESTION, options)
+    with Image.open(tmp_path / "kept.png") as overlay:
+        assert overlay.width > overlay.height > 100
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

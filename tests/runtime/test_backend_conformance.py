@@ -11,7 +11,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from engines.bundle import Bundle, open_bundle, write_bundle
-from engines.errors import BackendError
+from engines.errors import BackendError, BundleError
 from engines.manifest import Manifest
 from export.checkpoint import open_checkpoint
 from export.decoder import export_language
@@ -34,6 +34,7 @@ OPEN: dict[str, Callable[..., LanguageBackend]] = {
     "ort": open_ort_backend,
     "llamacpp": open_llamacpp_backend,
 }
+Opened = Callable[[int | None], LanguageBackend]
 BACKENDS = ["ort", pytest.param("llamacpp", marks=pytest.mark.llamacpp)]
 
 
@@ -173,6 +174,53 @@ def test_a_rewind_goes_backwards(backend: LanguageBackend, position: int) -> Non
     backend.prefill([IDS[:10]])
     with pytest.raises(BackendError, match=f"rewind to position {position}: expected 0 to 10"):
         backend.rewind(position)
+
+
+def test_an_id_outside_the_vocabulary_is_refused(backend: LanguageBackend) -> None:
+    with pytest.raises(BundleError, match="Token id 304 has no row in the embedding table"):
+        backend.prefill([np.array([5, 304])])
+
+
+def test_embedding_rows_are_those_of_the_checkpoint(
+    backend: LanguageBackend, language_reference: LlavaForConditionalGeneration
+) -> None:
+    expected = language_reference.get_input_embeddings().weight.detach().numpy()[IDS]
+    assert np.array_equal(backend.embed(IDS), expected)
+
+
+@pytest.fixture
+def opened(loaded: LanguageBackend, bundle: Bundle) -> Opened:
+    """Open another backend of the kind that is loaded."""
+    return lambda length: OPEN[loaded.name](bundle, threads=1, context_length=length)
+
+
+def test_a_full_context_refuses_and_goes_on(
+    opened: Opened, language_reference: LlavaForConditionalGeneration
+) -> None:
+    small = opened(50)
+    small.prefill([IDS[:48]])
+    with pytest.raises(BackendError, match="5 more positions after 48 make 53, and the context"):
+        small.prefill([IDS[:5]])
+    assert small.position == 48
+    expected = reference_logits(language_reference, small.embed(IDS[:50]))
+    np.testing.assert_allclose(small.prefill([IDS[48:50]]), expected[-1], atol=TOLERANCE)
+    with pytest.raises(BackendError, match="context holds 50"):
+        small.decode(5)
+    small.close()
+
+
+@pytest.mark.parametrize("length", [0, 1025])
+def test_a_context_the_model_cannot_have(opened: Opened, length: int) -> None:
+    with pytest.raises(BackendError, match=f"context_length is {length}: expected 1 to 1024"):
+        opened(length)
+
+
+def test_a_closed_backend_says_so(opened: Opened) -> None:
+    backend = opened(None)
+    backend.close()
+    backend.close()
+    with pytest.raises(BackendError, match="was closed"):
+        backend.prefill([IDS])
 
 
 @pytest.mark.llamacpp

@@ -1,0 +1,96 @@
+"""The bundled checkpoint, asked through the runtime, against transformers' own generate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from engines.bundle import open_bundle
+from export.build import build_bundle
+from export.build_plan import BuildOptions
+from runtime.generate import GenerationOptions
+from runtime.model import Model, open_model
+from runtime.pictures import load_picture
+
+POCKET = Path(__file__).parents[2] / "models" / "pocket-llava"
+PICTURES = 50
+
+pytestmark = pytest.mark.skipif(
+    not (POCKET / "model.safetensors").is_file(), reason="models/pocket-llava is not here"
+)
+
+
+@pytest.fixture(scope="module")
+def pocket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    out = tmp_path_factory.mktemp("pocket") / "bundle"
+    build_bundle(
+        BuildOptions(
+            model=str(POCKET), out=out, reducer="none", tokens=("all",), llm_precision="fp32"
+        )
+    )
+    with open_model(open_bundle(out)) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def reference() -> LlavaForConditionalGeneration:
+    return LlavaForConditionalGeneration.from_pretrained(POCKET, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return AutoProcessor.from_pretrained(POCKET, use_fast=False)
+
+
+def questions() -> list[tuple[Path, str]]:
+    """One question about each held-out picture, of as many kinds as there are."""
+    lines = (POCKET / "test" / "questions.jsonl").read_text("utf-8").splitlines()
+    asked: dict[str, list[str]] = {}
+    for line in lines:
+        fields = json.loads(line)
+        asked.setdefault(fields["image"], []).append(fields["question"])
+    return [
+        (POCKET / "test" / image, texts[number % len(texts)])
+        for number, (image, texts) in enumerate(sorted(asked.items())[:PICTURES])
+    ]
+
+
+def test_answers_equal_transformers_on_held_out_pictures(
+    pocket: Model, reference: LlavaForConditionalGeneration, processor: Any
+) -> None:
+    """Reducer `none`, fp32: nothing is left out, so nothing may differ."""
+    asked = questions()
+    assert len(asked) == PICTURES
+    different = []
+    for file, question in asked:
+        pixels = load_picture(file)
+        ours = pocket.ask(pixels, question, GenerationOptions(max_tokens=24)).text
+        inputs = processor.apply_chat_template(
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "image": pixels},
+                        {"type": "text", "text": question},
+                    ],
+                }
+            ],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            generated = reference.generate(**inputs, max_new_tokens=24, do_sample=False)
+        theirs = processor.decode(
+            generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        if ours != theirs:
+            different.append(f"{file.name} {question!r}: {ours!r}, transformers {theirs!r}")
+    assert not different, "\n".join(different)
