@@ -30,7 +30,7 @@ gst:PIPELINE                  a GStreamer pipeline without its sink
 rtsp://host/path              a network camera; also http, udp, tcp, srt, rtmp
 log.bag, log.mcap, bag/       a ROS 1 or 2 bag or an MCAP file; --topic where it has several
 -                             standard input, in a format FFmpeg reads
--:640x480                     standard input, bare RGB frames"""
+raw:640x480                   standard input, bare RGB frames"""
 
 
 def open_source(
@@ -76,9 +76,9 @@ def crop_from_text(text: str) -> tuple[int, int, int, int]:
 
 
 def _open_reader(spec: str, topic: str | None) -> Reader:
-    if spec == "-" or spec.startswith("-:"):
-        return StdinFrames(spec[2:]) if spec[1:] else StdinStream()
     head, colon, rest = spec.partition(":")
+    if spec == "-" or (colon and head == "raw"):
+        return StdinFrames(rest) if colon else StdinStream()
     if colon and head in NETWORK_SCHEMES and rest.startswith("//"):
         return open_network_stream(spec)
     pipeline = _pipeline(spec)

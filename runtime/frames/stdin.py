@@ -58,7 +58,9 @@ class StdinFrames:
         """
         width, _, height = size.partition("x")
         if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-            raise SourceError(f"The frame size is {size!r}, expected WIDTHxHEIGHT as in -:640x480.")
+            raise SourceError(
+                f"The frame size is {size!r}, expected WIDTHxHEIGHT as in raw:640x480."
+            )
         self._shape = (int(height), int(width), 3)
         self._stream = stream or sys.stdin.buffer
         self._closed = threading.Event()

@@ -1,0 +1,85 @@
+"""A bundle behind the two doors of the camera loop: one encodes frames, one answers about them.
+
+They share nothing that changes, so the loop may run each in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from runtime.camera_parts import Said
+from runtime.frames import Picture
+from runtime.generate import Generation, GenerationOptions
+from runtime.model import Model
+from runtime.prompt import Turn, interleave
+from runtime.vision import VisionEncoder, VisualTokens
+
+
+class FrameEncoder:
+    """The vision graph, one frame at a time."""
+
+    def __init__(self, encoder: VisionEncoder) -> None:
+        self._encoder = encoder
+
+    def encode(self, image: Picture) -> VisualTokens:
+        """Encode one picture.
+
+        Raises:
+            EngineError: the graph failed.
+            PictureError: not a picture the tower can take.
+        """
+        return self._encoder.encode([image])
+
+
+class FrameAnswerer:
+    """The language model, asked about one frame after another.
+
+    Text before the picture stays in the KV cache, and of the same picture its tokens too.
+    """
+
+    def __init__(
+        self, model: Model, options: GenerationOptions | None = None, system: str | None = None
+    ) -> None:
+        self._model = model
+        self._options = options or GenerationOptions(max_tokens=64)
+        self._turns = [Turn("system", system)] if system else []
+
+    def answer(
+        self,
+        visual: VisualTokens,
+        question: str,
+        prefilled: Callable[[], None],
+        interrupted: Callable[[], bool],
+    ) -> Said:
+        """Answer a question about one encoded picture.
+
+        Raises:
+            OptionError: the chat template refuses the question.
+            BackendError: the language model failed.
+        """
+        writer, context = self._model.writer, self._model.context
+        started_s = time.perf_counter()
+        ids = writer.ids([*self._turns, Turn("user", question, images=1)])
+        logits = context.prefill(interleave(ids, writer.image_token_id, [visual.picture(0)]))
+        decoding_s = time.perf_counter()
+        prefilled()
+        generation = Generation(
+            context,
+            logits,
+            writer.tokenizer,
+            stop_token_ids=writer.stop_token_ids,
+            options=self._options,
+            prompt_ids=ids.tolist(),
+        )
+        for _ in generation:
+            if interrupted():
+                break
+        return Said(
+            text=generation.text,
+            token_ids=tuple(generation.token_ids),
+            finish=generation.finish or "interrupted",
+            prompt_tokens=context.reused + context.computed,
+            prefill_ms=(decoding_s - started_s) * 1e3,
+            decode_ms=(time.perf_counter() - decoding_s) * 1e3,
+        )
