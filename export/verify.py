@@ -33,7 +33,7 @@ from export.verify_report import (
     summarize,
     table_from_report,
 )
-from runtime.backends.ort import OrtBackend, open_ort_backend
+from runtime.backends.opening import open_backend
 from runtime.generate import Generation, GenerationOptions
 from runtime.pictures import load_picture
 from runtime.preprocess import preprocess_batch
@@ -64,7 +64,8 @@ class VerifyOptions:
         question: what is asked about each picture.
         max_tokens: longest answer.
         vision_only: leave the language model out, with its memory and time.
-        limit: most pictures, in the order of their names; None takes all.
+        max_images: most pictures, in the order of their names; None takes all.
+        backend: of the bundle's language model; None is its first.
         threads: CPU threads of the bundle's side.
         tolerances: fields of `Tolerances` that replace those of the bundle's precision.
     """
@@ -76,7 +77,8 @@ class VerifyOptions:
     question: str = "What is in the picture?"
     max_tokens: int = 32
     vision_only: bool = False
-    limit: int | None = None
+    max_images: int | None = None
+    backend: str | None = None
     threads: int | None = None
     tolerances: Mapping[str, float] = field(default_factory=dict)
 
@@ -95,12 +97,12 @@ def verify_bundle(
         FoveateError: the bundle, the checkpoint or a picture cannot be used, or the bundle was not
             built from a checkpoint of that shape.
     """
-    files = find_pictures(options.images)[: options.limit]
+    files = find_pictures(options.images)[: options.max_images]
     bundle = open_bundle(options.bundle)
     graph = bundle.vision(options.tokens)
     precision = {"vision": str(graph.precision)}
     if not options.vision_only:
-        precision["llm"] = bundle.language_model(OrtBackend.name).precision
+        precision["llm"] = bundle.language_model(options.backend).precision
     tolerances = tolerances_for(graph.precision, precision.get("llm"))
     tolerances = replace(tolerances, **options.tolerances)
     checkpoint = open_checkpoint(options.model or find_checkpoint(bundle.manifest.model))
@@ -202,7 +204,7 @@ def _language_models(
     prompt = PromptWriter(bundle)
     turns = [Turn("user", options.question, images=1)]
     generation_options = GenerationOptions(max_tokens=options.max_tokens)
-    backend = open_ort_backend(bundle, threads=options.threads)
+    backend = open_backend(bundle, options.backend, threads=options.threads)
     reference = LanguageReference(checkpoint)
 
     def compare(theirs: VisualTokens, ours: VisualTokens) -> AnswerAgreement:
@@ -254,7 +256,8 @@ def main(
     vision_only: Annotated[
         bool, typer.Option("--vision-only", help="Leave the language model out.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Most pictures to compare.")] = None,
+    max_images: Annotated[int | None, typer.Option(min=1, help="Most pictures to compare.")] = None,
+    backend: cli.BackendOption = None,
     threads: cli.ThreadsOption = None,
     max_relative: Annotated[
         float | None, typer.Option(help="Largest difference of a visual token, relative.")
@@ -294,7 +297,8 @@ def main(
         question=question,
         max_tokens=max_tokens,
         vision_only=vision_only,
-        limit=limit,
+        max_images=max_images,
+        backend=backend,
         threads=threads,
         tolerances={name: value for name, value in tolerances.items() if value is not None},
     )

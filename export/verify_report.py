@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
@@ -150,22 +151,22 @@ def table_from_report(report: VerifyReport) -> Table:
     answered = "logits_cosine" in report.summary
     columns = ["tokens", "max abs", "relative", "patches", "cosine"]
     columns += ["logits", "answer"] if answered else []
-    table = Table("picture", show_footer=True)
-    table.columns[0].footer = f"worst of {len(report.pictures)}"
+    table = Table(box=SIMPLE, show_footer=True, padding=0, pad_edge=False)
+    table.add_column("picture", f"worst of {len(report.pictures)}", overflow="fold")
     worst = report.summary
-    footers = ["", f"{worst['absolute']:.2e}", f"{worst['relative']:.2e}"]
-    footers += [f"{worst['overlap']:.1%}", f"{worst['cosine']:.6f}"]
+    footers = ["", f"{worst['absolute']:.1e}", f"{worst['relative']:.1e}"]
+    footers += [f"{worst['overlap']:.1%}", f"{worst['cosine']:.5f}"]
     if answered:
-        footers += [f"{worst['logits_cosine']:.6f}", f"{worst['equal_answers']:.0%} equal"]
+        footers += [f"{worst['logits_cosine']:.5f}", f"{worst['equal_answers']:.0%}"]
     for column, footer in zip(columns, footers, strict=True):
-        table.add_column(column, footer, justify="right")
+        table.add_column(column, footer, justify="right", no_wrap=True)
     for picture in report.pictures:
         difference = picture.outputs["visual_tokens"]
         row = [escape(picture.file), str(picture.tokens)]
-        row += [f"{difference.max_abs:.2e}", f"{difference.max_relative:.2e}"]
-        row += [f"{picture.overlap:.1%}", f"{picture.cosine:.6f}"]
+        row += [f"{difference.max_abs:.1e}", f"{difference.max_relative:.1e}"]
+        row += [f"{picture.overlap:.1%}", f"{picture.cosine:.5f}"]
         if picture.answer is not None:
-            row += [f"{picture.answer.logits_cosine:.6f}"]
+            row += [f"{picture.answer.logits_cosine:.5f}"]
             row += ["equal" if picture.answer.equal else "differs"]
         table.add_row(*row)
     return table

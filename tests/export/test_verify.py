@@ -50,7 +50,7 @@ def verified_bundle(language_checkpoint: Path, tmp_path_factory: pytest.TempPath
 
 
 def options(bundle: Path, model: Path, images: Path, **changes: object) -> VerifyOptions:
-    fields = {"max_tokens": 6, "threads": 1, "limit": 2}
+    fields = {"max_tokens": 6, "threads": 1, "max_images": 2}
     return VerifyOptions(bundle=bundle, model=str(model), images=images, **fields | changes)
 
 
@@ -85,7 +85,7 @@ def perturb_embeddings(root: Path) -> None:
 @pytest.mark.parametrize("tokens", [8, 16])
 def test_a_faithful_bundle_passes(verified_bundle, language_checkpoint, photographs, tokens):
     report = verify_bundle(
-        options(verified_bundle, language_checkpoint, photographs, tokens=tokens, limit=None)
+        options(verified_bundle, language_checkpoint, photographs, tokens=tokens, max_images=None)
     )
     assert report.passed, report.failures
     assert [p.file for p in report.pictures] == [
@@ -119,7 +119,7 @@ def test_an_adaptive_reducer_passes(verified_bundle, language_checkpoint, photog
 
     bundle = rewrite_bundle(verified_bundle, tmp_path / "bundle", put_prumerge)
     report = verify_bundle(
-        options(bundle, language_checkpoint, photographs, vision_only=True, limit=None)
+        options(bundle, language_checkpoint, photographs, vision_only=True, max_images=None)
     )
     assert report.passed, report.failures
     assert report.summary["absolute"] <= 1e-4
@@ -136,7 +136,7 @@ def test_a_perturbed_vision_weight_fails(
         model=str(language_checkpoint),
         images=photographs,
         vision_only=True,
-        limit=2,
+        max_images=2,
         as_json=True,
     )
     document = json.loads(capsys.readouterr().out)
@@ -152,7 +152,11 @@ def test_perturbed_embeddings_fail(
 ):
     damaged = rewrite_bundle(verified_bundle, tmp_path / "damaged", perturb_embeddings)
     code = main(
-        bundle=damaged, model=str(language_checkpoint), images=photographs, limit=1, max_tokens=6
+        bundle=damaged,
+        model=str(language_checkpoint),
+        images=photographs,
+        max_images=1,
+        max_tokens=6,
     )
     told = " ".join(capsys.readouterr().out.split())
     assert code == 1
@@ -187,7 +191,7 @@ def test_json_is_one_object(verified_bundle, language_checkpoint, photographs, c
 
 
 def test_a_tolerance_can_be_set(verified_bundle, language_checkpoint, photographs, capsys):
-    common = {"bundle": verified_bundle, "model": str(language_checkpoint), "limit": 1}
+    common = {"bundle": verified_bundle, "model": str(language_checkpoint), "max_images": 1}
     common |= {"images": photographs, "vision_only": True}
     assert main(**common, max_relative=0.0) == 1
     assert "expected at most 0" in capsys.readouterr().out
@@ -225,7 +229,7 @@ def test_the_checkpoint_is_found_by_the_name_the_bundle_records(
         verify_bundle(VerifyOptions(verified_bundle, photographs, vision_only=True))
     shutil.copytree(language_checkpoint, tmp_path / "models" / "tiny-llama")
     assert verify_bundle(
-        VerifyOptions(verified_bundle, photographs, vision_only=True, limit=1)
+        VerifyOptions(verified_bundle, photographs, vision_only=True, max_images=1)
     ).passed
     assert find_checkpoint("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
 
