@@ -1,7 +1,7 @@
 """LLaVA-PruMerge: keep the patches that stand out, each joined by its neighbours; count them.
 
 Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models",
-arXiv 2403.15388, sections 3.2 (outlier detection), 3.3 (supplement) and algorithm 1.
+arXiv 2403.15388: selection by outlier detection on class attention, supplement by key similarity.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class PruMerge(BudgetOptions):
     Token i is x_i plus the sum of a_j x_j over its 32 nearest other patches (cosine of keys, the
     class token not among them); the last valid token is the sum of a_j x_j over the pruned ones.
 
-    Where the paper and the released code say nothing, this does:
-        * batches: each picture has its own r and count; the released code shares one.
+    Deviation from the paper's text: the weighted sums are not divided by the sum of their weights, as
+    the released code does not. Where neither says enough, this does:
+        * batches: each picture has its own r and count; the released code takes one picture.
         * r = 0 (no patch stands out): nothing is kept, the merged token alone is valid.
         * floor(P r) and floor(1 / r) are taken of float64 values, as in the released code: of 49
           patches one outlier keeps none, since 49 * (1 / 49) < 1. No such case at 256 or 576.

@@ -1,7 +1,7 @@
 """VisionZip: keep the patches the class token looks at, merge the rest by key similarity.
 
 Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models",
-arXiv 2412.04467, section 3.2 (dominant token selection, contextual token merging).
+arXiv 2412.04467: dominant token selection, contextual token merging.
 """
 
 from __future__ import annotations
