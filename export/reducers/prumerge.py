@@ -38,8 +38,8 @@ class PruMerge(BudgetOptions):
     Token i is x_i plus the sum of a_j x_j over its 32 nearest other patches (cosine of keys, the
     class token not among them); the last valid token is the sum of a_j x_j over the pruned ones.
 
-    Deviation from the paper's text: the weighted sums are not divided by the sum of their weights, as
-    the released code does not. Where neither says enough, this does:
+    Where the paper speaks of weighted averages, these are sums, not divided by their weights, as in
+    the released code. Where neither says enough, this does:
         * batches: each picture has its own r and count; the released code takes one picture.
         * r = 0 (no patch stands out): nothing is kept, the merged token alone is valid.
         * floor(P r) and floor(1 / r) are taken of float64 values, as in the released code: of 49
