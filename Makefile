@@ -9,7 +9,7 @@ export ORT_DISABLE_TELEMETRY := 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-trt lint format bench clean
+.PHONY: help install demo test test-slow test-trt test-gpu lint format bench clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -37,6 +37,10 @@ test-trt: install  ## Build real plans with NVIDIA's parser and compiler; needs 
 	@$(PIP) --editable '.[tensorrt]'
 	@$(BIN)/python -m engines.ahead_of_time >&2
 	$(BIN)/python -m pytest -m "trt and not slow"
+
+test-gpu: install  ## Run the tests that need a CUDA GPU; they skip with a reason elsewhere.
+	@$(PIP) --editable '.[tensorrt]'
+	$(BIN)/python -m pytest -m gpu
 
 lint: install  ## Check style and types.
 	$(BIN)/ruff check .

@@ -40,10 +40,8 @@ CLIP_L_336 = CLIPVisionConfig(
 NAMES = tuple(REDUCERS)
 
 
-def write_graph(
-    folder: Path, reducer: str, config: CLIPVisionConfig = TINY
-) -> tuple[Path, tuple[TensorSpec, ...]]:
-    """Export the graph of a reducer in FP32; return the file and its inputs."""
+def make_graph(reducer: str, config: CLIPVisionConfig) -> VisualGraph:
+    """Return the graph of a reducer in PyTorch, FP32, random weights."""
     torch.manual_seed(0)
     model = CLIPVisionModel(config).eval()
     patches = (config.image_size // config.patch_size) ** 2
@@ -51,14 +49,16 @@ def write_graph(
     chosen = reducer_for_budget(reducer, tokens, patches)
     width = config.hidden_size
     projector = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-    graph = VisualGraph(
-        make_tower(model, config.num_hidden_layers - 1, chosen.scoring),
-        chosen,
-        projector,
-        config.image_size,
-        patches,
-    )
-    exported = export_onnx(graph.eval().requires_grad_(False), folder / "vision.onnx")
+    tower = make_tower(model, config.num_hidden_layers - 1, chosen.scoring)
+    graph = VisualGraph(tower, chosen, projector, config.image_size, patches)
+    return graph.eval().requires_grad_(False)
+
+
+def write_graph(
+    folder: Path, reducer: str, config: CLIPVisionConfig = TINY
+) -> tuple[Path, tuple[TensorSpec, ...]]:
+    """Export the graph of a reducer in FP32; return the file and its inputs."""
+    exported = export_onnx(make_graph(reducer, config), folder / "vision.onnx")
     return exported.file, exported.inputs
 
 

@@ -1,0 +1,91 @@
+"""On a machine with a CUDA GPU: TensorRT itself, against ONNX Runtime on the CPU.
+
+None of these has run yet: no machine with a GPU has been at hand.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.build import PlanRequest, prepare_plan
+from engines.bundle import Bundle, open_bundle
+from engines.errors import EngineError
+from engines.gpu import Gpu, NoGpu, find_gpu
+from engines.open_session import open_session
+from engines.plan import plan_path, read_record, sidecar_path
+from engines.targets import Target, load_targets
+from tests.small_graph import SIDE, write_small_bundle
+
+pytestmark = pytest.mark.gpu
+RANDOM = np.random.default_rng(11)
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Gpu:
+    found = find_gpu()
+    if isinstance(found, NoGpu):
+        pytest.skip(found.reason)
+    return found
+
+
+@pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
+def target(request: pytest.FixtureRequest, gpu: Gpu) -> Target:
+    for candidate in load_targets().values():
+        if candidate.engine == request.param and candidate.sm == gpu.sm:
+            return candidate
+    pytest.skip(f"no {request.param} target for sm_{gpu.sm}")
+
+
+@pytest.fixture
+def built(target: Target, tmp_path: Path) -> Bundle:
+    bundle = open_bundle(write_small_bundle(tmp_path / "bundle", target=target.name))
+    try:
+        prepare_plan(bundle, bundle.vision(), target, PlanRequest())
+    except EngineError as error:
+        pytest.skip(str(error))
+    return bundle
+
+
+def test_a_plan_gives_what_onnx_runtime_gives(built: Bundle) -> None:
+    with open_session(built) as session, open_session(built, engine="ort") as reference:
+        for batch in (1, 1, 1, 8, 3, 1):
+            shape = (batch, 3, SIDE, SIDE)
+            inputs = {"pixel_values": RANDOM.standard_normal(shape).astype(np.float32)}
+            found, expected = session.run(inputs), reference.run(inputs)
+            np.testing.assert_array_equal(found["patch_index"], expected["patch_index"])
+            np.testing.assert_allclose(found["visual_tokens"], expected["visual_tokens"], atol=1e-4)
+
+
+def test_a_changed_plan_is_refused_before_it_is_loaded(built: Bundle, target: Target) -> None:
+    plan = plan_path(built, built.vision(), target)
+    plan.write_bytes(plan.read_bytes()[:-1] + b"\0")
+    with pytest.raises(EngineError, match="damaged or was replaced"):
+        open_session(built)
+
+
+def test_a_plan_of_another_driver_is_refused(built: Bundle, target: Target) -> None:
+    plan = plan_path(built, built.vision(), target)
+    record = read_record(plan)
+    if record.gpu is None:
+        pytest.skip("built ahead of time: it has no driver")
+    text = sidecar_path(plan).read_text().replace(str(record.driver), "1.2.3")
+    sidecar_path(plan).write_text(text)
+    with pytest.raises(EngineError, match=r"driver: the plan has 1\.2\.3"):
+        open_session(built)
+
+
+def test_onnx_runtime_on_cuda(gpu: Gpu, tmp_path: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime-gpu is not installed")
+    bundle = open_bundle(write_small_bundle(tmp_path / "bundle"))
+    inputs = {"pixel_values": RANDOM.standard_normal((2, 3, SIDE, SIDE)).astype(np.float32)}
+    with open_session(bundle, engine="ort-cuda") as session:
+        found = session.run(inputs)
+    with open_session(bundle, engine="ort") as reference:
+        expected = reference.run(inputs)
+    np.testing.assert_array_equal(found["patch_index"], expected["patch_index"])
