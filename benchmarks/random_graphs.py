@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from engines.manifest import TensorSpec
+from export.precision import write_fp16_graph
 from export.reducers import REDUCERS, reducer_for_budget
 from export.to_onnx import export_onnx
 from export.towers.registry import make_tower
@@ -63,21 +63,19 @@ def write_graph(
 
 
 def write_typed_graph(fp32: Path, precision: str) -> Path:
-    """Give a graph the types of a precision, in the plainest way.
+    """Give a graph the types of a precision: FP16 by our converter, INT8 by ONNX Runtime's own.
 
-    The reducer and the scores stay FP32 in all. For parsers and builders only: the product's own
-    converters (`export.precision`, `calibration.quantize`) choose scales with care.
+    The INT8 graph is for parsers and builders only: its scales come from two frames of noise.
     """
     if precision == "fp32":
         return fp32
-    model = onnx.load(fp32)
-    kept = [node.name for node in model.graph.node if _stays_fp32(node.name)]
     typed = fp32.with_name(f"{precision}.onnx")
     if precision == "fp16":
-        onnx.save(_with_half_precision(model, set(kept)), typed)
-        return typed
+        return write_fp16_graph(fp32, typed).file
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 
+    model = onnx.load(fp32)
+    kept = [node.name for node in model.graph.node if _stays_fp32(node.name)]
     height = model.graph.input[0].type.tensor_type.shape.dim[2].dim_value
 
     class Noise(CalibrationDataReader):
@@ -99,61 +97,6 @@ def write_typed_graph(fp32: Path, precision: str) -> Path:
         extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
     )
     return typed
-
-
-def _with_half_precision(model: onnx.ModelProto, kept: set[str]) -> onnx.ModelProto:
-    """Make every node but ``kept`` FP16, with a cast wherever a tensor crosses the border."""
-    graph = onnx.shape_inference.infer_shapes(model).graph
-    floats = {
-        info.name
-        for info in (*graph.value_info, *graph.input, *graph.output)
-        if info.type.tensor_type.elem_type == TensorProto.FLOAT
-    }
-    weights = {item.name: item for item in graph.initializer}
-    floats |= {name for name, item in weights.items() if item.data_type == TensorProto.FLOAT}
-    halves: set[str] = set()  # activations that are FP16
-    cast: dict[tuple[str, int], str] = {}
-    nodes: list[onnx.NodeProto] = []
-
-    def read(name: str, half: bool) -> str:
-        wanted = TensorProto.FLOAT16 if half else TensorProto.FLOAT
-        if name not in floats or half == (name in halves):
-            return name
-        if (name, wanted) not in cast:
-            cast[name, wanted] = f"{name}_as_{wanted}"
-            if name in weights:
-                value = numpy_helper.to_array(weights[name]).astype(np.float16)
-                graph.initializer.append(numpy_helper.from_array(value, cast[name, wanted]))
-            else:
-                made = helper.make_node("Cast", [name], [cast[name, wanted]], to=wanted)
-                made.name = f"{name}/to_{wanted}"
-                nodes.append(made)
-        return cast[name, wanted]
-
-    outputs = {info.name for info in graph.output}
-    for node in graph.node:
-        half = node.name not in kept and node.op_type not in ("Shape", "Constant", "Cast")
-        node.input[:] = [read(name, half) for name in node.input]
-        for index, name in enumerate(node.output):
-            if half and name in floats:
-                halves.add(name)
-                if name in outputs:  # leaves as FP32
-                    node.output[index] = f"{name}_half"
-                    made = helper.make_node("Cast", [f"{name}_half"], [name], to=1)
-                    halves.remove(name)
-                    node_and_cast = [node, made]
-                    break
-        else:
-            node_and_cast = [node]
-        nodes.extend(node_and_cast)
-    del graph.node[:], graph.value_info[:]
-    graph.node.extend(nodes)
-    read_names = {name for node in nodes for name in node.input}
-    used = [item for item in graph.initializer if item.name in read_names]
-    del graph.initializer[:]
-    graph.initializer.extend(used)
-    model.graph.CopyFrom(graph)
-    return model
 
 
 def _stays_fp32(name: str) -> bool:

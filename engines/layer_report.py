@@ -1,7 +1,8 @@
 """What became of a graph: its layers as parsed, and as TensorRT fused them.
 
 Enters: a parsed network, and, where a GPU can load the plan, the engine inspector's JSON. Leaves:
-counts by kind and type, whether attention was fused, and the Q/DQ nodes that were not.
+counts by kind and type, whether attention was fused, and the Q/DQ nodes that were not. The
+inspector has no field for fusion, so it is told by the words TensorRT names its kernels with.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class EngineReport(_Report):
     fused_attentions: int
     """Layers that compute a whole attention."""
     softmax_layers: int
-    """Softmax left on its own: attention that was not fused (or the reducer's own)."""
+    """Softmax outside fused attention: attention that was not fused, and the reducer's own."""
     quantization_left: int
     """Q and DQ that no layer took in: each costs a pass over its tensor."""
 
@@ -80,9 +81,11 @@ def report_engine(inspector_json: str) -> EngineReport:
         entry: dict[str, Any] = {"Name": layer} if isinstance(layer, str) else layer
         kind = str(entry.get("LayerType", "unknown"))
         kinds[kind] += 1
-        words = f"{entry.get('Name', '')} {kind} {entry.get('TacticName', '')}".lower()
-        fused += any(word in words for word in _FUSED_ATTENTION)
-        softmax += kind.lower() == "softmax"
+        name = f"{entry.get('Name', '')} {entry.get('TacticName', '')}".lower()
+        is_attention = any(word in name for word in _FUSED_ATTENTION)
+        fused += is_attention
+        origin = f"{name} {kind} {entry.get('Metadata', '')}".lower()
+        softmax += "softmax" in origin and not is_attention
         quantization += kind.lower() in _QUANTIZATION
         for output in entry.get("Outputs", []):
             types[_type_of(output)] += 1
@@ -97,9 +100,13 @@ def report_engine(inspector_json: str) -> EngineReport:
 
 
 def _type_of(tensor: dict[str, Any]) -> str:
-    """Return "Half" of "Row major linear FP16" and its like; the wording differs by version."""
+    """Return the type in a tensor's description.
+
+    TensorRT 10 says "Half"; 8.6 said "Row major linear FP16 format", where only FP16 matters.
+    """
     text = str(tensor.get("Datatype") or tensor.get("Format/Datatype") or "unknown")
-    return text.rsplit(maxsplit=1)[-1] if text else "unknown"
+    words = text.removesuffix(" format").split()
+    return words[-1] if words else "unknown"
 
 
 def _sorted(counts: Counter[str]) -> dict[str, int]:
