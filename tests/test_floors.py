@@ -23,8 +23,8 @@ THIN |= {"rich", "tomli"}
 OPTIONAL = {
     "engines": {"openvino", "polygraphy", "tensorrt"},
     "runtime": {
-        "av", "cv2", "fastapi", "gguf", "gi", "llama_cpp", "mcap", "mcap_ros2", "rosbags",
-        "starlette", "uvicorn",
+        "av", "cv2", "fastapi", "gguf", "gi", "llama_cpp", "mcap", "mcap_ros2",
+        "prometheus_client", "rosbags", "starlette", "uvicorn",
     },
 }  # fmt: skip
 ALLOWED = {
@@ -32,7 +32,10 @@ ALLOWED = {
     "runtime": THIN | OPTIONAL["runtime"],
     "calibration": THIN | {"onnx", "modelopt", "scipy"},
 }
-TORCH_BELOW_EXPORT = {"calibration/tuning.py"}
+ONLY_IN = {
+    "calibration/tuning.py": {"torch"},
+    "runtime/ros_node.py": {"rclpy", "sensor_msgs", "std_msgs"},  # they come with ROS
+}
 
 
 def imported_packages(source: str) -> Iterator[tuple[int, str]]:
@@ -60,8 +63,8 @@ def breaches(path: str, source: str) -> list[str]:
     floor = path.split("/", maxsplit=1)[0]
     above = set(FLOORS[FLOORS.index(floor) + 1 :]) | OUTSIDE
     allowed = ALLOWED.get(floor)
-    if allowed is not None and path in TORCH_BELOW_EXPORT:
-        allowed = allowed | {"torch"}
+    if allowed is not None:
+        allowed = allowed | ONLY_IN.get(path, set())
     found = []
     for line, package in imported_packages(source):
         if package in above:
