@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 from engines.errors import BackendError, EngineError, OptionError, PictureError
@@ -102,7 +102,7 @@ class CameraLoop:
         self._asked_s: float | None = None
         self._out: queue.Queue[CameraAnswer | BaseException | None] = queue.Queue(maxsize=4)
 
-    def answers(self) -> Iterator[CameraAnswer | Stall]:
+    def answers(self) -> Generator[CameraAnswer | Stall, None, None]:
         """Run the loop and yield what comes of it, until the source ends or `stop` is called.
 
         Raises:

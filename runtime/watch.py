@@ -11,12 +11,12 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,7 +26,7 @@ from engines.errors import FoveateError, OptionError
 if TYPE_CHECKING:
     from runtime.camera import CameraLoop, CameraOptions
     from runtime.camera_parts import CameraAnswer, Stall
-    from runtime.frames import SourceOptions
+    from runtime.frames import FrameSource, SourceOptions
     from runtime.generate import GenerationOptions
     from runtime.recording import Recording
 
@@ -70,16 +70,17 @@ class WatchOptions:
 
 def watch(
     bundle: str | Path,
-    source: str,
+    source: str | FrameSource,
     options: WatchOptions,
     show: Callable[[dict[str, Any]], None],
-    control: TextIO | None = None,
+    control: Iterable[str] | None = None,
 ) -> None:
     """Watch a source until it ends or the process is told to stop.
 
     Args:
         bundle: the bundle's directory.
-        source: what to watch; see `runtime.frames.opening.KINDS`.
+        source: what to watch; see `runtime.frames.opening.KINDS`. A source that is open already is
+            closed at the end, and `options.source` does not apply to it.
         options: how to watch.
         show: called with each answer, stall and, last, the summary.
         control: lines that steer the loop while it runs: ``ask QUESTION``, ``pause``, ``resume``
@@ -96,15 +97,18 @@ def watch(
     from runtime.model import open_model
     from runtime.recording import Recording
 
-    view = options.source
-    with ExitStack() as open_things:
-        frames = open_things.enter_context(
-            open_source(source, rotate=view.rotate, crop=view.crop, fps=view.fps, topic=view.topic)
+    if isinstance(source, str):
+        view = options.source
+        source = open_source(
+            source, rotate=view.rotate, crop=view.crop, fps=view.fps, topic=view.topic
         )
+    with ExitStack() as open_things:
+        frames = open_things.enter_context(source)
         opened = open_bundle(bundle, verify=options.verify)
         recording = Recording(options.record, opened) if options.record else None
         if recording is not None:
             open_things.callback(recording.close)
+        # Left to the garbage collector: a backend that hangs may still be inside it at the end.
         model = open_model(
             opened,
             backend=options.backend,
@@ -116,8 +120,8 @@ def watch(
         if control is not None:
             threading.Thread(target=_obey, args=(control, loop), daemon=True).start()
         given = 0
-        with _stopping_on_signals(loop):
-            for item in loop.answers():
+        with _stopping_on_signals(loop), closing(loop.answers()) as items:
+            for item in items:
                 if not isinstance(item, CameraAnswer):
                     show(document_from_stall(item))
                     continue
@@ -127,7 +131,7 @@ def watch(
                     recording.keep(item, document)
                 given += 1
                 if given == options.answers:
-                    loop.stop()
+                    break
         if recording is not None:
             recording.close()
         show(summary_of(loop, given, recording))
@@ -175,7 +179,7 @@ def summary_of(loop: CameraLoop, answers: int, recording: Recording | None) -> d
     return summary
 
 
-def _obey(control: TextIO, loop: CameraLoop) -> None:
+def _obey(control: Iterable[str], loop: CameraLoop) -> None:
     """Carry out what is written on the control lines, until they end."""
     for line in control:
         word, _, rest = line.strip().partition(" ")
