@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from engines.errors import OptionError
-from export.to_onnx import MODULE_KEY, ExportedGraph, write_graph
+from export.to_onnx import MODULE_KEY, ExportedGraph, module_of, write_graph
 
 FP32_MODULES = ("reducer", "tower.scores")
 """Modules that choose tokens; they and what is inside them stay in float32."""
@@ -66,12 +66,6 @@ def convert_to_fp16(model: ir.Model, keep_fp32: Sequence[str] = FP32_MODULES) ->
     converter.restore_outputs()
     converter.rename_weights()
     model.metadata_props[PRECISION_KEY] = "fp16"
-
-
-def module_of(node: ir.Node) -> str:
-    """Return the module a node was traced from; a quantizer keeps the name but not the metadata."""
-    module = node.metadata_props.get(MODULE_KEY)
-    return module if module is not None else (node.name or "").rpartition("/")[0]
 
 
 def is_inside(module: str, outer: Sequence[str]) -> bool:

@@ -140,6 +140,12 @@ def _attention_nodes(query: Any, key: Any, value: Any, **options: Any) -> Any:
     return op.MatMul(op.Softmax(logits, axis=-1), value)  # [B, H, S, d]
 
 
+def module_of(node: ir.Node) -> str:
+    """Return the module a node was traced from; a quantizer keeps the name but not the metadata."""
+    module = node.metadata_props.get(MODULE_KEY)
+    return module if module is not None else (node.name or "").rpartition("/")[0]
+
+
 def _name_after_modules(model: ir.Model) -> None:
     """Name every node and weight after the module it came from, and keep that as metadata.
 
@@ -148,7 +154,7 @@ def _name_after_modules(model: ir.Model) -> None:
     """
     taken: Counter[str] = Counter()
     for node in model.graph:
-        module = _module_of(node)
+        module = _traced_module(node)
         base = f"{module}/{node.op_type}" if module else node.op_type
         taken[base] += 1
         node.name = base if taken[base] == 1 else f"{base}_{taken[base] - 1}"
@@ -179,7 +185,7 @@ def _name_weights(model: ir.Model, taken: Counter[str]) -> None:
         weight.name = base if taken[base] == 1 else f"{base}_{taken[base] - 1}"
 
 
-def _module_of(node: ir.Node) -> str:
+def _traced_module(node: ir.Node) -> str:
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
     if scopes is not None:
         path: list[str] = ast.literal_eval(scopes)[:-1]  # the last one is the operation

@@ -12,16 +12,16 @@ from onnx import TensorProto, helper, numpy_helper
 from engines.errors import OptionError
 from engines.ort import OrtSession
 from export.checkpoint import open_checkpoint
+from export.graph_check import check_graph
 from export.precision import (
     FP32_MODULES,
     PRECISION_KEY,
     convert_to_fp16,
     is_inside,
-    module_of,
     write_fp16_graph,
 )
 from export.reducers import make_reducer
-from export.to_onnx import export_onnx
+from export.to_onnx import export_onnx, module_of
 from export.visual_graph import build_visual_graph
 from tests.photographs import clip_pixels
 
@@ -119,6 +119,13 @@ def test_types_change_at_the_border_only(graphs, name):
     assert len(casts) <= 7
     for cast in casts:
         assert {types[cast.input[0]], types[cast.output[0]]} == {FP16, FP32}
+
+
+@pytest.mark.parametrize("version", ["10.3", "10.13", "10.16", "11.4"])
+def test_every_tensorrt_will_take_both(graphs, version):
+    for pair in graphs.values():
+        for file in pair:
+            check_graph(file, version)
 
 
 @pytest.mark.parametrize("name", CASES)
