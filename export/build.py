@@ -26,9 +26,11 @@ from engines.manifest import LlmPrecision, Manifest, Precision, ReducerSpec, Vis
 from engines.on_device import write_device_files
 from export.build_plan import Budget, BuildOptions, BuildPlan, plan_build
 from export.gguf_quantize import GgufPrecision
+from export.graph_check import OLDEST_TENSORRT, check_graph
 from export.language_models import DecoderBackend, export_language_models
+from export.precision import convert_to_fp16
 from export.reducers import REDUCERS, Reducer
-from export.to_onnx import export_onnx
+from export.to_onnx import trace_graph, write_graph
 from export.visual_graph import build_visual_graph
 
 _TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
@@ -123,12 +125,15 @@ def build_bundle(
 def _export_graph(plan: BuildPlan, reducer: Reducer, opset: int, draft: BundleDraft) -> VisionGraph:
     count = reducer.token_count(plan.patches)
     relative = f"vision/{reducer.name}_{count}.onnx"
-    exported = export_onnx(
-        build_visual_graph(plan.checkpoint, reducer),
-        draft.path(relative),
-        opset=opset,
-        metadata={"model": plan.checkpoint.name},
-    )
+    model = trace_graph(build_visual_graph(plan.checkpoint, reducer))
+    model.metadata_props["model"] = plan.checkpoint.name
+    if plan.precision == "fp16":
+        convert_to_fp16(model)
+    exported = write_graph(model, draft.path(relative), opset=opset)
+    if plan.target.needs_cuda:
+        # TensorRT takes from version to version more, so the oldest speaks for all.
+        oldest = plan.target.tensorrt_min if plan.target.engine == "tensorrt" else None
+        check_graph(exported.file, oldest or OLDEST_TENSORRT)
     return VisionGraph(
         file=relative,
         inputs=exported.inputs,

@@ -19,6 +19,7 @@ from export.checkpoint import Checkpoint, open_checkpoint
 from export.gguf_quantize import GgufPrecision
 from export.language_models import DecoderBackend, DecoderOptions, check_language_models
 from export.reducers import Reducer, make_reducer, reducer_for_budget
+from export.to_onnx import check_opset
 
 Budget = int | Literal["all"]
 """Visual tokens to leave; ``"all"`` means no reduction."""
@@ -87,10 +88,12 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     """
     target = find_target(options.target, options.targets_file)
     precision = target.check_precision(options.precision or target.default_precision)
-    if precision != "fp32":
+    if precision not in ("fp32", "fp16"):
         raise OptionError(
-            f"--precision {precision} is not built yet by this version. Use --precision fp32."
+            f"--precision {precision} needs your own frames to calibrate with, which this version "
+            "cannot do while it builds. Use --precision fp16 or fp32."
         )
+    check_opset(options.opset)
     refuse_occupied(options.out, options.overwrite)
     checkpoint = open_checkpoint(options.model)
     check_language_models(checkpoint, options.decoders)

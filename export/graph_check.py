@@ -46,6 +46,9 @@ _TYPES: dict[str, frozenset[ir.DataType]] = {
 TENSORRT_OPS = frozenset(_TYPES)
 """Operators that TensorRT 10.3 to 11 parse, and the only ones a graph may be made of."""
 
+OLDEST_TENSORRT = "10.3"
+"""The oldest version Foveate builds for; what it takes, the later ones take too."""
+
 _OPSETS: tuple[tuple[tuple[int, int], int], ...] = (((11, 0), 25), ((10, 15), 24), ((10, 0), 20))
 """From this TensorRT version on, its parser reads up to this opset."""
 

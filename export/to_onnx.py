@@ -78,7 +78,7 @@ def export_onnx(
     Raises:
         OptionError: the opset is not one of `OPSETS`.
     """
-    _check_opset(opset)
+    check_opset(opset)
     model = trace_graph(graph)
     model.metadata_props.update(metadata or {})
     return write_graph(model, file, opset=opset, external_weights=external_weights)
@@ -210,7 +210,7 @@ def write_graph(
     Raises:
         OptionError: the opset is not one of `OPSETS`.
     """
-    _check_opset(opset)
+    check_opset(opset)
     _set_opset(model, opset)
     size = sum(w.const_value.nbytes for w in model.graph.initializers.values() if w.const_value)
     external = size > _PROTOBUF_LIMIT_BYTES if external_weights is None else external_weights
@@ -232,7 +232,12 @@ def write_graph(
     )
 
 
-def _check_opset(opset: int) -> None:
+def check_opset(opset: int) -> None:
+    """Make sure that a graph can be written in an opset.
+
+    Raises:
+        OptionError: it cannot.
+    """
     if opset not in OPSETS:
         raise OptionError(
             f"opset {opset} is not one of {', '.join(map(str, OPSETS))}, which TensorRT 10.3 to 11 "

@@ -60,6 +60,8 @@ def test_bundle_says_what_built_it(built: Bundle) -> None:
         ({"reducer": "none", "tokens": (4,)}, "16 of 16"),
         ({"reducer_options": {"merge": "median"}}, "median"),
         ({"precision": "int8"}, "--precision"),
+        ({"precision": "int8", "target": "jetson-orin"}, "needs your own frames"),
+        ({"opset": 20}, "opset 20 is not one of"),
     ],
 )
 def test_refusals_leave_nothing(
@@ -121,3 +123,39 @@ def test_a_wrong_option_ends_with_two(run_build: Callable[..., tuple[int, str, s
     assert (code, out) == (2, "")
     assert "'many' is not a number of tokens" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("target", ["jetson-orin", "rtx-4090"])
+def test_a_device_gets_half_precision_and_a_checked_graph(
+    language_checkpoint: Path, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[tuple[str, str]] = []
+    check = build_module.check_graph
+
+    def record(file: Path, tensorrt: str) -> None:
+        checked.append((file.name, tensorrt))
+        check(file, tensorrt)
+
+    monkeypatch.setattr(build_module, "check_graph", record)
+    options = BuildOptions(
+        str(language_checkpoint), tmp_path / "b", target=target, tokens=(8,), llm_precision="fp32"
+    )
+    build_bundle(options)
+    bundle = open_bundle(tmp_path / "b")
+    assert bundle.manifest.vision[0].precision == "fp16"
+    assert checked == [("visionzip_8.onnx", "10.3")]
+    picture = np.random.default_rng(0).integers(0, 256, (1, 40, 30, 3), dtype=np.uint8)
+    with VisionEncoder(bundle, engine="ort") as encoder:
+        assert np.isfinite(encoder.encode(picture).tokens).all()
+
+
+def test_a_graph_tensorrt_refuses_is_not_published(
+    language_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.graph_check._LARGEST_K", 3)
+    options = BuildOptions(
+        str(language_checkpoint), tmp_path / "b", target="jetson-orin", tokens=(8,)
+    )
+    with pytest.raises(FoveateError, match=r"TensorRT 10\.3 will refuse TopK 'reducer/TopK'"):
+        build_bundle(options)
+    assert not (tmp_path / "b").exists()
