@@ -26,6 +26,18 @@ from engines.cli import (
     print_json,
     run,
 )
+from runtime.answer_options import (
+    ChoicesOption,
+    JsonSchemaOption,
+    RepetitionPenaltyOption,
+    StopOption,
+    SystemOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    VisualTokensOption,
+    generation_from_options,
+)
 from runtime.generate import GenerationOptions
 from runtime.sampling import Sampling
 
@@ -35,7 +47,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     '`python -m runtime.ask build/pocket photo.jpg "What is in the picture?"`',
-    '`python -m runtime.ask build/pocket photo.jpg "Is the door open?" --json --max-tokens 8`',
+    '`python -m runtime.ask build/pocket photo.jpg "Is the door open?" --choices yes,no --json`',
     '`python -m runtime.ask build/pocket photo.jpg "Where is the cup?" --overlay kept.png`',
 )
 
@@ -160,30 +172,19 @@ def main(
         Path | None,
         typer.Option(help="Draw the kept, merged and target patches into this picture file."),
     ] = None,
-    visual_tokens: Annotated[
-        int | None,
-        typer.Option(help="Which vision graph, of a bundle with several; left out, the first."),
-    ] = None,
-    system: Annotated[
-        str | None, typer.Option(help="Instructions before the question, if the model takes them.")
-    ] = None,
+    visual_tokens: VisualTokensOption = None,
+    system: SystemOption = None,
     backend: BackendOption = None,
     engine: EngineOption = None,
     threads: ThreadsOption = None,
     max_tokens: MaxTokensOption = 256,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the most likely word; more is more varied.")
-    ] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw among the k likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="Draw among the fewest tokens with this total probability.")
-    ] = 1.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1 discourages tokens already seen.")
-    ] = 1.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Text that ends the answer; may be given again.")
-    ] = None,
+    choices: ChoicesOption = None,
+    json_schema: JsonSchemaOption = None,
+    stop: StopOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    repetition_penalty: RepetitionPenaltyOption = 1.0,
     seed: SeedOption = 0,
     verify: VerifyOption = True,
 ) -> None:
@@ -200,7 +201,7 @@ def main(
         system=system,
         verify=verify,
         overlay=overlay,
-        generation=GenerationOptions(max_tokens, tuple(stop or ()), sampling),
+        generation=generation_from_options(sampling, max_tokens, stop, choices, json_schema),
     )
     show = None if json_output else _write
     answer, opened = ask(bundle, image, question, options, show)

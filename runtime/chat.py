@@ -15,6 +15,7 @@ import typer
 
 from engines.cli import (
     BackendOption,
+    EngineOption,
     JsonOption,
     MaxTokensOption,
     SeedOption,
@@ -24,6 +25,18 @@ from engines.cli import (
     run,
 )
 from engines.errors import FoveateError, OptionError
+from runtime.answer_options import (
+    ChoicesOption,
+    JsonSchemaOption,
+    RepetitionPenaltyOption,
+    StopOption,
+    SystemOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    VisualTokensOption,
+    generation_from_options,
+)
 from runtime.generate import GenerationOptions
 from runtime.sampling import Sampling
 
@@ -145,23 +158,20 @@ def main(
     resume: Annotated[
         Path | None, typer.Option(help="Take up a conversation that `/save` wrote.")
     ] = None,
-    system: Annotated[
-        str | None, typer.Option(help="Instructions before the chat, if the model takes them.")
-    ] = None,
+    system: SystemOption = None,
     json_output: JsonOption = False,
-    visual_tokens: Annotated[
-        int | None,
-        typer.Option(help="Which vision graph, of a bundle with several; left out, the first."),
-    ] = None,
+    visual_tokens: VisualTokensOption = None,
     backend: BackendOption = None,
+    engine: EngineOption = None,
     threads: ThreadsOption = None,
     max_tokens: MaxTokensOption = 256,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the most likely word; more is more varied.")
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Draw among the fewest tokens with this total probability.")
-    ] = 1.0,
+    choices: ChoicesOption = None,
+    json_schema: JsonSchemaOption = None,
+    stop: StopOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    repetition_penalty: RepetitionPenaltyOption = 1.0,
     seed: SeedOption = 0,
     verify: VerifyOption = True,
 ) -> int:
@@ -176,16 +186,19 @@ def main(
     from runtime.pictures import load_picture
     from runtime.transcript import restore_conversation
 
-    sampling = Sampling(temperature, top_p=top_p, seed=seed)
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    options = generation_from_options(sampling, max_tokens, stop, choices, json_schema)
     picture = load_picture(image) if image is not None else None
     opened = open_bundle(bundle, verify=verify)
-    with open_model(opened, backend=backend, threads=threads, visual_tokens=visual_tokens) as model:
+    with open_model(
+        opened, backend=backend, engine=engine, threads=threads, visual_tokens=visual_tokens
+    ) as model:
         conversation = Conversation(model, system)
         if resume is not None:
             conversation = restore_conversation(model, resume)
         if picture is not None:
             conversation.show(picture, str(image))
-        chat = Chat(conversation, GenerationOptions(max_tokens, (), sampling), quiet=json_output)
+        chat = Chat(conversation, options, quiet=json_output)
         _converse(chat)
     if json_output:
         print_json(document_from_answers(chat.answers))

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from engines.errors import OptionError
 from runtime.backends import Logits
+from runtime.grammar import Constraint, Grammar
 from runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-Finish = Literal["stop_token", "stop_string", "max_tokens", "context_full"]
+Finish = Literal["stop_token", "stop_string", "complete", "max_tokens", "context_full"]
+"""`complete`: the answer has the form asked for and nothing can follow. After the last two it may
+be cut short."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,13 @@ class GenerationOptions:
         max_tokens: most tokens of an answer.
         stop: texts that end the answer; they are not part of it.
         sampling: how each token is chosen.
+        grammar: the form of the answer, if it must have one; leading blanks are dropped then.
     """
 
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -74,6 +79,7 @@ class Generation:
         stop_token_ids: Collection[int],
         options: GenerationOptions,
         prompt_ids: Sequence[int] = (),
+        constraint: Constraint | None = None,
     ) -> None:
         self.token_ids: list[int] = []
         self.text = ""
@@ -84,6 +90,7 @@ class Generation:
         self._stop_token_ids = frozenset(stop_token_ids)
         self._options = options
         self._sampler = Sampler(options.sampling, prompt_ids)
+        self._constraint = constraint
 
     def __iter__(self) -> Iterator[str]:
         from tokenizers.decoders import DecodeStream
@@ -101,21 +108,32 @@ class Generation:
     def _tokens(self) -> Iterator[int]:
         """Yield tokens; one that is yielded enters the cache only when another is wanted."""
         while self.finish is None:
-            token = self._sampler.choose(self._logits)
+            token = self._choose()
             if token in self._stop_token_ids:
                 self.finish = "stop_token"
                 return
             self.token_ids.append(token)
             yield token
-            if len(self.token_ids) == self._options.max_tokens:
+            if self._constraint is not None and self._constraint.complete:
+                self.finish = "complete"
+            elif len(self.token_ids) == self._options.max_tokens:
                 self.finish = "max_tokens"
             elif self._backend.position == self._backend.context_length:
                 self.finish = "context_full"
             else:
                 self._logits = self._backend.decode(token)
 
+    def _choose(self) -> int:
+        if self._constraint is None:
+            return self._sampler.choose(self._logits)
+        token = self._sampler.choose(self._constraint.mask(self._logits))
+        self._constraint.accept(token)
+        return token
+
     def _release(self, decoded: str, final: bool) -> Iterator[str]:
         """Yield what is new and cannot be the beginning of a stop string."""
+        if self._constraint is not None:
+            decoded = decoded.lstrip()
         stops = [at for stop in self._options.stop if (at := decoded.find(stop)) >= 0]
         if stops:
             decoded, final = decoded[: min(stops)], True

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import TracebackType
 
 import numpy as np
@@ -18,6 +19,7 @@ from runtime.backends import Embeddings, LanguageBackend
 from runtime.backends.opening import open_backend
 from runtime.context import Context
 from runtime.generate import Finish, Generation, GenerationOptions
+from runtime.grammar import GrammarTokens
 from runtime.prompt import PromptWriter, Turn, interleave
 from runtime.vision import VisionEncoder, VisualTokens
 
@@ -131,6 +133,8 @@ class Model:
             OptionError: the chat template refuses the conversation.
             BackendError: more positions than the context holds.
         """
+        options = options or GenerationOptions()
+        constraint = self._grammar_tokens.start(options.grammar) if options.grammar else None
         started = time.perf_counter()
         ids = self.writer.ids(turns)
         logits = self.context.prefill(interleave(ids, self.writer.image_token_id, pictures))
@@ -140,8 +144,9 @@ class Model:
             logits,
             self.writer.tokenizer,
             stop_token_ids=self.writer.stop_token_ids,
-            options=options or GenerationOptions(),
+            options=options,
             prompt_ids=ids.tolist(),
+            constraint=constraint,
         )
         for piece in generation:
             if show is not None:
@@ -159,6 +164,10 @@ class Model:
                 "total": (ended - started) * 1e3,
             },
         )
+
+    @cached_property
+    def _grammar_tokens(self) -> GrammarTokens:
+        return GrammarTokens(self.writer.tokenizer, self.writer.stop_token_ids)
 
     def close(self) -> None:
         """Free everything; calling it again does nothing."""
