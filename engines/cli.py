@@ -37,8 +37,8 @@ EngineOption = Annotated[
     str | None,
     typer.Option(
         "--engine",
-        help="What runs the vision graph: ort, ort-cuda, ort-tensorrt, openvino, tensorrt or "
-        "tensorrt-rtx; left out, what the bundle's target says.",
+        help="What runs the vision graph: ort, ort-cuda, ort-tensorrt, openvino, openvino-bf16, "
+        "tensorrt or tensorrt-rtx; left out, what the bundle's target says.",
     ),
 ]
 VerifyOption = Annotated[

@@ -16,7 +16,11 @@ from engines.manifest import VisionGraph
 from engines.session import Session
 from engines.targets import Target, find_target
 
-ENGINES = ("ort", "ort-cuda", "ort-tensorrt", "openvino", "tensorrt", "tensorrt-rtx")
+ENGINES = (
+    *("ort", "ort-cuda", "ort-tensorrt"),
+    *("openvino", "openvino-bf16"),
+    *("tensorrt", "tensorrt-rtx"),
+)
 TARGETS_VARIABLE = "FOVEATE_TARGETS"
 """Environment variable that names the user's own targets file, for commands without --targets."""
 _TENSORRT = "TensorrtExecutionProvider"
@@ -52,10 +56,8 @@ def open_session(
         return OrtSession(path, threads=threads)
     if name in ("ort-cuda", "ort-tensorrt"):
         return _open_ort_on_gpu(bundle, chosen, name)
-    if name == "openvino":
-        from engines.openvino_session import OpenVinoSession
-
-        return OpenVinoSession(path, threads=threads, cache=bundle.local / "openvino")
+    if name in ("openvino", "openvino-bf16"):
+        return _open_openvino(bundle, chosen, name, threads)
     if name in ("tensorrt", "tensorrt-rtx"):
         return _open_plan(bundle, chosen, name, trust)
     near = get_close_matches(name, ENGINES, n=1)
@@ -73,6 +75,19 @@ def _target_of(bundle: Bundle) -> Target:
             f"here. Name its file in {TARGETS_VARIABLE}, or choose with --engine: "
             f"{', '.join(ENGINES)}."
         ) from error
+
+
+def _open_openvino(bundle: Bundle, graph: VisionGraph, name: str, threads: int | None) -> Session:
+    """Open OpenVINO; a quantized graph's rest is BF16 where the CPU has it, FP32 stays FP32."""
+    from engines.openvino_session import OpenVinoSession, cpu_has_bf16
+
+    rounded = graph.precision in ("int8", "mixed") and cpu_has_bf16()
+    return OpenVinoSession(
+        bundle.path(graph.file),
+        threads=threads,
+        rest="bf16" if rounded or name == "openvino-bf16" else "fp32",
+        cache=bundle.local / "openvino",
+    )
 
 
 def _open_plan(bundle: Bundle, graph: VisionGraph, name: str, trust: bool) -> Session:

@@ -1,8 +1,9 @@
 """OpenVINO behind the `Session` door: the vision graph on the CPU of an x86 board.
 
 Enters: the same ONNX file, FP32 or Q/DQ, that every other engine takes. Leaves: a session. OpenVINO
-would round FP32 to BF16 on CPUs that have it, unasked; here FP32 means FP32 unless the caller asks
-for ``rest="bf16"``, because a rounded score may keep another patch.
+would round FP32 to BF16 on CPUs that have it, unasked and everywhere; here FP32 means FP32. With
+``rest="bf16"`` the tower's unquantized part is BF16 and what chooses tokens stays FP32, because a
+rounded score may keep another patch.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Any, Literal
 import numpy as np
 
 from engines.errors import EngineError
+from engines.openvino_split import split_at_selection
 from engines.session import Array
 
 Rest = Literal["fp32", "bf16"]
-_HINTS: dict[Rest, str] = {"fp32": "f32", "bf16": "bf16"}
 
 
 class OpenVinoSession:
@@ -38,7 +39,8 @@ class OpenVinoSession:
         Args:
             path: the ONNX file; its external weights lie beside it.
             threads: CPU threads; left out, OpenVINO's own choice, one per physical core.
-            rest: type of what is not quantized. BF16 needs a CPU with AVX-512 BF16 or AMX.
+            rest: type of the tower where it is not quantized; what chooses tokens is always
+                FP32. BF16 needs a CPU with AVX-512 BF16 or AMX.
             cache: folder to keep the compiled graph in, so that the next start is fast.
 
         Raises:
@@ -51,16 +53,18 @@ class OpenVinoSession:
             raise EngineError(f"{path} does not exist, expected an ONNX file. Build it again.")
         core = openvino.Core()
         _refuse_missing_bf16(core, rest)
-        settings: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": _HINTS[rest],
-        }
+        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
         if cache is not None:
             settings["CACHE_DIR"] = str(cache)
         try:
-            self._compiled: Any = core.compile_model(core.read_model(path), "CPU", settings)
+            model = core.read_model(path)
+            halves, self._border = _halves(openvino, model, rest)
+            self._stages: list[Any] = [
+                core.compile_model(half, "CPU", {**settings, "INFERENCE_PRECISION_HINT": hint})
+                for half, hint in halves
+            ]
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise EngineError(
@@ -68,10 +72,10 @@ class OpenVinoSession:
                 f"{openvino.__version__} can run: {reason[-600:]} Build it again, or run it with "
                 "ONNX Runtime: --engine ort."
             ) from error
-        self._request: Any = self._compiled.create_infer_request()
+        self._requests: list[Any] = [stage.create_infer_request() for stage in self._stages]
         self._provider = f"OpenVINO {str(openvino.__version__).split('-')[0]} ({rest})"
-        self._inputs = {node.get_any_name(): node for node in self._compiled.inputs}
-        self._outputs = [node.get_any_name() for node in self._compiled.outputs]
+        self._inputs = {node.get_any_name(): node for node in self._stages[0].inputs}
+        self._outputs = [node.get_any_name() for node in self._stages[-1].outputs]
         self._turn = threading.Lock()
 
     @property
@@ -97,15 +101,20 @@ class OpenVinoSession:
         """
         self._check_inputs(inputs)
         with self._turn:
-            if self._request is None:
+            if not self._requests:
                 raise EngineError(f"{self.path}: the session is closed; open it again to run it.")
-            arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+            values: dict[str, Any] = {
+                name: np.ascontiguousarray(array) for name, array in inputs.items()
+            }
             try:
-                self._request.infer(arrays, share_inputs=True)
+                for request in self._requests:
+                    request.infer(values, share_inputs=True)
+                    values = {name: request.get_tensor(name) for name in self._border}
             except RuntimeError as error:
                 reason = " ".join(str(error).split())
                 raise EngineError(f"{self.path} failed on {self.provider}: {reason}") from error
-            return {name: self._request.get_tensor(name).data.copy() for name in self._outputs}
+            last = self._requests[-1]
+            return {name: last.get_tensor(name).data.copy() for name in self._outputs}
 
     def _check_inputs(self, inputs: Mapping[str, Array]) -> None:
         problems = [f'"{name}" is missing' for name in self._inputs if name not in inputs]
@@ -133,7 +142,8 @@ class OpenVinoSession:
     def close(self) -> None:
         """Free the graph and its buffers; calling it again does nothing."""
         with self._turn:
-            self._request = self._compiled = None
+            self._requests.clear()
+            self._stages.clear()
 
     def __enter__(self) -> OpenVinoSession:
         return self
@@ -145,6 +155,14 @@ class OpenVinoSession:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _halves(openvino: Any, model: Any, rest: Rest) -> tuple[list[tuple[Any, str]], tuple[str, ...]]:
+    """Return what to compile with which precision, and the tensors that pass between."""
+    if rest == "fp32":
+        return [(model, "f32")], ()
+    split = split_at_selection(openvino, model)
+    return [(split.tower, "bf16"), (split.selection, "f32")], split.border
 
 
 def cpu_has_bf16() -> bool:

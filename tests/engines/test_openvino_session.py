@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("openvino", reason="pip install 'foveate[openvino]'")
 
+from engines import openvino_session
 from engines.errors import EngineError
 from engines.openvino_session import OpenVinoSession, cpu_has_bf16
 from engines.ort import OrtSession
@@ -55,8 +56,58 @@ def test_fp32_is_not_rounded_to_bf16(graph: Path, session: OpenVinoSession) -> N
         expected = reference.run(inputs)["visual_tokens"]
     assert np.abs(session.run(inputs)["visual_tokens"] - expected).max() < 1e-5
     assert session.provider.endswith("(fp32)")
-    with OpenVinoSession(graph, rest="bf16") as rounded:
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small graph with the exporter's node names."""
+    model = make_small_graph()
+    for node in model.graph.node:
+        chooses = node.op_type in ("Softmax", "ReduceMax", "TopK", "GatherElements")
+        module = "reducer" if chooses else "tower.layers.0"
+        node.name = f"{module}/{node.op_type}_{node.output[0]}"
+    path = tmp_path_factory.mktemp("named") / "vision.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def runtime_precisions(stage) -> dict[str, str]:
+    return {
+        node.get_friendly_name(): node.get_rt_info()["runtimePrecision"].astype(str)
+        for node in stage.get_runtime_model().get_ops()
+        if "runtimePrecision" in node.get_rt_info()
+    }
+
+
+def test_a_bf16_tower_leaves_the_choice_in_fp32(named: Path) -> None:
+    if not cpu_has_bf16():
+        pytest.skip("this CPU has no BF16")
+    inputs = make_pixels(4)
+    with OrtSession(named) as reference:
+        expected = reference.run(inputs)
+    with OpenVinoSession(named, rest="bf16") as rounded:
         assert rounded.provider.endswith("(bf16)")
+        assert rounded.input_names == ("pixel_values",)
+        tower, selection = (runtime_precisions(stage) for stage in rounded._stages)
+        found = rounded.run(inputs)
+    assert "bf16" in tower.values()
+    assert "bf16" not in selection.values()
+    assert any("patch_index" in name for name in selection)
+    assert not any("patch_index" in name for name in tower)
+    np.testing.assert_allclose(found["visual_tokens"], expected["visual_tokens"], atol=0.1)
+
+
+def test_bf16_needs_the_exporters_names(graph: Path) -> None:
+    if not cpu_has_bf16():
+        pytest.skip("this CPU has no BF16")
+    with pytest.raises(EngineError, match=r"does not name the modules.*reducer, tower\.scores"):
+        OpenVinoSession(graph, rest="bf16")
+
+
+def test_a_cpu_without_bf16_is_told(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_session, "_has_bf16", lambda core: False)
+    with pytest.raises(EngineError, match="neither AMX nor AVX-512 BF16"):
+        OpenVinoSession(graph, rest="bf16")
 
 
 def test_results_belong_to_the_caller(session: OpenVinoSession) -> None:
