@@ -18,8 +18,10 @@ import typer
 
 from engines import cli
 from engines.batch_profile import ANY_BATCH, BatchRange, parse_batch, shape_ranges
+from engines.build_memory import predict_build_bytes
 from engines.build_progress import ProgressCallback
 from engines.bundle import Bundle, open_bundle
+from engines.device_facts import read_memory
 from engines.errors import EngineError
 from engines.gpu import find_gpu
 from engines.manifest import VisionGraph
@@ -157,6 +159,7 @@ def main(
     graph = opened.vision(tokens)
     device = find_target(target or opened.manifest.target, targets)
     request = PlanRequest(parse_batch(batch), workspace, rebuild, trust)
+    _warn_of_memory(opened, graph, device)
     with progress_on_stderr(f"Building for {device.name}") as progress:
         outcome = prepare_plan(opened, graph, device, request, progress)
     if as_json:
@@ -170,6 +173,20 @@ def main(
         f"{record.plan_bytes / 1e6:.1f} MB, {record.build_seconds:.1f} s\n"
         f"  layers: {layers_path(outcome.plan)}"
     )
+
+
+def _warn_of_memory(bundle: Bundle, graph: VisionGraph, target: Target) -> None:
+    """Say beforehand that memory may not do: a builder that runs out is killed without a word."""
+    memory = read_memory(Path("/proc/meminfo"))
+    room = memory.get("MemAvailable", 0) + memory.get("SwapFree", 0)
+    onnx_bytes = bundle.manifest.files[graph.file].bytes
+    needed = predict_build_bytes(onnx_bytes, (target.workspace_mb or 0) << 20)
+    if 0 < room < needed:
+        print(
+            f"warning: building takes about {needed / 1e9:.1f} GB, {room / 1e9:.1f} GB of memory "
+            "and swap are free. If it is killed: python -m engines.doctor tells how to add swap.",
+            file=sys.stderr,
+        )
 
 
 def _json_of(outcome: PlanOutcome) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from engines import cli
+from engines.build_memory import predict_build_bytes
 from engines.bundle import Bundle, open_bundle
 from engines.device_facts import DeviceFacts, read_facts
 from engines.errors import EngineError, FoveateError
@@ -24,10 +25,6 @@ from engines.targets import Target, find_target
 from engines.trt_library import TrtLibrary
 
 Status = Literal["ok", "note", "problem"]
-BUILD_BASE_BYTES = 1_500_000_000
-"""CUDA context, TensorRT's kernels and Python, before any weight is read."""
-BUILD_WEIGHT_FACTOR = 3.5
-"""Peak memory per byte of ONNX while building; docs/tensorrt.md says how it was measured."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +36,6 @@ class Finding:
     found: str
     fix: str = ""
     """A command or a sentence; empty where nothing is to be done."""
-
-
-def predict_build_bytes(onnx_bytes: int, workspace_bytes: int) -> int:
-    """Predict the peak memory of building a plan, CPU and GPU together as on a Jetson."""
-    return int(BUILD_BASE_BYTES + BUILD_WEIGHT_FACTOR * onnx_bytes + min(workspace_bytes, 1 << 30))
 
 
 def examine_machine(facts: DeviceFacts) -> list[Finding]:

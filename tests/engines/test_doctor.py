@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from engines import doctor
+from engines.build_memory import BASE_BYTES, predict_build_bytes
 from engines.bundle import Bundle, open_bundle
 from engines.cli import make_app
 from engines.device_facts import (
@@ -24,7 +25,6 @@ from engines.doctor import (
     examine_bundle,
     examine_machine,
     examine_target,
-    predict_build_bytes,
 )
 from engines.gpu import Gpu, NoGpu
 from engines.plan import PlanRecord, machine_here, plan_path, write_plan
@@ -86,7 +86,7 @@ def test_an_8_gb_board_that_will_not_make_it(bundle: Bundle) -> None:
 
 
 def test_prediction_grows_with_the_graph_and_is_never_below_the_base() -> None:
-    assert predict_build_bytes(0, 0) == doctor.BUILD_BASE_BYTES
+    assert predict_build_bytes(0, 0) == BASE_BYTES
     assert predict_build_bytes(10**9, 0) > predict_build_bytes(10**8, 0)
 
 

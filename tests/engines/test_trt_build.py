@@ -148,3 +148,13 @@ def test_a_precision_the_target_lacks(tmp_path: Path) -> None:
     narrow = find_target("rtx-4090").model_copy(update={"precisions": ("fp32", "fp16")})
     with pytest.raises(OptionError, match=r"int8: target rtx-4090 .* takes fp32, fp16"):
         build.prepare_plan(bundle, bundle.vision(), narrow, build.PlanRequest())
+
+
+def test_too_little_memory_is_told_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = write_small_bundle(tmp_path / "bundle")
+    monkeypatch.setattr(build, "read_memory", lambda path: {"MemAvailable": 10**9})
+    result = run_build(bundle, "--target", "rtx-4090")
+    assert result.exit_code == 0
+    assert "GB, 1.0 GB of memory and swap are free" in result.stderr

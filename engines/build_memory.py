@@ -1,0 +1,20 @@
+"""How much memory building a plan takes, before it is tried.
+
+Enters: the size of the graph. Leaves: a number of bytes, CPU and GPU together, as a Jetson has one
+memory for both. Fitted to the peaks of TensorRT-RTX's compiler in docs/tensorrt.md, with the room
+that a CUDA context and kernel measurements take on top; no peak of TensorRT itself is known yet.
+"""
+
+from __future__ import annotations
+
+BASE_BYTES = 1_500_000_000
+"""CUDA context, the library's kernels and Python, before any weight is read."""
+BYTES_PER_ONNX_BYTE = 3.5
+_MOST_WORKSPACE_BYTES = 1 << 30
+"""More than this is not used by graphs of this kind, whatever the limit."""
+
+
+def predict_build_bytes(onnx_bytes: int, workspace_bytes: int) -> int:
+    """Predict the peak memory of building a plan."""
+    workspace = min(workspace_bytes, _MOST_WORKSPACE_BYTES)
+    return int(BASE_BYTES + BYTES_PER_ONNX_BYTE * onnx_bytes + workspace)
