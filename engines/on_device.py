@@ -1,6 +1,6 @@
 """What a bundle carries for the device it is for: a script that builds its engine, and a page.
 
-Enters: a manifest and a target that runs plans. Leaves: `build_on_device.sh` (our builder, or the
+Enters: a graph and a target that runs TensorRT. Leaves: `build_on_device.sh` (our builder, or the
 equal trtexec call) and `BUILD_ON_DEVICE.md`, written into a bundle before it is published.
 """
 
@@ -21,7 +21,7 @@ PAGE_NAME = "BUILD_ON_DEVICE.md"
 def write_device_files(
     folder: Path, graph: VisionGraph, target: Target, batch: BatchRange = ANY_BATCH
 ) -> tuple[str, ...]:
-    """Write what builds the engine on the device; nothing for a target without plans.
+    """Write what builds the engine on the device; nothing where it is not built there.
 
     Args:
         folder: the bundle's (staging) directory.
@@ -32,7 +32,7 @@ def write_device_files(
     Returns:
         The names of the files written.
     """
-    if not target.needs_cuda:
+    if target.engine != "tensorrt":
         return ()
     script = folder / SCRIPT_NAME
     script.write_text(make_script(graph, target, batch), encoding="utf-8")
@@ -83,15 +83,11 @@ def make_page(graph: VisionGraph, target: Target) -> str:
         f" TensorRT {version} was shipped without kernels for sm_{target.sm}."
         for version in target.tensorrt_without
     )
-    where = (
-        "anywhere on Linux x86-64, with or without a GPU"
-        if target.engine == "tensorrt-rtx"
-        else f"on the {target.title} itself"
-    )
     return f"""# The engine of this bundle
 
 `{graph.file}` is the vision graph in {graph.precision}. A TensorRT engine fits one kind of GPU and
-one exact library version, so it is not part of the bundle: it is built {where}, into `local/`.
+one exact library version, so it is not part of the bundle: it is built on the {target.title}
+itself, into `local/`.
 
     ./build_on_device.sh
 

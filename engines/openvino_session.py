@@ -75,7 +75,7 @@ class OpenVinoSession:
         self._requests: list[Any] = [stage.create_infer_request() for stage in self._stages]
         self._provider = f"OpenVINO {str(openvino.__version__).split('-')[0]} ({rest})"
         self._inputs = {node.get_any_name(): node for node in self._stages[0].inputs}
-        self._outputs = [node.get_any_name() for node in self._stages[-1].outputs]
+        self._outputs = [_onnx_name(result) for result in model.get_results()]
         self._turn = threading.Lock()
 
     @property
@@ -113,8 +113,11 @@ class OpenVinoSession:
             except RuntimeError as error:
                 reason = " ".join(str(error).split())
                 raise EngineError(f"{self.path} failed on {self.provider}: {reason}") from error
-            last = self._requests[-1]
-            return {name: last.get_tensor(name).data.copy() for name in self._outputs}
+            tensors = self._requests[-1].output_tensors
+            return {
+                name: tensor.data.copy()
+                for name, tensor in zip(self._outputs, tensors, strict=True)
+            }
 
     def _check_inputs(self, inputs: Mapping[str, Array]) -> None:
         problems = [f'"{name}" is missing' for name in self._inputs if name not in inputs]
@@ -163,6 +166,11 @@ def _halves(openvino: Any, model: Any, rest: Rest) -> tuple[list[tuple[Any, str]
         return [(model, "f32")], ()
     split = split_at_selection(openvino, model)
     return [(split.tower, "bf16"), (split.selection, "f32")], split.border
+
+
+def _onnx_name(result: Any) -> str:
+    """Return the graph's name of an output; its tensor may carry that of an inner node as well."""
+    return str(result.get_friendly_name()).split("/sink_port")[0]
 
 
 def cpu_has_bf16() -> bool:

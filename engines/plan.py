@@ -26,7 +26,7 @@ from engines.targets import Target
 from engines.trt_library import LibraryName, TrtLibrary
 
 Buffer = bytes | bytearray | memoryview
-REBUILD_HINT = "Build it again on this machine: python -m engines.build BUNDLE --rebuild"
+REBUILD_HINT = "Build it again on this machine: `python -m engines.build BUNDLE --rebuild`"
 
 
 class ShapeRange(BaseModel):

@@ -78,8 +78,8 @@ def open_trt_session(
     if isinstance(gpu, NoGpu):
         raise EngineError(
             f"{plan} is a plan for sm_{record.sm} ({target.title}) and cannot run here: "
-            f"{gpu.reason}. Run it on that device, or build the bundle for this machine: "
-            "python -m export.build --target cpu"
+            f"{gpu.reason}. Run it on that device, or build the bundle for this machine "
+            "(python -m export.build --target cpu)."
         )
     library = load_library_for(target)
     sha256 = bundle.manifest.files[graph.file].sha256

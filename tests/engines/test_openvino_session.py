@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import helper
 
 pytest.importorskip("openvino", reason="pip install 'foveate[openvino]'")
 
@@ -108,6 +109,21 @@ def test_a_cpu_without_bf16_is_told(graph: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(openvino_session, "_has_bf16", lambda core: False)
     with pytest.raises(EngineError, match="neither AMX nor AVX-512 BF16"):
         OpenVinoSession(graph, rest="bf16")
+
+
+def test_outputs_keep_the_graphs_names(tmp_path: Path) -> None:
+    model = make_small_graph()
+    for node in model.graph.node:
+        for index, name in enumerate(node.output):
+            if name == "visual_tokens":
+                node.output[index] = "an_inner_name"
+    copied = helper.make_node("Identity", ["an_inner_name"], ["visual_tokens"])
+    model.graph.node.append(copied)
+    path = tmp_path / "vision.onnx"
+    path.write_bytes(model.SerializeToString())
+    with OpenVinoSession(path) as session:
+        assert session.output_names == ("visual_tokens", "patch_index")
+        assert set(session.run(make_pixels(1))) == {"visual_tokens", "patch_index"}
 
 
 def test_results_belong_to_the_caller(session: OpenVinoSession) -> None:
