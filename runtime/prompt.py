@@ -85,6 +85,14 @@ class PromptWriter:
         """
         return self._render(turns, answer).replace(_BREAK, "")
 
+    def render_messages(self, messages: list[dict[str, Any]]) -> str:
+        """Return messages as the chat template writes them, as a server that has it does.
+
+        Raises:
+            OptionError: the template refuses them.
+        """
+        return self._render_messages(messages, answer=True)
+
     def ids(self, turns: Sequence[Turn], answer: bool = True) -> TokenIds:
         """Return the conversation as token ids, int64[N]; one image token for each picture.
 

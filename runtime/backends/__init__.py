@@ -1,16 +1,22 @@
-"""The door to a language model: parts in, logits out, and a position that can be rewound.
+"""The doors to a language model: one that runs here, and one that a server runs.
 
-A part is a run of token ids or a run of ready embeddings (the visual tokens). Text rows always come
-from the bundle's own embedding table, so every backend sees the same numbers.
+Here: parts in, logits out, and a position that can be rewound. A part is a run of token ids or a
+run of ready embeddings (the visual tokens). Text rows always come from the bundle's own embedding
+table, so every backend sees the same numbers. On a server: a conversation in, text out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from runtime.generate import Finish, GenerationOptions
+    from runtime.prompt import Turn
 
 TokenIds = NDArray[np.int64]
 Embeddings = NDArray[np.float32]
@@ -19,16 +25,37 @@ Part = TokenIds | Embeddings
 """int64[N] token ids, or float32[N, D] embeddings."""
 
 
+@dataclass(frozen=True)
+class Capabilities:
+    """What a caller may ask of a backend.
+
+    Attributes:
+        logits: it hands out logits, so any way of choosing tokens works with it.
+        rewind: a follow-up question costs only its own tokens; a server recomputes the conversation
+            or keeps a prefix cache of its own.
+        fork: a conversation can go two ways.
+    """
+
+    logits: bool
+    rewind: bool
+    fork: bool
+
+
+IN_PROCESS = Capabilities(logits=True, rewind=True, fork=True)
+
+
 class LanguageBackend(Protocol):
     """One conversation with a language model; the KV cache is its own.
 
     Attributes:
         name: ``"ort"``, ``"llamacpp"``, ...
+        capabilities: what may be asked of it.
         context_length: positions the KV cache holds.
         hidden_size: D of the embeddings it takes.
     """
 
     name: str
+    capabilities: ClassVar[Capabilities]
     context_length: int
     hidden_size: int
 
@@ -57,3 +84,56 @@ class LanguageBackend(Protocol):
 
     def close(self) -> None:
         """Free the model; calling it again does nothing."""
+
+
+class TextGeneration(Protocol):
+    """One answer that a server writes: iterate over it for its pieces, close it to cancel.
+
+    Attributes:
+        token_ids: tokens of the answer so far, without the stop token.
+        text: the answer so far.
+        finish: why it ended; None while it has not.
+        prompt_tokens: positions of the prompt as the server counted them; 0 until it has ended.
+    """
+
+    token_ids: list[int]
+    text: str
+    finish: Finish | None
+    prompt_tokens: int
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the answer's pieces as they come."""
+
+
+class TextBackend(Protocol):
+    """A language model that takes conversations and returns text only.
+
+    Attributes:
+        name: ``"vllm"``.
+        capabilities: what may be asked of it.
+        hidden_size: D of the embeddings it takes.
+        context_length: positions of prompt and answer together.
+    """
+
+    name: str
+    capabilities: ClassVar[Capabilities]
+    hidden_size: int
+    context_length: int
+
+    def generate(
+        self, turns: Sequence[Turn], pictures: Sequence[Embeddings], options: GenerationOptions
+    ) -> TextGeneration:
+        """Start an answer to a conversation; nothing is sent until it is iterated over.
+
+        Args:
+            turns: the conversation.
+            pictures: float32[N, D] of each picture, in the order of the turns.
+            options: how the answer is written.
+
+        Raises:
+            BackendError: a picture that must not be sent, or more positions than the context holds.
+            OptionError: a conversation that the server would read differently.
+        """
+
+    def close(self) -> None:
+        """Let go of the server; calling it again does nothing."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
 from engines.bundle import Bundle
 from engines.errors import BackendError
-from runtime.backends import Embeddings, Logits, Part, TokenIds
+from runtime.backends import IN_PROCESS, Capabilities, Embeddings, Logits, Part, TokenIds
 from runtime.backends.llama_decoder import BATCH_ROWS, LlamaDecoder
 from runtime.backends.rows import require_rewind, require_room, rows_from_parts
 from runtime.embeddings import EmbeddingTable
@@ -32,6 +33,7 @@ class LlamaCppBackend:
     """
 
     name = "llamacpp"
+    capabilities: ClassVar[Capabilities] = IN_PROCESS
 
     def __init__(self, decoder: LlamaDecoder, sequence: int, position: int = 0) -> None:
         self.context_length = decoder.context_length

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from engines.bundle import Bundle
 from engines.errors import BackendError
 from engines.ort import CPU, CUDA, create_inference_session
-from runtime.backends import Embeddings, Logits, Part, TokenIds
+from runtime.backends import IN_PROCESS, Capabilities, Embeddings, Logits, Part, TokenIds
 from runtime.backends.rows import require_rewind, require_room, rows_from_parts
 from runtime.embeddings import EmbeddingTable
 
@@ -65,6 +65,7 @@ class OrtBackend:
     """One conversation with a decoder that ONNX Runtime runs; see `LanguageBackend`."""
 
     name = "ort"
+    capabilities: ClassVar[Capabilities] = IN_PROCESS
 
     def __init__(self, decoder: Decoder, context_length: int) -> None:
         self.context_length = context_length
