@@ -37,7 +37,7 @@ QUESTION = [Turn("user", "What is this?", images=1)]
 
 
 def quick(stub: Stub, **changes: object) -> ServerOptions:
-    fields = {"silence_seconds": 0.3, "pause_seconds": 0.001} | changes
+    fields = {"silence_seconds": 10, "pause_seconds": 0.001} | changes
     return ServerOptions(stub.url, **fields)  # type: ignore[arg-type]
 
 
@@ -186,8 +186,6 @@ def test_pauses_double_and_a_busy_server_may_ask_for_longer(language_bundle: Bun
         ),
         (refusing(503, "loading"), 3, r"cannot answer now \(HTTP 503: loading\), asked up to 3"),
         (hanging_up, 3, r"No answer from .*, asked 3 times"),
-        (silent_after(), 1, "did not answer in time, asked once"),
-        (silent_after("A red"), 1, r"fell silent for 0.3 s .*after 1 pieces"),
         (breaking_off(piece("A"), piece(" red")), 1, "broke off .* after 2 pieces .*ask again"),
         (breaking_off("{"), 1, "which is not JSON"),
         (breaking_off("[]"), 1, "expected a JSON object"),
@@ -204,6 +202,25 @@ def test_what_cannot_be_mended_is_told(
         assert len(stub.requests) == attempts
         stub.script = [answering("still here")]  # the conversation survives
         assert ask(language_bundle, stub) == "still here"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message"),
+    [
+        (silent_after(seconds=4), "did not answer in time, asked once"),
+        (silent_after("A red", seconds=4), r"fell silent for 1 s .*after 1 pieces"),
+    ],
+)
+def test_a_slow_server_is_waited_for_once(
+    language_bundle: Bundle, behaviour: Behaviour, message: str
+) -> None:
+    with serving(behaviour) as stub:
+        backend = open_vllm_backend(language_bundle, quick(stub))
+        server = ChatServer(quick(stub, silence_seconds=1.0))
+        hasty = VllmBackend(server, language_bundle, backend.model, backend.context_length)
+        with pytest.raises(BackendError, match=message):
+            list(hasty.generate(QUESTION, [PICTURE], GenerationOptions()))
+        assert len(stub.requests) <= 1
 
 
 def test_a_refused_key_is_called_refused(language_bundle: Bundle) -> None:
