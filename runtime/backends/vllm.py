@@ -8,7 +8,7 @@ Start it with `vllm serve MODEL --enable-prompt-embeds --chat-template-content-f
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any, ClassVar
 
@@ -79,7 +79,7 @@ class VllmBackend:
             "return_token_ids": True,
             "stream_options": {"include_usage": True},
         }
-        return VllmGeneration(self._server.stream(request), self._writer.stop_token_ids, options)
+        return VllmGeneration(self._server.stream(request), self._writer, options)
 
     def close(self) -> None:
         """Let go of the server; there is nothing to free."""
@@ -98,7 +98,7 @@ class VllmGeneration:
     def __init__(
         self,
         events: Generator[dict[str, Any]],
-        stop_token_ids: Collection[int],
+        writer: PromptWriter,
         options: GenerationOptions,
     ) -> None:
         self.token_ids: list[int] = []
@@ -106,7 +106,8 @@ class VllmGeneration:
         self.finish: Finish | None = None
         self.prompt_tokens = 0
         self._events = events
-        self._stop_token_ids = frozenset(stop_token_ids)
+        self._tokenizer = writer.tokenizer
+        self._stop_token_ids = frozenset(writer.stop_token_ids)
         self._options = options
 
     def __iter__(self) -> Iterator[str]:
@@ -119,8 +120,8 @@ class VllmGeneration:
             for event in self._events:
                 self.prompt_tokens = (event.get("usage") or {}).get("prompt_tokens", 0)
                 for choice in event.get("choices", ()):
-                    piece = (choice.get("delta") or {}).get("content") or ""
                     self.token_ids += choice.get("token_ids") or []
+                    piece = self._read_piece((choice.get("delta") or {}).get("content") or "")
                     if choice.get("finish_reason"):
                         self.finish = self._read_finish(choice)
                     if piece:
@@ -131,6 +132,17 @@ class VllmGeneration:
                 "The server ended an answer without saying why it stopped. Expected a "
                 "finish_reason, as vLLM sends; look at what serves this address."
             )
+
+    def _read_piece(self, content: str) -> str:
+        """Return what a piece adds to the answer as our own decoding would give it.
+
+        A server decodes the answer as the prompt's continuation, so it keeps the space between the
+        two, which tokenizers of SentencePiece's kind leave out at the beginning of a text.
+        """
+        first = not self.text and content.startswith(" ")
+        if first and not self._tokenizer.decode(self.token_ids).startswith(" "):
+            return content[1:]
+        return content
 
     def _read_finish(self, choice: dict[str, Any]) -> Finish:
         if self.token_ids and self.token_ids[-1] in self._stop_token_ids:

@@ -59,6 +59,14 @@ def test_an_answer_comes_in_pieces(language_bundle: Bundle) -> None:
     assert not backend.capabilities.logits and not backend.capabilities.rewind
 
 
+def test_the_space_after_the_prompt_is_not_part_of_the_answer(language_bundle: Bundle) -> None:
+    """vLLM decodes an answer as the prompt's continuation, so it may begin with a space."""
+    with serving(answering(" red", " cup")) as stub:
+        backend = open_vllm_backend(language_bundle, quick(stub))
+        generation = backend.generate(QUESTION, [PICTURE], GenerationOptions())
+        assert "".join(generation) == generation.text == "red cup"
+
+
 def test_only_the_picture_and_the_words_are_sent(language_bundle: Bundle) -> None:
     sampling = Sampling(temperature=0.7, top_k=5, top_p=0.9, repetition_penalty=1.1, seed=3)
     options = GenerationOptions(max_tokens=9, stop=("\n",), sampling=sampling)
