@@ -106,6 +106,8 @@ class Checkpoint:
             CheckpointError: a tensor is missing or has another shape than the configuration says.
         """
         state = self.weights.read(Part.VISION_TOWER)
+        if _wraps_vision_model(self.vision_config):
+            state = {f"vision_model.{name}": tensor for name, tensor in state.items()}
         return _fill(self.root, CLIPVisionModel, self.vision_config, state, torch.float32)
 
     def projector(self) -> LlavaMultiModalProjector:
@@ -278,6 +280,12 @@ def _read_parts(file: Path, config: LlavaConfig) -> tuple[CLIPVisionConfig, Pret
     if problems or not isinstance(layer, int):
         raise CheckpointError(f"{file}: {'; '.join(problems)}. Foveate cannot export this model.")
     return vision, text, layer
+
+
+def _wraps_vision_model(config: CLIPVisionConfig) -> bool:
+    """Return whether this release of transformers keeps the transformer one module deeper."""
+    with torch.device("meta"):
+        return hasattr(CLIPVisionModel(config), "vision_model")
 
 
 def _causal_lm(config: PretrainedConfig) -> type[PreTrainedModel]:

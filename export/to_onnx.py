@@ -25,6 +25,7 @@ import torch
 from onnx_ir.passes import common as passes
 from onnxscript import opset18 as op
 
+from engines import __version__
 from engines.errors import OptionError
 from engines.manifest import TensorSpec
 from export.visual_graph import INPUT, OUTPUTS, VisualGraph
@@ -121,6 +122,7 @@ def trace_graph(graph: VisualGraph) -> ir.Model:
             "foveate.reducer": reducer.name,
             "foveate.reducer_options": json.dumps(reducer.options),
             "foveate.tokens": str(graph.token_count),
+            "foveate.version": __version__,
             "torch": torch.__version__,
         }
     )

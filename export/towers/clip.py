@@ -35,7 +35,7 @@ class ClipTower(nn.Module):
 
     def __init__(self, model: CLIPVisionModel, feature_layer: int, scoring: Scoring) -> None:
         super().__init__()
-        # transformers before 5.23 wraps the transformer once more.
+        # Older releases of transformers wrap the transformer once more.
         inner = getattr(model, "vision_model", model)
         layers = list(inner.encoder.layers)
         if not 1 <= feature_layer <= len(layers):

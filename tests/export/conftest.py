@@ -65,7 +65,7 @@ def _transformers_4_name(name: str) -> str:
         ("lm_head.", "language_model.lm_head."),
     ):
         if name.startswith(new):
-            return old + name.removeprefix(new)
+            return old + name.removeprefix(new).removeprefix("vision_model.")
     raise ValueError(name)
 
 

@@ -215,7 +215,7 @@ def test_names_tensors_that_do_not_fit_the_configuration(make_checkpoint: Make) 
     (root / "config.json").write_text(json.dumps(config))
     checkpoint = open_checkpoint(root)
     with pytest.raises(
-        CheckpointError, match=r"vision tower's tensors .*\(missing: encoder\.layers\.4"
+        CheckpointError, match=r"vision tower's tensors .*\(missing: .*encoder\.layers\.4"
     ):
         checkpoint.vision_model()
     with pytest.raises(CheckpointError, match="projector's tensors"):

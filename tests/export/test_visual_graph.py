@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.papers_path import TowerRun, prumerge, run_tower, visionzip
+from engines import __version__
 from engines.errors import CheckpointError, OptionError
 from engines.ort import OrtSession
 from export.checkpoint import Checkpoint, open_checkpoint
@@ -201,7 +202,7 @@ def test_model_says_what_it_is(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert said["foveate.model"] == "tiny"
     assert said["foveate.reducer"] == "uniform"
     assert json.loads(said["foveate.reducer_options"]) == {"budget": 9}
-    assert said["foveate.tokens"] == "9"
+    assert (said["foveate.tokens"], said["foveate.version"]) == ("9", __version__)
     assert [(o.name, o.dtype, o.shape) for o in exported.outputs] == [
         ("visual_tokens", "float32", ("batch", 9, 48)),
         ("valid_count", "int64", ("batch",)),
