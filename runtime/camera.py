@@ -32,6 +32,8 @@ from runtime.vision import VisualTokens
 
 _SLACK = 0.2
 """A frame, or its tokens, may wait this share of encode + prefill before it counts as old."""
+_LEAST_SLACK_S = 0.005
+"""Threads do not wake up faster than that."""
 _MOST_FAILURES = 5
 """Failures in a row of the language model that end the loop."""
 _TICK_S = 0.05
@@ -232,7 +234,8 @@ class CameraLoop:
         return None
 
     def _slack_s(self) -> float:
-        return _SLACK * (self._encode_s.seconds + self._prefill_s.seconds)
+        share_s = _SLACK * (self._encode_s.seconds + self._prefill_s.seconds)
+        return max(share_s, _LEAST_SLACK_S)
 
     def _is_fresher_soon(self, arrival: Arrival) -> bool:
         """Say whether to wait for the next frame because this one is old already."""

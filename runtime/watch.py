@@ -24,8 +24,9 @@ from engines.cli import BackendOption, MaxTokensOption, ThreadsOption, VerifyOpt
 from engines.errors import FoveateError, OptionError
 
 if TYPE_CHECKING:
+    from engines.bundle import Bundle
     from runtime.camera import CameraLoop, CameraOptions
-    from runtime.camera_parts import CameraAnswer, Stall
+    from runtime.camera_parts import Answerer, CameraAnswer, Encoder, Stall
     from runtime.frames import FrameSource, SourceOptions
     from runtime.generate import GenerationOptions
     from runtime.recording import Recording
@@ -52,6 +53,10 @@ class WatchOptions:
         threads: CPU threads; None takes one per physical core.
         system: instructions before the question.
         verify: check the hash of every file of the bundle.
+        latency_target_ms: choose among the bundle's budgets so that the first token is there in
+            that time; None keeps to one graph.
+        metrics_port: serve Prometheus text there, on the loopback interface.
+        status: keep a line on stderr that says how it goes.
         record: folder that keeps frames, overlays and answers.
         answers: end after that many.
     """
@@ -64,6 +69,9 @@ class WatchOptions:
     threads: int | None = None
     system: str | None = None
     verify: bool = True
+    latency_target_ms: float | None = None
+    metrics_port: int | None = None
+    status: bool = False
     record: Path | None = None
     answers: int | None = None
 
@@ -115,8 +123,12 @@ def watch(
             threads=options.threads,
             visual_tokens=options.visual_tokens,
         )
-        answerer = FrameAnswerer(model, options.generation, options.system)
-        loop = CameraLoop(frames, FrameEncoder(model.encoder), answerer, options.camera)
+        encoder: Encoder = FrameEncoder(model.encoder)
+        answerer: Answerer = FrameAnswerer(model, options.generation, options.system)
+        if options.latency_target_ms is not None:
+            encoder, answerer = _budgeted(opened, answerer, options, options.latency_target_ms)
+        loop = CameraLoop(frames, encoder, answerer, options.camera)
+        observers = _observers(loop, options, open_things)
         if control is not None:
             threading.Thread(target=_obey, args=(control, loop), daemon=True).start()
         given = 0
@@ -127,6 +139,8 @@ def watch(
                     continue
                 document = document_from_answer(item)
                 show(document)
+                for observe in observers:
+                    observe(item)
                 if recording is not None and not item.reused:
                     recording.keep(item, document)
                 given += 1
@@ -135,6 +149,37 @@ def watch(
         if recording is not None:
             recording.close()
         show(summary_of(loop, given, recording))
+
+
+def _budgeted(
+    bundle: Bundle, answerer: Answerer, options: WatchOptions, target_ms: float
+) -> tuple[Encoder, Answerer]:
+    """Put a budget controller between the loop and the bundle's graphs."""
+    from runtime.budget import BudgetedEncoder, ObservedAnswerer
+
+    if options.visual_tokens is not None:
+        raise OptionError(
+            "--visual-tokens fixes the budget and --latency-target chooses it. Leave one out."
+        )
+    encoder = BudgetedEncoder(bundle, options.threads)
+    controller = encoder.calibrate(answerer, options.camera.question, target_ms)
+    return encoder, ObservedAnswerer(answerer, controller)
+
+
+def _observers(
+    loop: CameraLoop, options: WatchOptions, open_things: ExitStack
+) -> list[Callable[[CameraAnswer], None]]:
+    """Open what is to be told of every answer besides the caller."""
+    from runtime.metrics import MetricsServer, StatusLine
+
+    observers: list[Callable[[CameraAnswer], None]] = []
+    if options.metrics_port is not None:
+        server = MetricsServer(loop, options.metrics_port)
+        open_things.callback(server.close)
+        observers.append(server.observe)
+    if options.status:
+        observers.append(open_things.enter_context(StatusLine(loop)).show)
+    return observers
 
 
 def document_from_answer(answer: CameraAnswer) -> dict[str, Any]:
@@ -262,6 +307,19 @@ def main(
         int | None,
         typer.Option(help="Which vision graph, of a bundle with several; left out, the first."),
     ] = None,
+    latency_target: Annotated[
+        float | None,
+        typer.Option(
+            help="Milliseconds to the first token: chooses among the bundle's token budgets."
+        ),
+    ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=0, help="Serve Prometheus text on this port of 127.0.0.1; 0: any."),
+    ] = None,
+    status: Annotated[
+        bool, typer.Option("--status", help="Keep one line on stderr that says how it goes.")
+    ] = False,
     system: Annotated[
         str | None, typer.Option(help="Instructions before the question, if the model takes them.")
     ] = None,
@@ -309,6 +367,9 @@ def main(
         threads=threads,
         system=system,
         verify=verify,
+        latency_target_ms=latency_target,
+        metrics_port=metrics_port,
+        status=status,
         record=record,
         answers=answers,
     )
