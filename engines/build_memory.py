@@ -1,15 +1,16 @@
 """How much memory building a plan takes, before it is tried.
 
 Enters: the size of the graph. Leaves: a number of bytes, CPU and GPU together, as a Jetson has one
-memory for both. Fitted to the peaks of TensorRT-RTX's compiler in docs/tensorrt.md, with the room
-that a CUDA context and kernel measurements take on top; no peak of TensorRT itself is known yet.
+memory for both. TensorRT-RTX's compiler peaked at 0.5 GB and three times the graph
+(docs/tensorrt.md); TensorRT on its device also holds the weights once on the GPU, a CUDA context
+and its workspace. Those are estimates: no peak of TensorRT itself has been measured yet.
 """
 
 from __future__ import annotations
 
 BASE_BYTES = 1_500_000_000
 """CUDA context, the library's kernels and Python, before any weight is read."""
-BYTES_PER_ONNX_BYTE = 3.5
+BYTES_PER_ONNX_BYTE = 4.0
 _MOST_WORKSPACE_BYTES = 1 << 30
 """More than this is not used by graphs of this kind, whatever the limit."""
 
