@@ -122,7 +122,8 @@ def table_of(rows: list[Row]) -> str:
     ]
     for row in rows:
         numbers = (row.onnx_mb, row.parse_seconds, row.build_seconds, row.plan_mb, row.peak_mb)
-        cells = ["refused" if number is None else f"{number:g}" for number in numbers]
+        missing = "refused" if row.problem else "-"
+        cells = [missing if number is None else f"{number:g}" for number in numbers]
         lines.append(f"| {row.graph} | {row.precision} | {row.sm} | {' | '.join(cells)} |")
     builders = ", ".join(sorted({row.builder for row in rows}))
     problems = [f"{row.graph} {row.precision}: {row.problem}" for row in rows if row.problem]
