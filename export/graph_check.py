@@ -5,7 +5,8 @@ it was traced from and what to change. TensorRT's own parser is the judge; this 
 rules, so that an export for a Jetson fails on the desk and says where.
 
 Sources: onnx-tensorrt's docs/operators.md at 10.1 and at 10.15 (operators, types, restrictions,
-opsets), TensorRT's ONNX opset guide for 11 (opset), and the rule of strongly typed networks that an
+opsets), its Clip importer at 10.1 (integers, which the list leaves out), TensorRT's ONNX opset
+guide for 11 (opset), and the rule of strongly typed networks that an
 operator's floating-point inputs share one type.
 """
 
@@ -31,8 +32,8 @@ _TYPES: dict[str, frozenset[ir.DataType]] = {
     **dict.fromkeys(
         ("MatMul", "Gemm", "Conv", "LayerNormalization", "Softmax", "Sqrt", "Pow", "Exp"), _FLOATS
     ),
-    **dict.fromkeys(("Floor", "Clip", "Erf", "Sigmoid", "Tanh", "QuantizeLinear"), _FLOATS),
-    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Neg", "Abs", "Max", "Min"), _NUMBERS),
+    **dict.fromkeys(("Floor", "Erf", "Sigmoid", "Tanh", "QuantizeLinear"), _FLOATS),
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Neg", "Abs", "Max", "Min", "Clip"), _NUMBERS),
     **dict.fromkeys(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"), _NUMBERS),
     **dict.fromkeys(("ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL2"), _NUMBERS),
     **dict.fromkeys(("ArgMax", "TopK"), _NUMBERS),

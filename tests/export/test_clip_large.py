@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.clip_large import clip_large_graph, random_clip_large, random_projector
-from benchmarks.papers_path import TowerRun, prumerge, run_tower, visionzip
+from benchmarks.papers_path import NEIGHBOURS, TowerRun, prumerge, run_tower, visionzip
 from engines.ort import OrtSession
 from export.precision import write_fp16_graph
 from export.reducers import make_reducer
@@ -89,6 +89,19 @@ def test_half_precision_keeps_the_same_patches(visionzip_file, visionzip_outputs
     assert float(np.concatenate(cosines).mean()) >= 0.999
 
 
+def tied_neighbours(run: TowerRun, kept: list[int]) -> np.ndarray[Any, Any]:
+    """Mark the tokens, the merged one included, whose 32nd neighbour is as near as the 33rd.
+
+    Two cosines closer than float32 rounds are put in either order by either implementation.
+    """
+    keys = run.last_keys[0, 1:]
+    keys = keys / keys.norm(dim=-1, keepdim=True)
+    similarity = keys[kept] @ keys.T
+    similarity[torch.arange(len(kept)), kept] = -torch.inf
+    nearest = similarity.topk(NEIGHBOURS + 1, dim=-1).values
+    return np.append((nearest[:, -2] - nearest[:, -1] < 1e-6).numpy(), False)
+
+
 @pytest.mark.parametrize("plus", [False, True])
 def test_prumerge(model, projector, pixels, papers_runs, tmp_path, plus):
     reducer = make_reducer("prumerge_plus" if plus else "prumerge", budget=500)
@@ -100,4 +113,9 @@ def test_prumerge(model, projector, pixels, papers_runs, tmp_path, plus):
         count = int(out["valid_count"][0])
         assert out["patch_index"][0, : count - 1].tolist() == kept[0]
         expected = projector(tokens[0]).numpy()
-        np.testing.assert_allclose(out["visual_tokens"][0, :count], expected, atol=1e-4, rtol=0)
+        difference = np.abs(out["visual_tokens"][0, :count] - expected).max(axis=1)
+        tied = tied_neighbours(run, kept[0])
+        assert tied.mean() < 0.1
+        assert difference[~tied].max() <= 1e-4
+        # One neighbour for another as near: its attention times how they differ.
+        assert difference.max() <= 1e-3
