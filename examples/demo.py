@@ -23,8 +23,8 @@ from runtime.overlay import save_overlay
 from runtime.pictures import load_picture
 
 CHECKPOINT = Path("models/pocket-llava")
-PICTURE = CHECKPOINT / "test/00007.png"
-QUESTION = "What do you see?"
+PICTURE = CHECKPOINT / "test/00000.png"
+QUESTION = "How many boxes are there?"
 BUNDLE = Path("build/demo")
 OVERLAY = Path("build/demo-overlay.png")
 SHORT = GenerationOptions(max_tokens=24)
@@ -44,12 +44,15 @@ def main() -> None:
             answer = ask_warm(model, picture)
         times = (f"{answer.milliseconds[stage]:.1f}" for stage in STAGES)
         table.add_row(f"{answer.visual_tokens} ({graph.reducer.name})", answer.text, *times)
-    save_overlay(OVERLAY, picture, answer.visual, bundle)
+    save_overlay(OVERLAY, picture, answer.seen[0], bundle)
     console = Console()
     console.print(f"\n{PICTURE}: [bold]{QUESTION}[/bold]")
     console.print(table)
     console.print(f"What the {answer.visual_tokens} tokens kept of the picture: {OVERLAY}")
-    console.print(f'Ask your own:  .venv/bin/python -m runtime.ask {BUNDLE} {PICTURE} "{QUESTION}"')
+    console.print(
+        f'Ask your own:  .venv/bin/python -m runtime.ask {BUNDLE} {PICTURE} "{QUESTION}"',
+        soft_wrap=True,
+    )
 
 
 def ask_warm(model: Model, picture: Pixels) -> Answer:

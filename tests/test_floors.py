@@ -23,8 +23,7 @@ THIN |= {"rich", "tomli"}
 OPTIONAL = {
     "engines": {"openvino", "polygraphy", "tensorrt"},
     "runtime": {
-        "av", "cv2", "fastapi", "gguf", "gi", "llama_cpp", "mcap", "mcap_ros2",
-        "prometheus_client", "rosbags", "starlette", "uvicorn",
+        "av", "gguf", "llama_cpp", "llguidance", "prometheus_client", "rosbags",
     },
 }  # fmt: skip
 ALLOWED = {
