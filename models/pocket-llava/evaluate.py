@@ -1,7 +1,7 @@
 """Measure a checkpoint: exact match per question type, for every reducer and token budget.
 
-    python models/pocket-llava/scenes.py --seed 20260711 --count 1000 --out /tmp/held-out
-    python models/pocket-llava/evaluate.py --data /tmp/held-out --json report.json
+    python models/pocket-llava/scenes.py --seed 20260712 --count 1000 --out DIR
+    python models/pocket-llava/evaluate.py --data DIR --json report.json
 
 A checkpoint and a folder of pictures with `questions.jsonl` enter; a table on stdout, and the same
 as JSON, leave. Reducers are the plain ones of `reducers.py`; nothing is trained for them.
