@@ -6,8 +6,8 @@ rules, so that an export for a Jetson fails on the desk and says where.
 
 Sources: onnx-tensorrt's docs/operators.md at 10.1 and at 10.15 (operators, types, restrictions,
 opsets), its Clip importer at 10.1 (integers, which the list leaves out), TensorRT's ONNX opset
-guide for 11 (opset), and the rule of strongly typed networks that an
-operator's floating-point inputs share one type.
+guide for 11 (opset), and the rule of strongly typed networks that an operator's floating-point
+inputs share one type.
 """
 
 from __future__ import annotations
