@@ -28,7 +28,7 @@ import typer
 from engines import cli
 from engines.bundle import Bundle, open_bundle
 from engines.errors import FoveateError
-from runtime.backends import Embeddings
+from runtime.parts import Embeddings
 
 VISUAL_TOKENS = (64, 576)
 TEXT_TOKENS = 32

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from export.checkpoint import Checkpoint
 from export.reducers import Reducer
 from export.towers import Scoring, TowerOutput
-from runtime.backends import Part
+from runtime.parts import Part
 from runtime.vision import VisualTokens
 
 

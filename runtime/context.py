@@ -12,7 +12,8 @@ from hashlib import blake2b
 
 import numpy as np
 
-from runtime.backends import LanguageBackend, Logits, Part
+from runtime.backends import LanguageBackend
+from runtime.parts import Logits, Part
 
 Key = int | bytes
 """What one position holds: a token id, or the digest of an embedding."""

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.backends import Embeddings
 from runtime.generate import GenerationOptions
 from runtime.model import Answer, Model, Show
+from runtime.parts import Embeddings
 from runtime.prompt import Turn
 from runtime.vision import VisualTokens
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from engines.bundle import Bundle
 from engines.errors import BundleError
-from runtime.backends import Embeddings, TokenIds
+from runtime.parts import Embeddings, TokenIds
 
 TENSOR_NAME = "embed_tokens"
 _MAX_HEADER_BYTES = 1 << 20

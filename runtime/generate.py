@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from engines.errors import OptionError
-from runtime.backends import Logits
 from runtime.grammar import Constraint, Grammar
+from runtime.parts import Logits
 from runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engines.errors import OptionError
-from runtime.backends import Logits
+from runtime.parts import Logits
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

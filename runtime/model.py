@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import Bundle
-from runtime.backends import Embeddings, LanguageBackend
+from runtime.backends import LanguageBackend
 from runtime.backends.opening import open_backend
 from runtime.context import Context
 from runtime.generate import Finish, Generation, GenerationOptions
 from runtime.grammar import GrammarTokens
+from runtime.parts import Embeddings
 from runtime.prompt import PromptWriter, Turn, interleave
 from runtime.vision import VisionEncoder, VisualTokens
 

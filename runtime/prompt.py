@@ -20,7 +20,7 @@ import numpy as np
 
 from engines.bundle import Bundle
 from engines.errors import BundleError, OptionError
-from runtime.backends import Embeddings, Part, TokenIds
+from runtime.parts import Embeddings, Part, TokenIds
 
 if TYPE_CHECKING:
     import jinja2

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import OptionError
-from runtime.backends import Logits
+from runtime.parts import Logits
 
 Probabilities = NDArray[np.float64]
 

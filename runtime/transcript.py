@@ -17,9 +17,9 @@ import numpy as np
 from engines.bundle import Bundle
 from engines.errors import OptionError
 from engines.staging import staged_file
-from runtime.backends import Embeddings
 from runtime.conversation import Conversation, Exchange, Picture
 from runtime.model import Model
+from runtime.parts import Embeddings
 
 _FORMAT = 1
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,36 @@ def test_a_floor_imports_only_what_lies_below(floor: str) -> None:
         path = file.relative_to(ROOT).as_posix()
         found += breaches(path, file.read_text(encoding="utf-8"))
     assert not found, "\n".join(found)
+
+
+def circle_of_imports(sources: dict[str, str]) -> list[str]:
+    """Return modules that import each other in a circle; one a type checker alone sees counts."""
+    imported = {
+        name: {
+            module
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.ImportFrom) and node.module
+            for module in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+            if module in sources and module != name
+        }
+        for name, source in sources.items()
+    }
+    try:
+        TopologicalSorter(imported).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    sources = {}
+    for floor in FLOORS:
+        for file in (ROOT / floor).rglob("*.py"):
+            name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            sources[name] = file.read_text(encoding="utf-8")
+    assert circle_of_imports(sources) == []
+    lazy = {"a.b": "def f():\n    from a import c", "a.c": "from a.b import f"}
+    assert set(circle_of_imports(lazy)) == {"a.b", "a.c"}
 
 
 def test_a_breach_is_seen() -> None:

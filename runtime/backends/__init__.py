@@ -9,20 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from runtime.generate import Finish, GenerationOptions
-    from runtime.prompt import Turn
-
-TokenIds = NDArray[np.int64]
-Embeddings = NDArray[np.float32]
-Logits = NDArray[np.float32]
-Part = TokenIds | Embeddings
-"""int64[N] token ids, or float32[N, D] embeddings."""
+from runtime.generate import Finish, GenerationOptions
+from runtime.parts import Embeddings, Logits, Part, TokenIds
+from runtime.prompt import Turn
 
 
 @dataclass(frozen=True)

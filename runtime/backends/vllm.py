@@ -14,12 +14,13 @@ from typing import Any, ClassVar
 
 from engines.bundle import Bundle
 from engines.errors import BackendError
-from runtime.backends import Capabilities, Embeddings
+from runtime.backends import Capabilities
 from runtime.backends.chat_server import ChatServer, ServerOptions
 from runtime.backends.rows import require_room
 from runtime.backends.served_prompt import ServedPrompt
 from runtime.backends.tensor_payload import payload_from_rows
 from runtime.generate import Finish, GenerationOptions
+from runtime.parts import Embeddings
 from runtime.prompt import PromptWriter, Turn
 
 

@@ -17,12 +17,13 @@ from export.checkpoint import open_checkpoint
 from export.decoder import export_language
 from export.gguf_decoder import write_gguf
 from export.gguf_quantize import export_gguf
-from runtime.backends import Embeddings, LanguageBackend
+from runtime.backends import LanguageBackend
 from runtime.backends.llama_decoder import LlamaDecoder
 from runtime.backends.llamacpp import LlamaCppBackend, open_llamacpp_backend
 from runtime.backends.ort import open_ort_backend
 from runtime.embeddings import EmbeddingTable
 from runtime.generate import Generation, GenerationOptions
+from runtime.parts import Embeddings
 from runtime.prompt import PromptWriter, Turn
 from tests.tiny_bundle import tiny_manifest
 

@@ -7,9 +7,9 @@ import pytest
 
 from engines.bundle import Bundle
 from engines.errors import BackendError
-from runtime.backends import Part
 from runtime.backends.ort import open_ort_backend
 from runtime.context import Context
+from runtime.parts import Part
 
 RANDOM = np.random.default_rng(0)
 SYSTEM, QUESTION, OTHER = (RANDOM.integers(5, 300, size) for size in (12, 9, 15))

@@ -14,9 +14,9 @@ from transformers import LlavaForConditionalGeneration
 
 from engines.bundle import Bundle
 from engines.errors import OptionError
-from runtime.backends import Logits
 from runtime.backends.ort import open_ort_backend
 from runtime.generate import Generation, GenerationOptions
+from runtime.parts import Logits
 from runtime.sampling import Sampling
 from tests.tiny_language import tiny_tokenizer
 
