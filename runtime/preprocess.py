@@ -44,9 +44,41 @@ def preprocess(
         PictureError: ``picture`` is not uint8[H, W, 3] or has no pixels.
         BundleError: the preprocessing does not lead to the graph's size.
     """
+    return normalise(resize_picture(picture, preprocessing), preprocessing, out)
+
+
+def resize_picture(picture: Pixels, preprocessing: Preprocessing) -> Pixels:
+    """Pad, resize and crop one picture: all that happens to it before numbers become floats.
+
+    Args:
+        picture: RGB, uint8[H, W, 3].
+        preprocessing: the bundle's.
+
+    Returns:
+        uint8[height, width, 3], a quarter of the bytes of `pixel_values`.
+
+    Raises:
+        PictureError: ``picture`` is not uint8[H, W, 3] or has no pixels.
+        BundleError: the preprocessing does not lead to the graph's size.
+    """
     check_picture(picture)
     geometry = lay_out(picture.shape[0], picture.shape[1], preprocessing)
-    levels = _cropped(picture, geometry, preprocessing)  # [height, width, 3]
+    return _cropped(picture, geometry, preprocessing)
+
+
+def normalise(
+    levels: Pixels, preprocessing: Preprocessing, out: PixelValues | None = None
+) -> PixelValues:
+    """Turn a picture that has its final size into `pixel_values`.
+
+    Args:
+        levels: from `resize_picture`, uint8[height, width, 3].
+        preprocessing: the bundle's.
+        out: where to write, float32[3, height, width]; a new array when left out.
+
+    Returns:
+        float32[3, height, width].
+    """
     table = _normalised_levels(preprocessing.rescale_factor, preprocessing.mean, preprocessing.std)
     if out is None:
         out = np.empty((3, *levels.shape[:2]), np.float32)

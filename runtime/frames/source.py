@@ -6,7 +6,7 @@ in `FrameSource.errors` and skipped: one bad packet must not end a robot's day.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -73,8 +73,16 @@ class FrameSource:
         self._clock = FrameClock(self._options.fps)
 
     def __iter__(self) -> Iterator[Frame]:
+        return self.chosen(lambda: True)
+
+    def chosen(self, wants_next: Callable[[], bool]) -> Iterator[Frame]:
+        """Yield the frames that are wanted; pictures of the others are not decoded.
+
+        Args:
+            wants_next: asked once before each frame of the source.
+        """
         for capture in self._reader.captures(self.errors):
-            if not self._clock.wants(capture.timestamp_ns):
+            if not self._clock.wants(capture.timestamp_ns) or not wants_next():
                 continue
             try:
                 image = self._view(capture.image())
