@@ -153,11 +153,11 @@ def tensorrt(precision: str) -> Callable[[Case], Step]:
     """Return what prepares our own TensorRT session, host to host."""
 
     def prepare(case: Case) -> Step:
-        from engines.cuda_memory import open_cuda_runtime
         from engines.manifest import TensorSpec
-        from engines.trt import TrtSession
-        from engines.trt_build import BuildOptions, build_plan
-        from engines.trt_library import load_library_for
+        from engines.trt.builder import BuildOptions, build_plan
+        from engines.trt.cuda_memory import open_cuda_runtime
+        from engines.trt.library import load_library_for
+        from engines.trt.session import TrtSession
 
         target = _target_for(case.gpu)
         file = _onnx_file(case, precision)

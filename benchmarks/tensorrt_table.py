@@ -24,8 +24,8 @@ from engines import cli
 from engines.errors import FoveateError
 from engines.manifest import Precision, TensorSpec
 from engines.targets import find_target
-from engines.trt_build import BuildOptions, build_plan
-from engines.trt_library import load_library
+from engines.trt.builder import BuildOptions, build_plan
+from engines.trt.library import load_library
 
 SIZES = {"small": "TINY", "clip-l-336": "CLIP_L_336"}
 SMS = (86, 89)

@@ -17,15 +17,18 @@ from typing import Annotated, Any
 import typer
 
 from engines import cli
-from engines.batch_profile import ANY_BATCH, BatchRange, parse_batch, shape_ranges
-from engines.build_memory import predict_build_bytes
-from engines.build_progress import ProgressCallback
 from engines.bundle import Bundle, open_bundle
 from engines.device_facts import read_memory
 from engines.errors import EngineError
 from engines.gpu import find_gpu
 from engines.manifest import VisionGraph
-from engines.plan import (
+from engines.targets import Target, find_target
+from engines.trt.batch_profile import ANY_BATCH, BatchRange, parse_batch, shape_ranges
+from engines.trt.build_memory import predict_build_bytes
+from engines.trt.build_progress import ProgressCallback
+from engines.trt.builder import BuildOptions, build_plan, choose_gpu, layers_path, workspace_of
+from engines.trt.library import load_library_for
+from engines.trt.plan import (
     REBUILD_HINT,
     PlanRecord,
     adopt_plan,
@@ -35,9 +38,6 @@ from engines.plan import (
     plan_path,
     read_record,
 )
-from engines.targets import Target, find_target
-from engines.trt_build import BuildOptions, build_plan, choose_gpu, layers_path, workspace_of
-from engines.trt_library import load_library_for
 
 
 @dataclass(frozen=True)

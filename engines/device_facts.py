@@ -15,10 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from engines.ahead_of_time import add_compiler_to_path
-from engines.cuda_memory import open_cuda_runtime
 from engines.errors import EngineError
 from engines.gpu import Gpu, NoGpu, find_gpu
-from engines.trt_library import load_library
+from engines.trt.cuda_memory import open_cuda_runtime
+from engines.trt.library import load_library
 
 _TOOL_SECONDS = 10
 # Release of Jetson Linux -> JetPack, newest first. From NVIDIA's JetPack archive (36.x) and, for

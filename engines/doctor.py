@@ -15,14 +15,14 @@ from typing import Annotated, Literal
 import typer
 
 from engines import cli
-from engines.build_memory import predict_build_bytes
 from engines.bundle import Bundle, open_bundle
 from engines.device_facts import DeviceFacts, read_facts
 from engines.errors import EngineError, FoveateError
 from engines.gpu import NoGpu
-from engines.plan import list_differences, machine_here, plan_path, read_record
 from engines.targets import Target, find_target
-from engines.trt_library import TrtLibrary
+from engines.trt.build_memory import predict_build_bytes
+from engines.trt.library import TrtLibrary
+from engines.trt.plan import list_differences, machine_here, plan_path, read_record
 
 Status = Literal["ok", "note", "problem"]
 

@@ -91,7 +91,7 @@ def _open_openvino(bundle: Bundle, graph: VisionGraph, name: str, threads: int |
 
 
 def _open_plan(bundle: Bundle, graph: VisionGraph, name: str, trust: bool) -> Session:
-    from engines.trt import open_trt_session
+    from engines.trt.session import open_trt_session
 
     target = _target_of(bundle)
     if target.engine != name:

@@ -23,7 +23,7 @@ from engines import __version__, cli
 from engines.bundle import BundleDraft, write_bundle
 from engines.errors import OptionError
 from engines.manifest import LlmPrecision, Manifest, Precision, ReducerSpec, VisionGraph
-from engines.on_device import write_device_files
+from engines.trt.on_device import write_device_files
 from export.build_plan import Budget, BuildOptions, BuildPlan, plan_build
 from export.gguf_quantize import GgufPrecision
 from export.graph_check import OLDEST_TENSORRT, check_graph

@@ -58,7 +58,7 @@ def run_model(pixels: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
 
 @dataclass
 class FakeCuda:
-    """`engines.cuda_memory.Cuda` on host memory, with a queue that runs on synchronize."""
+    """`engines.trt.cuda_memory.Cuda` on host memory, with a queue that runs on synchronize."""
 
     memory: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
     pinned: set[int] = field(default_factory=set)

@@ -10,7 +10,6 @@ import pytest
 from typer.testing import CliRunner
 
 from engines import doctor
-from engines.build_memory import BASE_BYTES, predict_build_bytes
 from engines.bundle import Bundle, open_bundle
 from engines.cli import make_app
 from engines.device_facts import (
@@ -27,9 +26,10 @@ from engines.doctor import (
     examine_target,
 )
 from engines.gpu import Gpu, NoGpu
-from engines.plan import PlanRecord, machine_here, plan_path, write_plan
 from engines.targets import find_target
-from engines.trt_library import TrtLibrary
+from engines.trt.build_memory import BASE_BYTES, predict_build_bytes
+from engines.trt.library import TrtLibrary
+from engines.trt.plan import PlanRecord, machine_here, plan_path, write_plan
 from tests.small_graph import write_small_bundle
 
 ORIN = DeviceFacts(

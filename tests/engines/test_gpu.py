@@ -15,8 +15,8 @@ from engines.bundle import Bundle, open_bundle
 from engines.errors import EngineError
 from engines.gpu import Gpu, NoGpu, find_gpu
 from engines.open_session import open_session
-from engines.plan import plan_path, read_record, sidecar_path
 from engines.targets import Target, load_targets
+from engines.trt.plan import plan_path, read_record, sidecar_path
 from tests.small_graph import SIDE, write_small_bundle
 
 pytestmark = pytest.mark.gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from engines.layer_report import report_engine
+from engines.trt.layer_report import report_engine
 
 
 def report(*layers: Any):

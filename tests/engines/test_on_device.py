@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from engines.batch_profile import ANY_BATCH
 from engines.bundle import open_bundle, write_bundle
 from engines.manifest import Manifest
-from engines.on_device import PAGE_NAME, SCRIPT_NAME, make_page, write_device_files
 from engines.targets import find_target
+from engines.trt.batch_profile import ANY_BATCH
+from engines.trt.on_device import PAGE_NAME, SCRIPT_NAME, make_page, write_device_files
 from tests.small_graph import write_small_bundle
 
 TRTEXEC = """#!/bin/sh

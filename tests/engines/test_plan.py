@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from engines.batch_profile import ANY_BATCH, BatchRange, parse_batch, shape_ranges
 from engines.build import PlanRequest, prepare_plan
 from engines.bundle import open_bundle
 from engines.errors import EngineError, OptionError
 from engines.gpu import Gpu, NoGpu
 from engines.manifest import TensorSpec
-from engines.plan import (
+from engines.targets import find_target
+from engines.trt.batch_profile import ANY_BATCH, BatchRange, parse_batch, shape_ranges
+from engines.trt.builder import choose_gpu, timing_cache_path
+from engines.trt.library import TrtLibrary
+from engines.trt.plan import (
     Machine,
     PlanRecord,
     ShapeRange,
@@ -26,9 +29,6 @@ from engines.plan import (
     sidecar_path,
     write_plan,
 )
-from engines.targets import find_target
-from engines.trt_build import choose_gpu, timing_cache_path
-from engines.trt_library import TrtLibrary
 from tests.small_graph import write_small_bundle
 
 DATA = b"not a real plan, but bytes all the same"

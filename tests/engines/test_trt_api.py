@@ -17,8 +17,8 @@ import pytest
 from tests.tensorrt_api import Api, UnavailableError, load_api, pinned_versions
 
 pytestmark = pytest.mark.trt
-ENGINES = Path(__file__).parents[2] / "engines"
-SOURCES = ("trt.py", "trt_build.py", "build_progress.py", "layer_report.py")
+TRT = Path(__file__).parents[2] / "engines/trt"
+SOURCES = ("session.py", "builder.py", "build_progress.py", "layer_report.py")
 CLASS_OF_VARIABLE = {
     "runtime": "Runtime",
     "engine": "ICudaEngine",
@@ -111,7 +111,7 @@ def path_of(node: ast.expr) -> tuple[str, ...] | None:
 
 def list_uses() -> Iterator[Use]:
     for name in SOURCES:
-        tree = ast.parse((ENGINES / name).read_text("utf-8"))
+        tree = ast.parse((TRT / name).read_text("utf-8"))
         called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and (path := path_of(node.func)):

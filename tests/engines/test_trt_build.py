@@ -136,7 +136,7 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
 
 
 def test_the_other_library_needs_its_own_process(tmp_path: Path) -> None:
-    from engines.trt_library import load_library, load_polygraphy
+    from engines.trt.library import load_library, load_polygraphy
 
     load_polygraphy(load_library("tensorrt-rtx"))
     with pytest.raises(EngineError, match="a process of its own"):

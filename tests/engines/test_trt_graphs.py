@@ -11,7 +11,7 @@ import pytest
 from benchmarks import random_graphs
 from engines.manifest import Precision, TensorSpec
 from engines.targets import find_target
-from engines.trt_build import BuildOptions, BuildResult, build_plan
+from engines.trt.builder import BuildOptions, BuildResult, build_plan
 
 pytestmark = [pytest.mark.trt, pytest.mark.usefixtures("compiler")]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from engines.bundle import open_bundle
-from engines.cuda_memory import CudaRuntime, open_cuda_runtime
 from engines.errors import EngineError
 from engines.gpu import NoGpu, driver_version, find_gpu
-from engines.plan import PlanRecord, plan_path, write_plan
 from engines.targets import find_target
-from engines.trt import TrtSession, open_trt_session
-from engines.trt_library import TrtLibrary
+from engines.trt.cuda_memory import CudaRuntime, open_cuda_runtime
+from engines.trt.library import TrtLibrary
+from engines.trt.plan import PlanRecord, plan_path, write_plan
+from engines.trt.session import TrtSession, open_trt_session
 from tests.fake_tensorrt import (
     TENSORS,
     DataType,

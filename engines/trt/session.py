@@ -1,8 +1,8 @@
 """A TensorRT or TensorRT-RTX plan behind the `Session` door.
 
-Enters: a plan that `engines.plan` found to be this machine's own. Leaves: a session whose device
-and page-locked buffers are allocated once, at the profile's largest shapes. A shape that comes
-twice is captured as a CUDA graph, so that a camera loop pays for one launch rather than for
+Enters: a plan that `engines.trt.plan` found to be this machine's own. Leaves: a session whose
+device and page-locked buffers are allocated once, at the profile's largest shapes. A shape that
+comes twice is captured as a CUDA graph, so that a camera loop pays for one launch rather than for
 hundreds. Only NVIDIA's bindings and `libcudart` are used, which a JetPack image holds.
 """
 
@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import Bundle
-from engines.cuda_memory import Cuda, open_cuda_runtime
 from engines.errors import EngineError
 from engines.gpu import NoGpu, find_gpu
 from engines.manifest import VisionGraph
-from engines.plan import machine_here, plan_path, read_plan, read_record
 from engines.session import Array
 from engines.targets import Target
-from engines.trt_library import TrtLibrary, load_library_for
+from engines.trt.cuda_memory import Cuda, open_cuda_runtime
+from engines.trt.library import TrtLibrary, load_library_for
+from engines.trt.plan import machine_here, plan_path, read_plan, read_record
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "FLOAT": np.dtype(np.float32),
@@ -96,7 +96,7 @@ class TrtSession:
         """Load a plan.
 
         Args:
-            plan: its bytes; they run as code, see `engines.plan`.
+            plan: its bytes; they run as code, see `engines.trt.plan`.
             library: what built it.
             cuda: memory and streams.
             cuda_graphs: capture a shape that comes a second time.

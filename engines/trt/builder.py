@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from engines import __version__
-from engines.batch_profile import ANY_BATCH, BatchRange, shape_ranges
-from engines.build_progress import ProgressCallback, make_progress_monitor
 from engines.errors import EngineError, OptionError
 from engines.gpu import Gpu, NoGpu, find_gpu
-from engines.layer_report import EngineReport, LayerReport, report_engine, report_network
 from engines.manifest import Precision, TensorSpec
-from engines.plan import PlanRecord, ShapeRange, write_plan
 from engines.staging import staged_file
 from engines.targets import Target
-from engines.trt_library import TrtLibrary, load_library_for, load_polygraphy
+from engines.trt.batch_profile import ANY_BATCH, BatchRange, shape_ranges
+from engines.trt.build_progress import ProgressCallback, make_progress_monitor
+from engines.trt.layer_report import EngineReport, LayerReport, report_engine, report_network
+from engines.trt.library import TrtLibrary, load_library_for, load_polygraphy
+from engines.trt.plan import PlanRecord, ShapeRange, write_plan
 
 _FLAGS = ("STRONGLY_TYPED", "NO_TF32")
 _MIB = 1 << 20

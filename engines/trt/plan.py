@@ -23,7 +23,7 @@ from engines.gpu import Gpu
 from engines.manifest import Precision, Sha256, VisionGraph
 from engines.staging import staged_file
 from engines.targets import Target
-from engines.trt_library import LibraryName, TrtLibrary
+from engines.trt.library import LibraryName, TrtLibrary
 
 Buffer = bytes | bytearray | memoryview
 REBUILD_HINT = "Build it again on this machine: `python -m engines.build BUNDLE --rebuild`"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from engines.errors import OptionError
 from engines.manifest import TensorSpec
-from engines.plan import ShapeRange
+from engines.trt.plan import ShapeRange
 
 
 @dataclass(frozen=True)

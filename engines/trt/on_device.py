@@ -9,10 +9,10 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from engines.batch_profile import ANY_BATCH, BatchRange, shape_ranges
 from engines.manifest import VisionGraph
-from engines.plan import plan_name
 from engines.targets import Target
+from engines.trt.batch_profile import ANY_BATCH, BatchRange, shape_ranges
+from engines.trt.plan import plan_name
 
 SCRIPT_NAME = "build_on_device.sh"
 PAGE_NAME = "BUILD_ON_DEVICE.md"
@@ -52,7 +52,7 @@ def make_script(graph: VisionGraph, target: Target, batch: BatchRange) -> str:
         "SHAPES": _shape_options(graph, batch),
         "WORKSPACE": str(target.workspace_mb),
     }
-    text = resources.files("engines").joinpath(SCRIPT_NAME).read_text("utf-8")
+    text = resources.files("engines.trt").joinpath(SCRIPT_NAME).read_text("utf-8")
     for name, value in values.items():
         text = text.replace(f"@{name}@", value)
     return text
