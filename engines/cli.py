@@ -3,16 +3,19 @@
 A command is a function of typed options. It prints results on stdout and everything else on stderr
 and ends with 0, with 1 when a check failed (return 1), or with 2 when the user can mend it: a
 `FoveateError` becomes one paragraph on stderr. Any other exception is a bug and keeps its
-traceback.
+traceback. Options that several commands share are the fields of a dataclass, which a command takes
+as one parameter.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -59,15 +62,50 @@ def make_app(main: Callable[..., int | None], examples: Sequence[str] = ()) -> t
     """Return ``main`` as a command that ends well.
 
     Args:
-        main: its parameters are the options, its docstring the help; it returns the exit code.
+        main: its parameters are the options, its docstring the help; it returns the exit code. A
+            parameter that is a dataclass stands for the options that are its fields, and its
+            default for theirs.
         examples: command lines shown under ``--help``.
     """
     app = typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
     )
     epilog = "\n\n".join(["Examples:", *examples]) if examples else None
-    app.command(epilog=epilog)(_ending_well(main))
+    app.command(epilog=epilog)(_ending_well(_spread(main)))
     return app
+
+
+def _spread(main: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Return ``main`` with the fields of a dataclass in the place of a parameter that is one."""
+    kinds = get_type_hints(main, include_extras=True)
+    groups: dict[str, Any] = {}
+    parameters = []
+    for parameter in inspect.signature(main).parameters.values():
+        kind = kinds[parameter.name]
+        if not dataclasses.is_dataclass(kind):
+            parameters.append((parameter.name, kind, parameter.default))
+            continue
+        groups[parameter.name] = kind
+        for name, field_kind in get_type_hints(kind, include_extras=True).items():
+            defaults = kind if parameter.default is inspect.Parameter.empty else parameter.default
+            parameters.append((name, field_kind, getattr(defaults, name, inspect.Parameter.empty)))
+
+    def gathered(**options: Any) -> int | None:
+        for name, kind in groups.items():
+            names = [field.name for field in dataclasses.fields(kind)]
+            options[name] = kind(**{field: options.pop(field) for field in names})
+        return main(**options)
+
+    only = inspect.Parameter.KEYWORD_ONLY
+    gathered.__doc__ = main.__doc__
+    gathered.__annotations__ = {name: kind for name, kind, _ in parameters}
+    gathered.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(name, only, default=default, annotation=kind)
+            for name, kind, default in parameters
+        ]
+    )
+    return gathered
 
 
 def _ending_well(main: Callable[..., int | None]) -> Callable[..., None]:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 from runtime.camera_parts import Said
 from runtime.frames import Picture
-from runtime.generate import Generation, GenerationOptions
+from runtime.generate import GenerationOptions
 from runtime.model import Model
-from runtime.prompt import Turn, interleave
+from runtime.prompt import Turn
 from runtime.vision import VisionEncoder, VisualTokens
 
 
@@ -58,20 +58,12 @@ class FrameAnswerer:
             OptionError: the chat template refuses the question.
             BackendError: the language model failed.
         """
-        writer, context = self._model.writer, self._model.context
+        context = self._model.context
         started_s = time.perf_counter()
-        ids = writer.ids([*self._turns, Turn("user", question, images=1)])
-        logits = context.prefill(interleave(ids, writer.image_token_id, [visual.picture(0)]))
+        turns = [*self._turns, Turn("user", question, images=1)]
+        generation = self._model.generate(turns, [visual.picture(0)], self._options)
         decoding_s = time.perf_counter()
         prefilled()
-        generation = Generation(
-            context,
-            logits,
-            writer.tokenizer,
-            stop_token_ids=writer.stop_token_ids,
-            options=self._options,
-            prompt_ids=ids.tolist(),
-        )
         for _ in generation:
             if interrupted():
                 break

@@ -15,31 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engines import __version__
-from engines.cli import (
-    BackendOption,
-    EngineOption,
-    JsonOption,
-    MaxTokensOption,
-    SeedOption,
-    ThreadsOption,
-    VerifyOption,
-    print_json,
-    run,
-)
-from runtime.answer_options import (
-    ChoicesOption,
-    JsonSchemaOption,
-    RepetitionPenaltyOption,
-    StopOption,
-    SystemOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
-    VisualTokensOption,
-    generation_from_options,
-)
+from engines.cli import JsonOption, print_json, run
+from runtime.answer_options import AnswerOptions, SystemOption
 from runtime.generate import GenerationOptions
-from runtime.sampling import Sampling
+from runtime.model_options import ModelOptions
 
 if TYPE_CHECKING:
     from engines.bundle import Bundle
@@ -57,22 +36,14 @@ class AskOptions:
     """How to ask.
 
     Attributes:
-        backend: the language backend; None takes the bundle's first.
-        engine: what runs the vision graph; None takes what the bundle's target says.
-        threads: CPU threads; None takes one per physical core.
-        visual_tokens: which of the bundle's vision graphs; None takes the first.
+        model: how the bundle is loaded.
         system: instructions before the question.
-        verify: check the hash of every file of the bundle.
         overlay: where to draw what was kept of the picture.
         generation: how the answer is written.
     """
 
-    backend: str | None = None
-    engine: str | None = None
-    threads: int | None = None
-    visual_tokens: int | None = None
+    model: ModelOptions = field(default_factory=ModelOptions)
     system: str | None = None
-    verify: bool = True
     overlay: Path | None = None
     generation: GenerationOptions = field(default_factory=GenerationOptions)
 
@@ -99,30 +70,21 @@ def ask(
     Raises:
         FoveateError: anything the user can mend.
     """
-    from engines.bundle import open_bundle
-    from runtime.model import open_model
     from runtime.pictures import load_picture
 
     chosen = options or AskOptions()
     started = time.perf_counter()
     picture = load_picture(image)  # before the bundle: a wrong path is told at once
-    opened = open_bundle(bundle, verify=chosen.verify)
-    with open_model(
-        opened,
-        backend=chosen.backend,
-        engine=chosen.engine,
-        threads=chosen.threads,
-        visual_tokens=chosen.visual_tokens,
-    ) as model:
+    with chosen.model.open(bundle) as model:
         load_ms = (time.perf_counter() - started) * 1e3
         answer = model.ask(picture, question, chosen.generation, system=chosen.system, show=show)
     if chosen.overlay is not None:
         from runtime.overlay import save_overlay
 
-        save_overlay(chosen.overlay, picture, answer.seen[0], opened)
+        save_overlay(chosen.overlay, picture, answer.seen[0], model.bundle)
     spent = {"load": load_ms, **answer.milliseconds}
     spent["total"] += load_ms
-    return replace(answer, milliseconds=spent), opened
+    return replace(answer, milliseconds=spent), model.bundle
 
 
 def document_from_answer(answer: Answer, bundle: Bundle, backend: str | None) -> dict[str, Any]:
@@ -167,46 +129,25 @@ def main(
     bundle: Annotated[Path, typer.Argument(help="Directory that `export.build` wrote.")],
     image: Annotated[Path, typer.Argument(help="Picture file: JPEG, PNG, WebP, ...")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    *,
     json_output: JsonOption = False,
     overlay: Annotated[
         Path | None,
         typer.Option(help="Draw the kept, merged and target patches into this picture file."),
     ] = None,
-    visual_tokens: VisualTokensOption = None,
     system: SystemOption = None,
-    backend: BackendOption = None,
-    engine: EngineOption = None,
-    threads: ThreadsOption = None,
-    max_tokens: MaxTokensOption = 256,
-    choices: ChoicesOption = None,
-    json_schema: JsonSchemaOption = None,
-    stop: StopOption = None,
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
-    repetition_penalty: RepetitionPenaltyOption = 1.0,
-    seed: SeedOption = 0,
-    verify: VerifyOption = True,
+    model: ModelOptions,
+    answering: AnswerOptions,
 ) -> None:
     """Ask a bundle a question about a picture.
 
     The answer is written to stdout as it comes; times go to stderr.
     """
-    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
-    options = AskOptions(
-        backend=backend,
-        engine=engine,
-        threads=threads,
-        visual_tokens=visual_tokens,
-        system=system,
-        verify=verify,
-        overlay=overlay,
-        generation=generation_from_options(sampling, max_tokens, stop, choices, json_schema),
-    )
+    options = AskOptions(model, system, overlay, answering.generation())
     show = None if json_output else _write
     answer, opened = ask(bundle, image, question, options, show)
     if json_output:
-        print_json(document_from_answer(answer, opened, backend))
+        print_json(document_from_answer(answer, opened, model.backend))
         return
     print()
     stages = "  ".join(f"{stage} {ms:.0f} ms" for stage, ms in answer.milliseconds.items())

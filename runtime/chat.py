@@ -13,32 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engines.cli import (
-    BackendOption,
-    EngineOption,
-    JsonOption,
-    MaxTokensOption,
-    SeedOption,
-    ThreadsOption,
-    VerifyOption,
-    print_json,
-    run,
-)
+from engines.cli import JsonOption, print_json, run
 from engines.errors import FoveateError, OptionError
-from runtime.answer_options import (
-    ChoicesOption,
-    JsonSchemaOption,
-    RepetitionPenaltyOption,
-    StopOption,
-    SystemOption,
-    TemperatureOption,
-    TopKOption,
-    TopPOption,
-    VisualTokensOption,
-    generation_from_options,
-)
+from runtime.answer_options import AnswerOptions, SystemOption
 from runtime.generate import GenerationOptions
-from runtime.sampling import Sampling
+from runtime.model_options import ModelOptions
 
 if TYPE_CHECKING:
     from runtime.conversation import Conversation
@@ -155,47 +134,30 @@ def main(
     image: Annotated[
         Path | None, typer.Argument(help="Picture to begin with; `/image` shows more.")
     ] = None,
+    *,
     resume: Annotated[
         Path | None, typer.Option(help="Take up a conversation that `/save` wrote.")
     ] = None,
     system: SystemOption = None,
     json_output: JsonOption = False,
-    visual_tokens: VisualTokensOption = None,
-    backend: BackendOption = None,
-    engine: EngineOption = None,
-    threads: ThreadsOption = None,
-    max_tokens: MaxTokensOption = 256,
-    choices: ChoicesOption = None,
-    json_schema: JsonSchemaOption = None,
-    stop: StopOption = None,
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
-    repetition_penalty: RepetitionPenaltyOption = 1.0,
-    seed: SeedOption = 0,
-    verify: VerifyOption = True,
+    model: ModelOptions,
+    answering: AnswerOptions,
 ) -> int:
     """Talk with a bundle about pictures.
 
     Questions come from stdin, one a line; `/help` lists the commands. From a pipe, the first line
     that cannot be answered ends the chat with exit code 2.
     """
-    from engines.bundle import open_bundle
     from runtime.conversation import Conversation
-    from runtime.model import open_model
     from runtime.pictures import load_picture
     from runtime.transcript import restore_conversation
 
-    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
-    options = generation_from_options(sampling, max_tokens, stop, choices, json_schema)
+    options = answering.generation()
     picture = load_picture(image) if image is not None else None
-    opened = open_bundle(bundle, verify=verify)
-    with open_model(
-        opened, backend=backend, engine=engine, threads=threads, visual_tokens=visual_tokens
-    ) as model:
-        conversation = Conversation(model, system)
+    with model.open(bundle) as opened:
+        conversation = Conversation(opened, system)
         if resume is not None:
-            conversation = restore_conversation(model, resume)
+            conversation = restore_conversation(opened, resume)
         if picture is not None:
             conversation.show(picture, str(image))
         chat = Chat(conversation, options, quiet=json_output)

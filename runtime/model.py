@@ -134,21 +134,9 @@ class Model:
             OptionError: the chat template refuses the conversation.
             BackendError: more positions than the context holds.
         """
-        options = options or GenerationOptions()
-        constraint = self._grammar_tokens.start(options.grammar) if options.grammar else None
         started = time.perf_counter()
-        ids = self.writer.ids(turns)
-        logits = self.context.prefill(interleave(ids, self.writer.image_token_id, pictures))
+        generation = self.generate(turns, pictures, options or GenerationOptions())
         decoding = time.perf_counter()
-        generation = Generation(
-            self.context,
-            logits,
-            self.writer.tokenizer,
-            stop_token_ids=self.writer.stop_token_ids,
-            options=options,
-            prompt_ids=ids.tolist(),
-            constraint=constraint,
-        )
         for piece in generation:
             if show is not None:
                 show(piece)
@@ -164,6 +152,33 @@ class Model:
                 "decode": (ended - decoding) * 1e3,
                 "total": (ended - started) * 1e3,
             },
+        )
+
+    def generate(
+        self, turns: Sequence[Turn], pictures: Sequence[Embeddings], options: GenerationOptions
+    ) -> Generation:
+        """Prefill a conversation and return its answer in the making.
+
+        Args:
+            turns: the conversation, ending with a question.
+            pictures: float32[N, D] of each picture in it.
+            options: how the answer is written.
+
+        Raises:
+            OptionError: the chat template refuses the conversation.
+            BackendError: more positions than the context holds.
+        """
+        constraint = self._grammar_tokens.start(options.grammar) if options.grammar else None
+        ids = self.writer.ids(turns)
+        logits = self.context.prefill(interleave(ids, self.writer.image_token_id, pictures))
+        return Generation(
+            self.context,
+            logits,
+            self.writer.tokenizer,
+            stop_token_ids=self.writer.stop_token_ids,
+            options=options,
+            prompt_ids=ids.tolist(),
+            constraint=constraint,
         )
 
     @cached_property

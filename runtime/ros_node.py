@@ -21,15 +21,16 @@ from typing import Annotated, Any
 
 import typer
 
-from engines.cli import BackendOption, MaxTokensOption, ThreadsOption, VerifyOption, run
+from engines.cli import run
 from engines.errors import SourceError
+from runtime.answer_options import AnswerOptions, SystemOption
 from runtime.camera import CameraOptions
 from runtime.frames import FrameSource, SourceOptions
 from runtime.frames.frame import Capture, ReadErrors
 from runtime.frames.opening import crop_from_text
 from runtime.frames.ros_image import image_from_compressed_message, image_from_message, stamp_ns
-from runtime.generate import GenerationOptions
-from runtime.watch import WatchOptions, watch
+from runtime.model_options import ModelOptions
+from runtime.watch import SHORT_ANSWERS, WatchOptions, watch
 
 NAME = "foveate"
 EXAMPLES = (
@@ -133,6 +134,7 @@ def _import_ros() -> tuple[Any, Any, Any, Any, Any, Any]:
 def main(
     bundle: Annotated[Path, typer.Argument(help="Directory that `export.build` wrote.")],
     topic: Annotated[str, typer.Argument(help="Image topic, for example /camera/image_raw.")],
+    *,
     ask: Annotated[str, typer.Option(help="What to ask about what is seen.")],
     compressed: Annotated[
         bool, typer.Option("--compressed", help="The topic carries CompressedImage messages.")
@@ -148,10 +150,9 @@ def main(
         str | None, typer.Option(help="Part of the frame to look at: x,y,width,height in pixels.")
     ] = None,
     fps: Annotated[float | None, typer.Option(help="Most frames per second to read.")] = None,
-    backend: BackendOption = None,
-    threads: ThreadsOption = None,
-    max_tokens: MaxTokensOption = 64,
-    verify: VerifyOption = True,
+    system: SystemOption = None,
+    model: ModelOptions,
+    answering: AnswerOptions = SHORT_ANSWERS,
 ) -> None:
     """Answer about an image topic of ROS 2.
 
@@ -165,10 +166,9 @@ def main(
             crop=crop_from_text(crop) if crop else None,
             fps=fps,
         ),
-        generation=GenerationOptions(max_tokens),
-        backend=backend,
-        threads=threads,
-        verify=verify,
+        generation=answering.generation(),
+        model=model,
+        system=system,
     )
     serve(bundle, topic, compressed, options)
 

@@ -13,15 +13,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from engines.cli import BackendOption, MaxTokensOption, ThreadsOption, VerifyOption, run
+from engines.cli import run
 from engines.errors import FoveateError, OptionError
+from runtime.answer_options import AnswerOptions, SystemOption
+from runtime.model_options import ModelOptions
 
 if TYPE_CHECKING:
     from engines.bundle import Bundle
@@ -39,6 +41,8 @@ EXAMPLES = (
     'python -m runtime.watch build/pocket rtsp://camera/live --ask "Who is there?" --on-change',
 )
 
+SHORT_ANSWERS = AnswerOptions(max_tokens=64)
+
 
 @dataclass(frozen=True)
 class WatchOptions:
@@ -48,11 +52,8 @@ class WatchOptions:
         camera: the question and when it is answered.
         source: how frames are looked at.
         generation: how answers are written; None writes 64 tokens at most.
-        backend: the language backend; None takes the bundle's first.
-        visual_tokens: which of the bundle's vision graphs; None takes the first.
-        threads: CPU threads; None takes one per physical core.
+        model: how the bundle is loaded.
         system: instructions before the question.
-        verify: check the hash of every file of the bundle.
         latency_target_ms: choose among the bundle's budgets so that the first token is there in
             that time; None keeps to one graph.
         metrics_port: serve Prometheus text there, on the loopback interface.
@@ -64,11 +65,8 @@ class WatchOptions:
     camera: CameraOptions
     source: SourceOptions
     generation: GenerationOptions | None = None
-    backend: str | None = None
-    visual_tokens: int | None = None
-    threads: int | None = None
+    model: ModelOptions = field(default_factory=ModelOptions)
     system: str | None = None
-    verify: bool = True
     latency_target_ms: float | None = None
     metrics_port: int | None = None
     status: bool = False
@@ -97,12 +95,10 @@ def watch(
     Raises:
         FoveateError: anything the user can mend.
     """
-    from engines.bundle import open_bundle
     from runtime.answering import FrameAnswerer, FrameEncoder
     from runtime.camera import CameraLoop
     from runtime.camera_parts import CameraAnswer
     from runtime.frames import open_source
-    from runtime.model import open_model
     from runtime.recording import Recording
 
     if isinstance(source, str):
@@ -112,21 +108,16 @@ def watch(
         )
     with ExitStack() as open_things:
         frames = open_things.enter_context(source)
-        opened = open_bundle(bundle, verify=options.verify)
-        recording = Recording(options.record, opened) if options.record else None
+        # Left to the garbage collector: a backend that hangs may still be inside it at the end.
+        model = options.model.open(bundle)
+        recording = Recording(options.record, model.bundle) if options.record else None
         if recording is not None:
             open_things.callback(recording.close)
-        # Left to the garbage collector: a backend that hangs may still be inside it at the end.
-        model = open_model(
-            opened,
-            backend=options.backend,
-            threads=options.threads,
-            visual_tokens=options.visual_tokens,
-        )
         encoder: Encoder = FrameEncoder(model.encoder)
         answerer: Answerer = FrameAnswerer(model, options.generation, options.system)
         if options.latency_target_ms is not None:
-            encoder, answerer = _budgeted(opened, answerer, options, options.latency_target_ms)
+            target_ms = options.latency_target_ms
+            encoder, answerer = _budgeted(model.bundle, answerer, options, target_ms)
         loop = CameraLoop(frames, encoder, answerer, options.camera)
         observers = _observers(loop, options, open_things)
         if control is not None:
@@ -157,11 +148,11 @@ def _budgeted(
     """Put a budget controller between the loop and the bundle's graphs."""
     from runtime.budget import BudgetedEncoder, ObservedAnswerer
 
-    if options.visual_tokens is not None:
+    if options.model.visual_tokens is not None:
         raise OptionError(
             "--visual-tokens fixes the budget and --latency-target chooses it. Leave one out."
         )
-    encoder = BudgetedEncoder(bundle, options.threads)
+    encoder = BudgetedEncoder(bundle, options.model.threads)
     controller = encoder.calibrate(answerer, options.camera.question, target_ms)
     return encoder, ObservedAnswerer(answerer, controller)
 
@@ -267,6 +258,7 @@ def main(
     source: Annotated[
         str, typer.Argument(help="Camera, video, bag, folder, pipeline or - (standard input).")
     ],
+    *,
     ask: Annotated[str, typer.Option(help="What to ask about what is seen.")],
     every: Annotated[
         float, typer.Option(help="Seconds from one answer to the next; 0: as fast as it can.")
@@ -303,10 +295,6 @@ def main(
             help="Read commands from standard input: ask QUESTION, pause, resume, stop.",
         ),
     ] = False,
-    visual_tokens: Annotated[
-        int | None,
-        typer.Option(help="Which vision graph, of a bundle with several; left out, the first."),
-    ] = None,
     latency_target: Annotated[
         float | None,
         typer.Option(
@@ -320,13 +308,9 @@ def main(
     status: Annotated[
         bool, typer.Option("--status", help="Keep one line on stderr that says how it goes.")
     ] = False,
-    system: Annotated[
-        str | None, typer.Option(help="Instructions before the question, if the model takes them.")
-    ] = None,
-    backend: BackendOption = None,
-    threads: ThreadsOption = None,
-    max_tokens: MaxTokensOption = 64,
-    verify: VerifyOption = True,
+    system: SystemOption = None,
+    model: ModelOptions,
+    answering: AnswerOptions = SHORT_ANSWERS,
 ) -> None:
     """Watch a camera and answer about what it sees, again and again.
 
@@ -337,7 +321,6 @@ def main(
     from runtime.camera import CameraOptions
     from runtime.frames import SourceOptions
     from runtime.frames.opening import crop_from_text
-    from runtime.generate import GenerationOptions
     from runtime.stillness import StillnessOptions
 
     if control and (source == "-" or source.startswith("raw:")):
@@ -361,12 +344,9 @@ def main(
             fps=fps,
             topic=topic,
         ),
-        generation=GenerationOptions(max_tokens),
-        backend=backend,
-        visual_tokens=visual_tokens,
-        threads=threads,
+        generation=answering.generation(),
+        model=model,
         system=system,
-        verify=verify,
         latency_target_ms=latency_target,
         metrics_port=metrics_port,
         status=status,

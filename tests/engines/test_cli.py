@@ -10,14 +10,21 @@ from pathlib import Path
 import pytest
 
 COMMAND = """
+from dataclasses import dataclass
 from typing import Annotated
 import typer
 from engines import cli
 from engines.errors import BundleError
 
+@dataclass(frozen=True)
+class Tone:
+    loud: Annotated[bool, typer.Option("--loud", help="Shout it.")] = False
+    word: Annotated[str, typer.Option(help="What to say.")] = "hm"
+
 def main(
     how: Annotated[str, typer.Argument(help="How to end.")],
     threads: cli.ThreadsOption = None,
+    tone: Tone = Tone(word="yes"),
     as_json: cli.JsonOption = False,
 ) -> int | None:
     \"\"\"End in many ways.\"\"\"
@@ -29,7 +36,7 @@ def main(
         raise ZeroDivisionError
     if how == "check":
         return 1
-    cli.print_json({"threads": threads})
+    cli.print_json({"threads": threads, "loud": tone.loud, "word": tone.word})
     return None
 
 cli.run(main, ["python -m end well"])
@@ -56,7 +63,12 @@ def test_a_mistake_is_one_paragraph_and_exit_code_2(options: list[str]) -> None:
 def test_a_result_is_one_object_on_stdout() -> None:
     ended = end("well", "--threads", "2", "--json")
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert json.loads(ended.stdout) == {"threads": 2}
+    assert json.loads(ended.stdout) == {"threads": 2, "loud": False, "word": "yes"}
+
+
+def test_the_fields_of_a_dataclass_are_options() -> None:
+    ended = end("well", "--loud", "--word", "no")
+    assert json.loads(ended.stdout) == {"threads": None, "loud": True, "word": "no"}
 
 
 def test_exit_codes() -> None:
@@ -76,4 +88,6 @@ def test_a_bug_keeps_its_traceback() -> None:
 def test_help_shows_the_examples() -> None:
     ended = end("--help")
     assert "End in many ways." in ended.stdout
+    assert "Shout it." in ended.stdout
+    assert "default: yes" in ended.stdout
     assert "python -m end well" in ended.stdout

@@ -18,6 +18,7 @@ from engines.bundle import Bundle
 from runtime.ask import AskOptions, ask
 from runtime.generate import GenerationOptions
 from runtime.model import open_model
+from runtime.model_options import ModelOptions
 from runtime.prompt import Turn
 
 QUESTION = "What is in the picture?"
@@ -50,7 +51,7 @@ def test_answer_equals_transformers_given_the_same_visual_tokens(
         language_bundle.root,
         photo,
         QUESTION,
-        AskOptions(threads=1, generation=GenerationOptions(max_tokens=30)),
+        AskOptions(ModelOptions(threads=1), generation=GenerationOptions(max_tokens=30)),
     )
     with open_model(language_bundle, threads=1) as model:
         ids = model.writer.ids([Turn("user", QUESTION, images=1)])
@@ -116,7 +117,7 @@ def test_json_is_one_object(language_bundle: Bundle, photo: Path) -> None:
 
 
 def test_text_goes_to_stdout_and_times_to_stderr(language_bundle: Bundle, photo: Path) -> None:
-    options = AskOptions(threads=1, generation=GenerationOptions(max_tokens=6))
+    options = AskOptions(ModelOptions(threads=1), generation=GenerationOptions(max_tokens=6))
     expected, _ = ask(language_bundle.root, photo, QUESTION, options)
     done = command(language_bundle.root, photo, QUESTION, "--threads", 1, "--max-tokens", 6)
     assert done.returncode == 0
@@ -127,7 +128,9 @@ def test_text_goes_to_stdout_and_times_to_stderr(language_bundle: Bundle, photo:
 
 def test_overlay_is_written(language_bundle: Bundle, photo: Path, tmp_path: Path) -> None:
     options = AskOptions(
-        threads=1, overlay=tmp_path / "kept.png", generation=GenerationOptions(max_tokens=1)
+        ModelOptions(threads=1),
+        overlay=tmp_path / "kept.png",
+        generation=GenerationOptions(max_tokens=1),
     )
     ask(language_bundle.root, photo, QUESTION, options)
     with Image.open(tmp_path / "kept.png") as overlay:

@@ -17,6 +17,7 @@ from runtime.budget import BudgetController, BudgetedEncoder
 from runtime.camera import CameraOptions
 from runtime.frames import SourceOptions
 from runtime.generate import GenerationOptions
+from runtime.model_options import ModelOptions
 from runtime.watch import WatchOptions, watch
 
 BASELINE_MS = {32: 40.0, 64: 60.0, 128: 110.0, 192: 170.0}
@@ -102,4 +103,9 @@ def test_a_bundle_of_two_budgets_is_watched_with_a_latency_target(
     with pytest.raises(OptionError, match=r"even (6|12) visual tokens take"):
         watch(bundle, str(tmp_path / "clip.mp4"), replace(options, latency_target_ms=1e-3), print)
     with pytest.raises(OptionError, match="Leave one out"):
-        watch(bundle, str(tmp_path / "clip.mp4"), replace(options, visual_tokens=6), print)
+        watch(
+            bundle,
+            str(tmp_path / "clip.mp4"),
+            replace(options, model=ModelOptions(visual_tokens=6)),
+            print,
+        )

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from engines.bundle import Bundle
 from engines.errors import OptionError
-from runtime.answer_options import grammar_from_options
+from runtime.answer_options import AnswerOptions
+from runtime.answering import FrameAnswerer
 from runtime.generate import GenerationOptions
 from runtime.grammar import Grammar, GrammarTokens
 from runtime.model import Model, open_model
@@ -48,6 +49,13 @@ def test_the_answer_is_one_of_the_choices(model: Model) -> None:
     said = [answer(model, Grammar(choices), seed, temperature=3.0) for seed in range(30)]
     assert {given.text for given in said} == set(choices)
     assert {given.finish for given in said} == {"complete"}
+
+
+def test_what_is_said_of_a_frame_is_one_of_the_choices(model: Model) -> None:
+    answerer = FrameAnswerer(model, GenerationOptions(grammar=Grammar(("clear", "blocked"))))
+    visual = model.encoder.encode([np.zeros((8, 8, 3), np.uint8)])
+    said = answerer.answer(visual, "Is the way free?", lambda: None, lambda: False)
+    assert said.text in ("clear", "blocked")
 
 
 def test_the_model_chooses(model: Model) -> None:
@@ -100,17 +108,19 @@ def test_a_schema_that_is_none(model: Model, schema: str) -> None:
 
 
 def test_options(tmp_path: Path) -> None:
-    assert grammar_from_options(None, None) is None
-    assert grammar_from_options("yes,no", None) == Grammar(choices=("yes", "no"))
+    assert AnswerOptions().generation() == GenerationOptions()
+    assert AnswerOptions(choices="yes,no").generation().grammar == Grammar(("yes", "no"))
     file = tmp_path / "schema.json"
     file.write_text("{}")
-    assert grammar_from_options(None, file) == Grammar(json_schema="{}")
+    chosen = AnswerOptions(json_schema=file, stop=["."], top_k=3).generation()
+    assert chosen.grammar == Grammar(json_schema="{}")
+    assert (chosen.stop, chosen.sampling.top_k) == ((".",), 3)
     with pytest.raises(OptionError, match="both given"):
-        grammar_from_options("yes", file)
+        AnswerOptions(choices="yes", json_schema=file).generation()
     with pytest.raises(OptionError, match="cannot be read"):
-        grammar_from_options(None, tmp_path / "none.json")
+        AnswerOptions(json_schema=tmp_path / "none.json").generation()
     with pytest.raises(OptionError, match="have an empty one among them"):
-        grammar_from_options("yes,,no", None)
+        AnswerOptions(choices="yes,,no").generation()
     with pytest.raises(OptionError, match="one of the two"):
         Grammar()
 

@@ -19,6 +19,7 @@ from runtime.camera import CameraOptions
 from runtime.frames import SourceOptions, open_source
 from runtime.generate import GenerationOptions
 from runtime.model import open_model
+from runtime.model_options import ModelOptions
 from runtime.watch import WatchOptions, main, watch
 
 SHADES = [20, 60, 100, 140, 180, 220]
@@ -131,4 +132,4 @@ def test_mistakes_end_with_2_and_a_sentence(language_bundle: Bundle) -> None:
 
 def test_standard_input_cannot_be_frames_and_commands(language_bundle: Bundle) -> None:
     with pytest.raises(OptionError, match="cannot hold frames and commands"):
-        main(language_bundle.root, "raw:4x4", ask="?", control=True)
+        main(language_bundle.root, "raw:4x4", ask="?", control=True, model=ModelOptions())
