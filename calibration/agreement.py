@@ -2,7 +2,7 @@
 
 Enters: NumPy arrays of one picture, the reference first. Leaves: plain numbers. Kept patches are
 compared as sets and tokens by the patch they stand for, because one patch kept more or less shifts
-every token after it.
+every token after it. A NaN makes the number it goes into NaN, never a pass.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from runtime.vision import VisualTokens
 
 Array = NDArray[Any]
 
@@ -29,12 +31,70 @@ class Difference:
     max_relative: float
 
 
+@dataclass(frozen=True)
+class TokenAgreement:
+    """How far two sets of visual tokens of one picture agree.
+
+    Attributes:
+        overlap: intersection over union of the kept patches.
+        assignment: share of the patches kept by neither that went the same way.
+        cosine: the lowest of the tokens that both sides have.
+        cosine_mean: their mean.
+        difference: of the tokens that both sides have.
+        matched: how many those are.
+        only_reference: patches that only the reference keeps.
+        only_candidate: patches that only the other keeps.
+    """
+
+    overlap: float
+    assignment: float
+    cosine: float
+    cosine_mean: float
+    difference: Difference
+    matched: int
+    only_reference: tuple[int, ...]
+    only_candidate: tuple[int, ...]
+
+
+def compare_visual_tokens(
+    reference: VisualTokens, candidate: VisualTokens, at: int = 0
+) -> TokenAgreement:
+    """Compare what two vision graphs made of one picture.
+
+    Args:
+        reference: a batch that holds the picture.
+        candidate: the same of the other.
+        at: which picture of the batch.
+    """
+    theirs, ours = reference.picture(at), candidate.picture(at)  # [valid, D] each
+    their_origin, our_origin = (
+        reference.origin[at, : len(theirs)],
+        candidate.origin[at, : len(ours)],
+    )
+    at_theirs, at_ours = match_tokens(their_origin, our_origin)
+    cosine = measure_cosine(theirs[at_theirs], ours[at_ours])
+    their_patches, our_patches = _patches(their_origin), _patches(our_origin)
+    return TokenAgreement(
+        overlap=kept_overlap(their_origin, our_origin),
+        assignment=assignment_agreement(
+            (reference.assignment[at], their_origin), (candidate.assignment[at], our_origin)
+        ),
+        cosine=float(cosine.min()) if len(cosine) else 0.0,
+        cosine_mean=float(cosine.mean()) if len(cosine) else 0.0,
+        difference=measure_difference(theirs[at_theirs], ours[at_ours]),
+        matched=len(cosine),
+        only_reference=tuple(sorted(their_patches - our_patches)),
+        only_candidate=tuple(sorted(our_patches - their_patches)),
+    )
+
+
 def measure_difference(reference: Array, candidate: Array) -> Difference:
     """Compare two arrays of one shape; a NaN in either makes both numbers NaN."""
     if reference.size == 0:
         return Difference(0.0, 0.0)
     exact = reference.astype(np.float64)
-    largest = float(np.abs(exact - candidate.astype(np.float64)).max())
+    with np.errstate(invalid="ignore"):  # inf - inf is the NaN that is to be told
+        largest = float(np.abs(exact - candidate.astype(np.float64)).max())
     scale = float(np.abs(exact).max())
     return Difference(largest, largest / scale if scale > 0 or np.isnan(scale) else largest)
 
@@ -49,8 +109,41 @@ def kept_overlap(reference: Array, candidate: Array) -> float:
     Returns:
         0 to 1; 1 where neither keeps a patch.
     """
-    ours, theirs = set(candidate.tolist()) - {-1}, set(reference.tolist()) - {-1}
+    ours, theirs = _patches(candidate), _patches(reference)
     return len(ours & theirs) / len(ours | theirs) if ours | theirs else 1.0
+
+
+def assignment_agreement(reference: tuple[Array, Array], candidate: tuple[Array, Array]) -> float:
+    """Return the share of the patches kept by neither side that went the same way.
+
+    The same way: into the token that stands for the same patch, into the merged token of the same
+    number (as `match_tokens` pairs them), or into none.
+
+    Args:
+        reference: `Reduced.assignment`, int64[P], and `Reduced.origin`, int64[N], of one picture.
+        candidate: the same of the other.
+
+    Returns:
+        0 to 1; 1 where every patch is kept by one side or both.
+    """
+    theirs, ours = _destinations(*reference), _destinations(*candidate)
+    kept = _patches(reference[1]) | _patches(candidate[1])
+    dropped = [patch for patch in range(len(theirs)) if patch not in kept]
+    return sum(theirs[at] == ours[at] for at in dropped) / len(dropped) if dropped else 1.0
+
+
+def relative_error(reference: Array, candidate: Array) -> float:
+    """Return the length of the difference over the length of the reference; NaN stays NaN.
+
+    Args:
+        reference: float[...].
+        candidate: float[...], of the same shape.
+    """
+    exact = reference.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        error = float(np.linalg.norm(candidate.astype(np.float64) - exact))
+    scale = float(np.linalg.norm(exact))
+    return error / scale if scale > 0 or np.isnan(scale) else error
 
 
 def match_tokens(reference: Array, candidate: Array) -> tuple[Array, Array]:
@@ -84,8 +177,20 @@ def measure_cosine(reference: Array, candidate: Array) -> NDArray[np.float64]:
     a, b = reference.astype(np.float64), candidate.astype(np.float64)
     lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     both_zero = ~(a.any(axis=-1) | b.any(axis=-1))
-    cosine = (a * b).sum(axis=-1) / np.where(lengths == 0, 1.0, lengths)
+    with np.errstate(invalid="ignore"):
+        cosine = (a * b).sum(axis=-1) / np.where(lengths == 0, 1.0, lengths)
     return np.asarray(np.where(both_zero, 1.0, cosine), np.float64)
+
+
+def _patches(origin: Array) -> set[int]:
+    return set(origin.tolist()) - {-1}
+
+
+def _destinations(assignment: Array, origin: Array) -> list[tuple[int, int] | None]:
+    """Return for each patch the key of the token it is in, as `_places` has it; None for none."""
+    keys = {slot: key for key, slot in _places(origin).items()}
+    slots = np.where(assignment < -1, -assignment - 2, assignment)
+    return [keys.get(slot) for slot in slots.tolist()]
 
 
 def _places(origin: Array) -> dict[tuple[int, int], int]:
