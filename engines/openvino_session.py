@@ -11,11 +11,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 
+from engines.closeable import Closeable
 from engines.errors import EngineError
 from engines.openvino_split import split_at_selection
 from engines.session import Array
@@ -23,7 +23,7 @@ from engines.session import Array
 Rest = Literal["fp32", "bf16"]
 
 
-class OpenVinoSession:
+class OpenVinoSession(Closeable):
     """A graph compiled for this CPU. Calls from several threads take turns."""
 
     def __init__(
@@ -147,17 +147,6 @@ class OpenVinoSession:
         with self._turn:
             self._requests.clear()
             self._stages.clear()
-
-    def __enter__(self) -> OpenVinoSession:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _halves(openvino: Any, model: Any, rest: Rest) -> tuple[list[tuple[Any, str]], tuple[str, ...]]:

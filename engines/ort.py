@@ -11,11 +11,11 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from engines.closeable import Closeable
 from engines.errors import EngineError
 from engines.session import Array
 
@@ -121,7 +121,7 @@ def _load_message(path: Path, version: str, error: Exception) -> str:
     )
 
 
-class OrtSession:
+class OrtSession(Closeable):
     """A graph on ONNX Runtime.
 
     Outputs whose shape follows from the inputs are written into buffers that are allocated once
@@ -239,17 +239,6 @@ class OrtSession:
         with self._turn:
             self._session = None
             self._buffers.clear()
-
-    def __enter__(self) -> OrtSession:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _fits(axis: int | str | None, size: int, sizes: dict[str, int]) -> bool:

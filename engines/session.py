@@ -6,7 +6,6 @@ ONNX Runtime (`engines.ort`), TensorRT and OpenVINO implement it over the same O
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,9 +41,4 @@ class Session(Protocol):
 
     def __enter__(self) -> Session: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...

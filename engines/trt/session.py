@@ -11,13 +11,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import Bundle
+from engines.closeable import Closeable
 from engines.errors import EngineError
 from engines.gpu import NoGpu, find_gpu
 from engines.manifest import VisionGraph
@@ -87,7 +87,7 @@ def open_trt_session(
     return TrtSession(data, library, open_cuda_runtime())
 
 
-class TrtSession:
+class TrtSession(Closeable):
     """A loaded plan. Calls from several threads take turns."""
 
     def __init__(
@@ -263,14 +263,3 @@ class TrtSession:
             self._tensors.clear()
             # In this order: a context must not outlive its engine, nor an engine its runtime.
             self._context = self._engine = self._runtime = None
-
-    def __enter__(self) -> TrtSession:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
