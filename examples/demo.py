@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from engines.bundle import open_bundle
-from export.build import build_bundle, show_progress
+from engines.progress_bar import show_progress
+from export.build import build_bundle
 from export.build_plan import BuildOptions
 from runtime.generate import GenerationOptions
 from runtime.model import Answer, Model, Pixels, open_model

@@ -1,149 +1,34 @@
 """`python -m export.build`: a checkpoint becomes a bundle.
 
-Enters: `BuildOptions`. Leaves: a bundle directory, whole or not at all, and a `BuildReport`. The
-steps are plan, export the vision graph of each budget, export the language model, publish.
+Enters: what a person typed. Leaves: a bundle and its sizes on stdout, or with `--dry-run` what
+would be built.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Protocol, get_args
+from typing import Annotated, Any, get_args
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
 
-from engines import __version__, cli
-from engines.bundle import BundleDraft, write_bundle
+from engines import cli
 from engines.errors import OptionError
-from engines.manifest import LlmPrecision, Manifest, Precision, ReducerSpec, VisionGraph
-from engines.trt.on_device import write_device_files
+from engines.manifest import LlmPrecision, Precision
+from engines.progress_bar import show_progress
 from export.build_plan import Budget, BuildOptions, BuildPlan, plan_build
+from export.build_steps import BuildReport, build_bundle
 from export.gguf_quantize import GgufPrecision
-from export.graph_check import OLDEST_TENSORRT, check_graph
-from export.language_models import DecoderBackend, export_language_models
-from export.precision import convert_to_fp16
-from export.reducers import REDUCERS, Reducer
-from export.to_onnx import trace_graph, write_graph
-from export.visual_graph import build_visual_graph
+from export.language_models import DecoderBackend
+from export.reducers import REDUCERS
 
-_TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
+__all__ = ["BuildOptions", "BuildReport", "build_bundle", "main"]
+
 _EXAMPLES = (
     "`python -m export.build --model models/pocket-llava --out build/pocket`",
     "`python -m export.build --model llava-hf/llava-1.5-7b-hf --tokens 64,192 --out build/llava`",
     "`python -m export.build --model DIR --reducer prumerge_plus --tokens 144 --dry-run --out B`",
 )
-
-
-class Progress(Protocol):
-    """What a build tells while it runs; `rich.progress` is behind it on the command line."""
-
-    def __call__(self, line: str, done: float) -> None:
-        """Say what is being done, and the share of the whole build that is behind, 0 to 1."""
-
-
-@dataclass(frozen=True)
-class BuildReport:
-    """What was built.
-
-    Attributes:
-        bundle: its directory.
-        bytes: size of each file in it.
-        seconds: how long each step took.
-        notes: what did not come out as asked for, in words.
-    """
-
-    bundle: Path
-    bytes: dict[str, int]
-    seconds: dict[str, float]
-    notes: tuple[str, ...] = ()
-
-
-def build_bundle(
-    options: BuildOptions, progress: Progress = lambda line, done: None
-) -> BuildReport:
-    """Build a bundle.
-
-    Raises:
-        FoveateError: the options, the checkpoint or the disk do not allow it; nothing is left.
-    """
-    progress(f"Opening {options.model}", 0.0)
-    plan = plan_build(options)
-    steps = len(plan.reducers) + 2
-    seconds: dict[str, float] = {}
-
-    @contextmanager
-    def step(name: str, line: str) -> Iterator[None]:
-        progress(line, len(seconds) / steps)
-        start = time.perf_counter()
-        yield
-        seconds[name] = round(time.perf_counter() - start, 2)
-
-    with write_bundle(options.out, overwrite=options.overwrite) as draft:
-        graphs = []
-        for reducer in plan.reducers:
-            count = reducer.token_count(plan.patches)
-            line = f"Vision graph: {reducer.name}, {count} of {plan.patches} visual tokens"
-            with step(f"vision_{count}", line):
-                graphs.append(_export_graph(plan, reducer, options.opset, draft))
-        with step("language_model", f"Language model for {', '.join(options.decoders.backends)}"):
-            begun = len(seconds)
-            language = export_language_models(
-                plan.checkpoint,
-                draft.root,
-                options.decoders,
-                progress=lambda done, layers: progress(
-                    f"Language model: layer {done} of {layers}", (begun + done / layers) / steps
-                ),
-            )
-        write_device_files(draft.root, graphs[0], plan.target)
-        draft.describe(
-            Manifest(
-                model=plan.checkpoint.name,
-                target=plan.target.name,
-                vision=tuple(graphs),
-                preprocessing=plan.checkpoint.preprocessing,
-                text=language.text,
-                prompt=language.prompt,
-                language_models=language.models,
-                versions={"foveate": __version__} | {tool: version(tool) for tool in _TOOLS},
-            )
-        )
-        progress("Hashing and publishing", len(seconds) / steps)
-    progress("Done", 1.0)
-    files = sorted(file for file in options.out.rglob("*") if file.is_file())
-    sizes = {file.relative_to(options.out).as_posix(): file.stat().st_size for file in files}
-    return BuildReport(options.out, sizes, seconds, language.notes)
-
-
-def _export_graph(plan: BuildPlan, reducer: Reducer, opset: int, draft: BundleDraft) -> VisionGraph:
-    count = reducer.token_count(plan.patches)
-    relative = f"vision/{reducer.name}_{count}.onnx"
-    model = trace_graph(build_visual_graph(plan.checkpoint, reducer))
-    model.metadata_props["model"] = plan.checkpoint.name
-    if plan.precision == "fp16":
-        convert_to_fp16(model)
-    exported = write_graph(model, draft.path(relative), opset=opset)
-    if plan.target.needs_cuda:
-        # TensorRT takes from version to version more, so the oldest speaks for all.
-        oldest = plan.target.tensorrt_min if plan.target.engine == "tensorrt" else None
-        check_graph(exported.file, oldest or OLDEST_TENSORRT)
-    return VisionGraph(
-        file=relative,
-        inputs=exported.inputs,
-        outputs=exported.outputs,
-        reducer=ReducerSpec(name=reducer.name, tokens=count, options=dict(reducer.options)),
-        precision=plan.precision,
-        opset=exported.opset,
-        patch_rows=plan.checkpoint.patch_side,
-        patch_columns=plan.checkpoint.patch_side,
-    )
 
 
 def main(
@@ -251,15 +136,6 @@ def _one_of(option: str, value: str, choices: Any) -> Any:
     if value not in known:
         raise OptionError(f"{option} {value}: expected one of {', '.join(known)}.")
     return value
-
-
-@contextmanager
-def show_progress() -> Iterator[Progress]:
-    """Give a build somewhere to tell its progress: a bar on stderr."""
-    columns = (BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with RichProgress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("Starting", total=1.0)
-        yield lambda line, done: bar.update(task, description=line, completed=done)
 
 
 def _tell_plan(plan: BuildPlan, options: BuildOptions, as_json: bool) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from engines.bundle import Bundle, open_bundle
 from engines.errors import BundleError, FoveateError
-from export import build as build_module
+from export import build_steps
 from export.build import build_bundle
 from export.build_plan import BuildOptions, plan_build
 from runtime.vision import VisionEncoder
@@ -79,7 +79,7 @@ def test_a_full_disk_leaves_nothing(
     def fill(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(build_module, "export_language_models", fill)
+    monkeypatch.setattr(build_steps, "export_language_models", fill)
     with pytest.raises(BundleError, match="No room to write"):
         build_bundle(BuildOptions(str(language_checkpoint), tmp_path / "bundle", tokens=(4,)))
     assert list(tmp_path.iterdir()) == []
@@ -130,13 +130,13 @@ def test_a_device_gets_half_precision_and_a_checked_graph(
     language_checkpoint: Path, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[tuple[str, str]] = []
-    check = build_module.check_graph
+    check = build_steps.check_graph
 
     def record(file: Path, tensorrt: str) -> None:
         checked.append((file.name, tensorrt))
         check(file, tensorrt)
 
-    monkeypatch.setattr(build_module, "check_graph", record)
+    monkeypatch.setattr(build_steps, "check_graph", record)
     options = BuildOptions(
         str(language_checkpoint), tmp_path / "b", target=target, tokens=(8,), llm_precision="fp32"
     )
