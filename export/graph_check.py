@@ -20,8 +20,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
+from calibration.modules import module_of
 from engines.errors import EngineError, OptionError
-from export.to_onnx import module_of
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _NUMBERS = _FLOATS | {ir.DataType.INT32, ir.DataType.INT64}

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from calibration.modules import MODULE_KEY, is_inside, module_of
 from engines.errors import OptionError
-from export.to_onnx import MODULE_KEY, ExportedGraph, module_of, write_graph
+from export.to_onnx import ExportedGraph, write_graph
 
 FP32_MODULES = ("reducer", "tower.scores")
 """Modules that choose tokens; they and what is inside them stay in float32."""
@@ -66,11 +67,6 @@ def convert_to_fp16(model: ir.Model, keep_fp32: Sequence[str] = FP32_MODULES) ->
     converter.restore_outputs()
     converter.rename_weights()
     model.metadata_props[PRECISION_KEY] = "fp16"
-
-
-def is_inside(module: str, outer: Sequence[str]) -> bool:
-    """Return whether a module is one of `outer` or lies within one."""
-    return any(module == name or module.startswith(name + ".") for name in outer)
 
 
 class _Converter:

@@ -25,6 +25,7 @@ import torch
 from onnx_ir.passes import common as passes
 from onnxscript import opset18 as op
 
+from calibration.modules import MODULE_KEY
 from engines import __version__
 from engines.errors import OptionError
 from engines.manifest import TensorSpec
@@ -32,9 +33,6 @@ from export.visual_graph import INPUT, OUTPUTS, VisualGraph
 
 OPSETS = (17, 18, 19)
 """What TensorRT 10.3 to 11 all read."""
-
-MODULE_KEY = "foveate.module"
-"""Metadata of every node: the module it was traced from, such as ``tower.layers.3.mlp.fc1``."""
 
 _PROTOBUF_LIMIT_BYTES = 2**31 - 2**20
 _MAX_BATCH = 1024
@@ -140,12 +138,6 @@ def _attention_nodes(query: Any, key: Any, value: Any, **options: Any) -> Any:
     scale: Any = op.Constant(value_float=float(query.shape[-1]) ** -0.5)
     logits = op.MatMul(op.Mul(query, scale), op.Transpose(key, perm=[0, 1, 3, 2]))  # [B, H, S, S]
     return op.MatMul(op.Softmax(logits, axis=-1), value)  # [B, H, S, d]
-
-
-def module_of(node: ir.Node) -> str:
-    """Return the module a node was traced from; a quantizer keeps the name but not the metadata."""
-    module = node.metadata_props.get(MODULE_KEY)
-    return module if module is not None else (node.name or "").rpartition("/")[0]
 
 
 def _name_after_modules(model: ir.Model) -> None:

@@ -30,7 +30,7 @@ OPTIONAL = {
 ALLOWED = {
     "engines": THIN | OPTIONAL["engines"],
     "runtime": THIN | OPTIONAL["runtime"],
-    "calibration": THIN | {"onnx", "modelopt", "scipy"},
+    "calibration": THIN | {"onnx", "onnx_ir"},
 }
 ONLY_IN = {
     "calibration/tuning.py": {"torch"},

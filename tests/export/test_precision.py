@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from calibration.modules import is_inside, module_of
 from engines.errors import OptionError
 from engines.ort import OrtSession
 from export.checkpoint import open_checkpoint
@@ -17,11 +18,10 @@ from export.precision import (
     FP32_MODULES,
     PRECISION_KEY,
     convert_to_fp16,
-    is_inside,
     write_fp16_graph,
 )
 from export.reducers import make_reducer
-from export.to_onnx import export_onnx, module_of
+from export.to_onnx import export_onnx
 from export.visual_graph import build_visual_graph
 from tests.photographs import clip_pixels
 
