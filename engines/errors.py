@@ -37,3 +37,7 @@ class BackendError(FoveateError):
 
 class SourceError(FoveateError):
     """A camera, video, bag or folder that frames cannot be read from."""
+
+
+class CalibrationError(FoveateError):
+    """A calibration that is damaged, was made for another checkpoint, or misses its gate."""
