@@ -179,7 +179,7 @@ def _warn_of_memory(bundle: Bundle, graph: VisionGraph, target: Target) -> None:
     """Say beforehand that memory may not do: a builder that runs out is killed without a word."""
     memory = read_memory(Path("/proc/meminfo"))
     room = memory.get("MemAvailable", 0) + memory.get("SwapFree", 0)
-    onnx_bytes = bundle.manifest.files[graph.file].bytes
+    onnx_bytes = bundle.graph_bytes(graph)
     needed = predict_build_bytes(onnx_bytes, (target.workspace_mb or 0) << 20)
     if 0 < room < needed:
         print(

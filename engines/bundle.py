@@ -85,6 +85,11 @@ class Bundle:
             f"for one of these, or build another with `python -m export.build --tokens {tokens}`."
         )
 
+    def graph_bytes(self, graph: VisionGraph) -> int:
+        """Return the size of a graph with its weights, which others may share."""
+        names = {graph.file} | ({graph.weights} if graph.weights else set())
+        return sum(self.manifest.files[name].bytes for name in names)
+
     def language_model(self, backend: str | None = None) -> LanguageModel:
         """Return the decoder of a backend; without a name, the first.
 

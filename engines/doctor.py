@@ -153,7 +153,7 @@ def examine_bundle(facts: DeviceFacts, bundle: Bundle, target: Target) -> list[F
 
 
 def _examine_build_memory(facts: DeviceFacts, bundle: Bundle, target: Target) -> Finding:
-    onnx_bytes = bundle.manifest.files[bundle.vision().file].bytes
+    onnx_bytes = bundle.graph_bytes(bundle.vision())
     needed = predict_build_bytes(onnx_bytes, (target.workspace_mb or 0) << 20)
     room = facts.available_bytes
     said = f"about {needed / 1e9:.1f} GB to build, {room / 1e9:.1f} GB available"

@@ -82,6 +82,8 @@ class VisionGraph(_Record):
     """One ONNX file: tower, reducer and projector."""
 
     file: RelativePath
+    weights: RelativePath | None = None
+    """Where its weights lie when not in ``file``; several graphs may share them."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     reducer: ReducerSpec
@@ -206,6 +208,11 @@ def _refuse_other_schema(document: dict[str, Any], source: str) -> None:
 def _reference_problems(manifest: Manifest) -> list[str]:
     """Return every file that is named in the manifest and absent from its `files`."""
     named = {f"vision[{at}].file": graph.file for at, graph in enumerate(manifest.vision)}
+    named |= {
+        f"vision[{at}].weights": graph.weights
+        for at, graph in enumerate(manifest.vision)
+        if graph.weights is not None
+    }
     named |= {
         f"language_models[{at}].file": model.file
         for at, model in enumerate(manifest.language_models)

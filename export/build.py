@@ -44,7 +44,7 @@ def main(
         str | None,
         typer.Option(
             help="Visual tokens to leave (64 if left out). Several, such as 64,192,all, give a "
-            "graph each; `runtime.ask --visual-tokens` chooses."
+            "graph each, with one file of weights; `runtime.ask --visual-tokens` chooses."
         ),
     ] = None,
     dominant: Annotated[

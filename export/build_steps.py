@@ -23,6 +23,7 @@ from export.graph_check import OLDEST_TENSORRT, check_graph
 from export.language_models import export_language_models
 from export.precision import convert_to_fp16
 from export.reducers import Reducer
+from export.shared_weights import SharedWeights
 from export.to_onnx import trace_graph, write_graph
 from export.visual_graph import build_visual_graph
 
@@ -68,11 +69,13 @@ def build_bundle(
 
     with write_bundle(options.out, overwrite=options.overwrite) as draft:
         graphs = []
+        several = len(plan.reducers) > 1
+        shared = SharedWeights(draft.path("vision/weights.data")) if several else None
         for reducer in plan.reducers:
             count = reducer.token_count(plan.patches)
             line = f"Vision graph: {reducer.name}, {count} of {plan.patches} visual tokens"
             with step(f"vision_{count}", line):
-                graphs.append(_export_graph(plan, reducer, options.opset, draft))
+                graphs.append(_export_graph(plan, reducer, options.opset, draft, shared))
         with step("language_model", f"Language model for {', '.join(options.decoders.backends)}"):
             begun = len(seconds)
             language = export_language_models(
@@ -103,20 +106,27 @@ def build_bundle(
     return BuildReport(options.out, sizes, seconds, language.notes)
 
 
-def _export_graph(plan: BuildPlan, reducer: Reducer, opset: int, draft: BundleDraft) -> VisionGraph:
+def _export_graph(
+    plan: BuildPlan,
+    reducer: Reducer,
+    opset: int,
+    draft: BundleDraft,
+    shared: SharedWeights | None,
+) -> VisionGraph:
     count = reducer.token_count(plan.patches)
     relative = f"vision/{reducer.name}_{count}.onnx"
     model = trace_graph(build_visual_graph(plan.checkpoint, reducer))
     model.metadata_props["model"] = plan.checkpoint.name
     if plan.precision == "fp16":
         convert_to_fp16(model)
-    exported = write_graph(model, draft.path(relative), opset=opset)
+    exported = write_graph(model, draft.path(relative), opset=opset, shared=shared)
     if plan.target.needs_cuda:
         # TensorRT takes from version to version more, so the oldest speaks for all.
         oldest = plan.target.tensorrt_min if plan.target.engine == "tensorrt" else None
         check_graph(exported.file, oldest or OLDEST_TENSORRT)
     return VisionGraph(
         file=relative,
+        weights=f"vision/{exported.weights_file.name}" if exported.weights_file else None,
         inputs=exported.inputs,
         outputs=exported.outputs,
         reducer=ReducerSpec(name=reducer.name, tokens=count, options=dict(reducer.options)),

@@ -1,8 +1,9 @@
 """The visual graph as an ONNX file that ONNX Runtime and TensorRT both take.
 
 Enters: a `VisualGraph` in float32. Leaves: one `.onnx` file (weights beside it when they are too
-many for one file) whose nodes are named after the modules they come from, because the quantizer,
-the FP16 converter and the graph check must tell the reducer's nodes from the tower's.
+many for one file, or shared with other graphs) whose nodes are named after the modules they come
+from, because the quantizer, the FP16 converter and the graph check must tell the reducer's nodes
+from the tower's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
@@ -29,6 +29,8 @@ from calibration.modules import MODULE_KEY
 from engines import __version__
 from engines.errors import OptionError
 from engines.manifest import TensorSpec
+from engines.staging import staged_file
+from export.shared_weights import SharedWeights
 from export.visual_graph import INPUT, OUTPUTS, VisualGraph
 
 OPSETS = (17, 18, 19)
@@ -44,7 +46,7 @@ class ExportedGraph:
 
     Attributes:
         file: the `.onnx` file.
-        weights_file: the weights beside it, if they are.
+        weights_file: where its weights lie, if not in it.
         inputs: what it takes.
         outputs: what it returns.
         opset: its ONNX operator set.
@@ -191,15 +193,21 @@ def _traced_module(node: ir.Node) -> str:
 
 
 def write_graph(
-    model: ir.Model, file: Path, *, opset: int = 18, external_weights: bool | None = None
+    model: ir.Model,
+    file: Path,
+    *,
+    opset: int = 18,
+    external_weights: bool | None = None,
+    shared: SharedWeights | None = None,
 ) -> ExportedGraph:
     """Write a traced graph; nothing appears at `file` unless ONNX's own checker accepts it.
 
     Args:
-        model: from `trace_graph`; left at `opset`.
+        model: from `trace_graph`; left at `opset`, its weights where they were written.
         file: where to write; external weights go to ``<file>.data``.
         opset: one of `OPSETS`.
         external_weights: keep the weights in a file of their own; None: only beyond 2 GB.
+        shared: keep them there instead, with those of other graphs in the same folder.
 
     Raises:
         OptionError: the opset is not one of `OPSETS`.
@@ -208,18 +216,23 @@ def write_graph(
     _set_opset(model, opset)
     size = sum(w.const_value.nbytes for w in model.graph.initializers.values() if w.const_value)
     external = size > _PROTOBUF_LIMIT_BYTES if external_weights is None else external_weights
-    weights_name = f"{file.name}.data" if external else None
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as staging:
-        staged = Path(staging) / file.name
-        ir.save(model, staged, external_data=weights_name)
-        onnx.checker.check_model(str(staged), full_check=True)
-        if weights_name is not None:
-            (Path(staging) / weights_name).replace(file.parent / weights_name)
-        staged.replace(file)
+    own = external and shared is None
+    weights = SharedWeights(file.with_name(f"{file.name}.data")) if own else shared
+    try:
+        if weights is None:
+            ir.external_data.load_to_model(model)  # what was read from elsewhere comes along
+        else:
+            weights.place(model)
+        with staged_file(file) as staged:
+            ir.save(model, staged)
+            onnx.checker.check_model(str(staged), full_check=True)
+    except BaseException:
+        if own and weights is not None:
+            weights.file.unlink(missing_ok=True)
+        raise
     return ExportedGraph(
         file=file,
-        weights_file=file.parent / weights_name if weights_name else None,
+        weights_file=weights.file if weights else None,
         inputs=tuple(_spec(value) for value in model.graph.inputs),
         outputs=tuple(_spec(value) for value in model.graph.outputs),
         opset=opset,

@@ -14,9 +14,12 @@ import pytest
 
 from engines.bundle import Bundle, open_bundle
 from engines.errors import BundleError, FoveateError
+from engines.ort import OrtSession
 from export import build_steps
 from export.build import build_bundle
 from export.build_plan import BuildOptions, plan_build
+from export.to_onnx import trace_graph, write_graph
+from export.visual_graph import build_visual_graph
 from runtime.vision import VisionEncoder
 
 
@@ -30,6 +33,7 @@ def built(language_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     assert lines[-1] == "Done"
     assert set(report.seconds) == {"vision_8", "vision_16", "language_model"}
     assert report.bytes["vision/visionzip_8.onnx"] > 0
+    assert "vision/weights.data" in report.bytes
     return open_bundle(out)
 
 
@@ -44,6 +48,33 @@ def test_bundle_holds_a_graph_for_each_budget(built: Bundle) -> None:
             encoded = encoder.encode(picture)
         assert encoded.tokens.shape == (1, graph.reducer.tokens, 64)
         assert encoded.valid.tolist() == [graph.reducer.tokens]
+
+
+def test_budgets_share_their_weights(
+    built: Bundle, language_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Both graphs point into one file, and each says what it says with weights of its own."""
+    graphs = built.manifest.vision
+    plan = plan_build(BuildOptions(str(language_checkpoint), tmp_path / "b", tokens=(8, "all")))
+    assert {graph.weights for graph in graphs} == {"vision/weights.data"}
+    picture = np.random.default_rng(0).integers(0, 256, (1, 40, 30, 3), dtype=np.uint8)
+    apart_bytes = 0
+    for graph, reducer in zip(graphs, plan.reducers, strict=True):
+        model = trace_graph(build_visual_graph(plan.checkpoint, reducer))
+        alone = write_graph(model, tmp_path / "alone.onnx").file
+        apart_bytes += alone.stat().st_size
+        assert built.path(graph.file).stat().st_size < alone.stat().st_size
+        with (
+            VisionEncoder(built, tokens=graph.reducer.tokens) as encoder,
+            OrtSession(alone) as session,
+            VisionEncoder(built, session, tokens=graph.reducer.tokens) as expected,
+        ):
+            got, wanted = encoder.encode(picture), expected.encode(picture)
+        np.testing.assert_array_equal(got.tokens, wanted.tokens)
+    together_bytes = sum(built.path(graph.file).stat().st_size for graph in graphs)
+    weights_bytes = built.path("vision/weights.data").stat().st_size
+    assert built.graph_bytes(graphs[0]) > weights_bytes
+    assert together_bytes + weights_bytes < 0.8 * apart_bytes
 
 
 def test_bundle_says_what_built_it(built: Bundle) -> None:
