@@ -42,20 +42,26 @@ test-trt: install  ## Build real plans with NVIDIA's parser and compiler; needs 
 test-gpu: install  ## Run the tests that need a CUDA GPU; they skip with a reason elsewhere.
 	$(BIN)/python -m pytest -m gpu
 
-# A wheel holds this CPU's instructions, and not the AMX kernels, which crash on quantized batches.
-LLAMA_WHEEL := build/wheels/$(shell grep -m1 -E '^(flags|Features)' /proc/cpuinfo | sha256sum | cut -c1-12)
+# A wheel holds this CPU's instructions, and not the AMX kernels, which crash on quantized batches. It
+# is kept in the user's cache, under the digest of all that it depends on.
+LLAMA := $(shell grep -oE 'llama-cpp-python==[0-9.]+' pyproject.toml)
 ifeq ($(shell uname -m),x86_64)
 NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
 endif
 LLAMA_FLAGS := -DGGML_NATIVE=ON -DGGML_OPENMP=OFF -DLLAVA_BUILD=OFF \
   -DCMAKE_C_FLAGS='$(NO_AMX)' -DCMAKE_CXX_FLAGS='$(NO_AMX)'
+LLAMA_DIGEST := $(shell { echo "$(LLAMA) $(LLAMA_FLAGS)"; grep -m1 -E '^(flags|Features)' /proc/cpuinfo; } \
+  | sha256sum | cut -c1-12)
+CACHE := $(or $(FOVEATE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/foveate)
+LLAMA_WHEEL := $(CACHE)/llama-cpp-$(LLAMA_DIGEST)
 
-$(LLAMA_WHEEL)/.built: $(VENV)/.installed
-	CMAKE_BUILD_PARALLEL_LEVEL=2 CMAKE_ARGS="$(LLAMA_FLAGS)" $(BIN)/python -m pip wheel --quiet \
-	  llama-cpp-python==0.3.36 --no-binary llama-cpp-python --no-deps --wheel-dir $(@D)
+$(LLAMA_WHEEL)/.built: | install
+	@echo "Building $(LLAMA) into $(LLAMA_WHEEL) (ten minutes on two cores) ..." >&2
+	@CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) CMAKE_ARGS="$(LLAMA_FLAGS)" $(BIN)/python -m pip wheel --quiet \
+	  $(LLAMA) --no-binary llama-cpp-python --no-deps --wheel-dir $(@D)
 	@touch $@
 
-test-llamacpp: $(LLAMA_WHEEL)/.built  ## Build llama.cpp once (ten minutes) and test it.
+test-llamacpp: install $(LLAMA_WHEEL)/.built  ## Build llama.cpp once (ten minutes) and test it.
 	@$(PIP) $(LLAMA_WHEEL)/*.whl
 	$(BIN)/python -m pytest -m llamacpp
 
