@@ -34,7 +34,10 @@ MaxTokensOption = Annotated[
 ]
 BackendOption = Annotated[
     str | None,
-    typer.Option("--backend", help="Language model backend; left out, the bundle's first."),
+    typer.Option(
+        "--backend",
+        help="ort or llamacpp; vllm where a server will do; left out, the bundle's first.",
+    ),
 ]
 EngineOption = Annotated[
     str | None,

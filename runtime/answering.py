@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 
 from runtime.camera_parts import Said
 from runtime.frames import Picture
@@ -58,20 +59,21 @@ class FrameAnswerer:
             OptionError: the chat template refuses the question.
             BackendError: the language model failed.
         """
-        context = self._model.context
         started_s = time.perf_counter()
         turns = [*self._turns, Turn("user", question, images=1)]
-        generation = self._model.generate(turns, [visual.picture(0)], self._options)
+        generation = self._model.language.generate(turns, [visual.picture(0)], self._options)
+        generation.prefill()
         decoding_s = time.perf_counter()
         prefilled()
-        for _ in generation:
-            if interrupted():
-                break
+        with closing(iter(generation)) as pieces:
+            for _ in pieces:
+                if interrupted():
+                    break
         return Said(
             text=generation.text,
             token_ids=tuple(generation.token_ids),
             finish=generation.finish or "interrupted",
-            prompt_tokens=context.reused + context.computed,
+            prompt_tokens=generation.prompt_tokens,
             prefill_ms=(decoding_s - started_s) * 1e3,
             decode_ms=(time.perf_counter() - decoding_s) * 1e3,
         )

@@ -87,9 +87,9 @@ def ask(
     return replace(answer, milliseconds=spent), model.bundle
 
 
-def document_from_answer(answer: Answer, bundle: Bundle, backend: str | None) -> dict[str, Any]:
+def document_from_answer(answer: Answer, bundle: Bundle) -> dict[str, Any]:
     """Return an answer as the JSON object that `--json` prints."""
-    language = bundle.language_model(backend)
+    here = {model.backend: model.precision for model in bundle.manifest.language_models}
     graph = bundle.vision(answer.seen[0].tokens.shape[1])
     decode_seconds = answer.milliseconds["decode"] / 1e3
     return {
@@ -105,8 +105,8 @@ def document_from_answer(answer: Answer, bundle: Bundle, backend: str | None) ->
         "model": bundle.manifest.model,
         "reducer": graph.reducer.name,
         "vision_precision": graph.precision,
-        "backend": language.backend,
-        "llm_precision": language.precision,
+        "backend": answer.backend,
+        "llm_precision": here.get(answer.backend),
         "versions": installed_versions(),
     }
 
@@ -147,7 +147,7 @@ def main(
     show = None if json_output else _write
     answer, opened = ask(bundle, image, question, options, show)
     if json_output:
-        print_json(document_from_answer(answer, opened, model.backend))
+        print_json(document_from_answer(answer, opened))
         return
     print()
     stages = "  ".join(f"{stage} {ms:.0f} ms" for stage, ms in answer.milliseconds.items())

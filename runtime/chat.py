@@ -102,12 +102,19 @@ class Chat:
         return name != "/quit"
 
     def _tell_tokens(self) -> None:
-        context = self.conversation.model.context
-        visual = sum(len(picture.tokens) for picture in self.conversation.pictures)
-        _tell(
-            f"{context.position} of {context.context_length} positions, {visual} of them visual "
-            f"tokens; the last question computed {context.computed} and reused {context.reused}"
+        conversation = self.conversation
+        visual = sum(len(picture.tokens) for picture in conversation.pictures)
+        told = (
+            f"{conversation.count_positions()} of {conversation.model.language.context_length} "
+            f"positions, {visual} of them visual tokens"
         )
+        if self.answers:
+            _, last = self.answers[-1]
+            cost = f"computed {last.computed_tokens} and reused {last.reused_tokens}"
+            if last.reused_tokens is None:
+                cost = f"took {last.prompt_tokens}; the server does not say what it reused"
+            told += f"; the last question {cost}"
+        _tell(told)
 
 
 def document_from_answers(answers: Iterable[tuple[str, Answer]]) -> dict[str, Any]:
@@ -119,7 +126,7 @@ def document_from_answers(answers: Iterable[tuple[str, Answer]]) -> dict[str, An
             "finish": answer.finish,
             "visual_tokens": answer.visual_tokens,
             "prompt_tokens": answer.prompt_tokens,
-            "computed_tokens": answer.prompt_tokens - answer.reused_tokens,
+            "computed_tokens": answer.computed_tokens,
             "reused_tokens": answer.reused_tokens,
             "answer_tokens": len(answer.token_ids),
             "milliseconds": {stage: round(ms, 3) for stage, ms in answer.milliseconds.items()},
@@ -179,9 +186,9 @@ def _converse(chat: Chat) -> None:
         except FoveateError as error:
             if not at_terminal:
                 raise
-            _tell(f"error: {error}")
+            _tell(f"\nerror: {error}")
         except KeyboardInterrupt:
-            _tell("(stopped)")
+            _tell("\n(stopped)")
 
 
 def _lines(at_terminal: bool) -> Iterator[str]:

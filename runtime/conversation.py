@@ -149,13 +149,13 @@ class Conversation:
 
     def _make_room(self, max_tokens: int) -> None:
         """Drop the oldest exchanges until prompt and answer fit."""
-        context_length = self.model.context.context_length
+        context_length = self.model.language.context_length
         reserve = min(max_tokens, int(context_length * _LARGEST_RESERVE))
-        while len(self.exchanges) > 1 and self._count() + reserve > context_length:
+        while len(self.exchanges) > 1 and self.count_positions() + reserve > context_length:
             self._drop_oldest()
 
-    def _count(self) -> int:
-        """Return how many positions the conversation takes."""
+    def count_positions(self) -> int:
+        """Return how many positions the conversation takes, with what makes the model answer."""
         visual = sum(len(picture.tokens) - 1 for picture in self.pictures)
         return len(self.model.writer.ids(self._turns())) + visual
 

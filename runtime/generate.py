@@ -6,7 +6,7 @@ never cut a character in half, and at the end the token ids, the text and why it
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -68,6 +68,8 @@ class Generation:
         token_ids: tokens of the answer so far, without the stop token.
         text: the answer so far.
         finish: why it ended; None while it has not.
+        prompt_tokens: positions of the prompt.
+        reused_tokens: how many of them were in the KV cache already.
     """
 
     def __init__(
@@ -79,11 +81,15 @@ class Generation:
         stop_token_ids: Collection[int],
         options: GenerationOptions,
         prompt_ids: Sequence[int] = (),
+        prompt_tokens: int = 0,
+        reused_tokens: int | None = None,
         constraint: Constraint | None = None,
     ) -> None:
         self.token_ids: list[int] = []
         self.text = ""
         self.finish: Finish | None = None
+        self.prompt_tokens = prompt_tokens
+        self.reused_tokens = reused_tokens
         self._backend = backend
         self._logits = logits
         self._tokenizer = tokenizer
@@ -92,7 +98,11 @@ class Generation:
         self._sampler = Sampler(options.sampling, prompt_ids)
         self._constraint = constraint
 
-    def __iter__(self) -> Iterator[str]:
+    def prefill(self) -> None:
+        """Do nothing: the prompt was read before the answer began."""
+
+    def __iter__(self) -> Generator[str]:
+        """Yield the answer's pieces of text as they are written."""
         from tokenizers.decoders import DecodeStream
 
         stream = DecodeStream(skip_special_tokens=True)

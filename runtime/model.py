@@ -8,20 +8,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import Bundle
-from runtime.backends import LanguageBackend
-from runtime.backends.opening import open_backend
+from engines.errors import BackendError
+from runtime.backends import TextBackend
+from runtime.backends.chat_server import ServerOptions
+from runtime.backends.opening import open_text_backend
 from runtime.context import Context
-from runtime.generate import Finish, Generation, GenerationOptions
-from runtime.grammar import GrammarTokens
+from runtime.generate import Finish, GenerationOptions
+from runtime.local_text import LocalText
 from runtime.parts import Embeddings
-from runtime.prompt import PromptWriter, Turn, interleave
+from runtime.prompt import PromptWriter, Turn
 from runtime.vision import VisionEncoder, VisualTokens
 
 Pixels = NDArray[np.uint8]
@@ -37,8 +38,10 @@ class Answer:
         text: the answer.
         token_ids: its tokens, without the stop token.
         finish: why it ended.
+        backend: the language backend that wrote it.
         prompt_tokens: positions of the prompt, visual tokens included.
-        reused_tokens: how many of them were in the KV cache already.
+        reused_tokens: how many of them were in the KV cache already; None where a server does not
+            say.
         milliseconds: time by stage: `preprocess` and `encode` of the pictures that came with the
             question, `prefill`, `decode` and `total`.
         seen: those pictures, as the language model saw them.
@@ -47,10 +50,16 @@ class Answer:
     text: str
     token_ids: tuple[int, ...]
     finish: Finish
+    backend: str
     prompt_tokens: int
-    reused_tokens: int
+    reused_tokens: int | None
     milliseconds: dict[str, float]
     seen: tuple[VisualTokens, ...] = ()
+
+    @property
+    def computed_tokens(self) -> int | None:
+        """How many positions of the prompt were not in the KV cache; None where nobody knows."""
+        return None if self.reused_tokens is None else self.prompt_tokens - self.reused_tokens
 
     @property
     def visual_tokens(self) -> int:
@@ -73,16 +82,16 @@ class Model:
         bundle: what was opened.
         encoder: pictures to visual tokens.
         writer: conversations to parts.
-        context: the language model and what its KV cache holds.
+        language: writes the answers.
     """
 
     def __init__(
-        self, bundle: Bundle, encoder: VisionEncoder, writer: PromptWriter, backend: LanguageBackend
+        self, bundle: Bundle, encoder: VisionEncoder, writer: PromptWriter, language: TextBackend
     ) -> None:
         self.bundle = bundle
         self.encoder = encoder
         self.writer = writer
-        self.context = Context(backend)
+        self.language = language
 
     def ask(
         self,
@@ -135,7 +144,8 @@ class Model:
             BackendError: more positions than the context holds.
         """
         started = time.perf_counter()
-        generation = self.generate(turns, pictures, options or GenerationOptions())
+        generation = self.language.generate(turns, pictures, options or GenerationOptions())
+        generation.prefill()
         decoding = time.perf_counter()
         for piece in generation:
             if show is not None:
@@ -145,8 +155,9 @@ class Model:
             text=generation.text,
             token_ids=tuple(generation.token_ids),
             finish=generation.finish or "max_tokens",
-            prompt_tokens=self.context.reused + self.context.computed,
-            reused_tokens=self.context.reused,
+            backend=self.language.name,
+            prompt_tokens=generation.prompt_tokens,
+            reused_tokens=generation.reused_tokens,
             milliseconds={
                 "prefill": (decoding - started) * 1e3,
                 "decode": (ended - decoding) * 1e3,
@@ -154,41 +165,24 @@ class Model:
             },
         )
 
-    def generate(
-        self, turns: Sequence[Turn], pictures: Sequence[Embeddings], options: GenerationOptions
-    ) -> Generation:
-        """Prefill a conversation and return its answer in the making.
-
-        Args:
-            turns: the conversation, ending with a question.
-            pictures: float32[N, D] of each picture in it.
-            options: how the answer is written.
+    @property
+    def context(self) -> Context:
+        """The language model and what its KV cache holds.
 
         Raises:
-            OptionError: the chat template refuses the conversation.
-            BackendError: more positions than the context holds.
+            BackendError: a server runs it.
         """
-        constraint = self._grammar_tokens.start(options.grammar) if options.grammar else None
-        ids = self.writer.ids(turns)
-        logits = self.context.prefill(interleave(ids, self.writer.image_token_id, pictures))
-        return Generation(
-            self.context,
-            logits,
-            self.writer.tokenizer,
-            stop_token_ids=self.writer.stop_token_ids,
-            options=options,
-            prompt_ids=ids.tolist(),
-            constraint=constraint,
+        if isinstance(self.language, LocalText):
+            return self.language.context
+        raise BackendError(
+            f'The backend "{self.language.name}" runs on a server, which gives text and no logits. '
+            "Open the model with ort or llamacpp for this."
         )
-
-    @cached_property
-    def _grammar_tokens(self) -> GrammarTokens:
-        return GrammarTokens(self.writer.tokenizer, self.writer.stop_token_ids)
 
     def close(self) -> None:
         """Free everything; calling it again does nothing."""
         self.encoder.close()
-        self.context.backend.close()
+        self.language.close()
 
     def __enter__(self) -> Model:
         return self
@@ -210,6 +204,7 @@ def open_model(
     threads: int | None = None,
     visual_tokens: int | None = None,
     context_length: int | None = None,
+    server: ServerOptions | None = None,
 ) -> Model:
     """Load everything that answering takes.
 
@@ -221,6 +216,7 @@ def open_model(
             physical core.
         visual_tokens: which of the bundle's vision graphs; left out, the first.
         context_length: positions the KV cache holds; left out, all the model was trained for.
+        server: where the language model is, if a server runs it.
 
     Raises:
         FoveateError: a part that cannot be loaded, said in words.
@@ -228,7 +224,9 @@ def open_model(
     writer = PromptWriter(bundle)
     encoder = VisionEncoder(bundle, engine=engine, threads=threads, tokens=visual_tokens)
     try:
-        language = open_backend(bundle, backend, threads=threads, context_length=context_length)
+        language = open_text_backend(
+            writer, bundle, backend, threads=threads, context_length=context_length, server=server
+        )
     except BaseException:
         encoder.close()
         raise

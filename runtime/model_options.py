@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from engines.cli import BackendOption, EngineOption, ThreadsOption, VerifyOption
+from engines.errors import OptionError
 
 if TYPE_CHECKING:
+    from runtime.backends.chat_server import ServerOptions
     from runtime.model import Model
 
 
@@ -30,6 +32,33 @@ class ModelOptions:
         ),
     ] = None
     verify: VerifyOption = True
+    llm_url: Annotated[
+        str | None,
+        typer.Option(
+            "--llm-url",
+            help="Address of a vLLM server that runs the language model: http://127.0.0.1:8000/v1.",
+        ),
+    ] = None
+    llm_model: Annotated[
+        str | None,
+        typer.Option("--llm-model", help="The server's name for it; left out, its only one."),
+    ] = None
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            envvar="FOVEATE_API_KEY",
+            help="The server's key; on the command line others can see it.",
+        ),
+    ] = field(default=None, repr=False)
+    llm_timeout: Annotated[
+        float,
+        typer.Option(
+            "--llm-timeout",
+            min=0.1,
+            help="Seconds to wait for the next piece of a server's answer.",
+        ),
+    ] = 60.0
 
     def open(self, bundle: str | Path) -> Model:
         """Open a bundle and load what answering takes.
@@ -46,4 +75,21 @@ class ModelOptions:
             engine=self.engine,
             threads=self.threads,
             visual_tokens=self.visual_tokens,
+            server=self.server(),
+        )
+
+    def server(self) -> ServerOptions | None:
+        """Return how to reach the server, if one is named.
+
+        Raises:
+            OptionError: an address that is none, or options of a server without an address.
+        """
+        from runtime.backends.chat_server import ServerOptions
+
+        if self.llm_url is None:
+            if self.llm_model is not None:
+                raise OptionError("--llm-model needs the server's address: --llm-url.")
+            return None
+        return ServerOptions(
+            self.llm_url, self.api_key, self.llm_model, silence_seconds=self.llm_timeout
         )

@@ -2,12 +2,13 @@
 
 Here: parts in, logits out, and a position that can be rewound. A part is a run of token ids or a
 run of ready embeddings (the visual tokens). Text rows always come from the bundle's own embedding
-table, so every backend sees the same numbers. On a server: a conversation in, text out.
+table, so every backend sees the same numbers. On a server: a conversation in, text out; with
+`runtime.local_text` a model that runs here can be asked in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -78,53 +79,54 @@ class LanguageBackend(Protocol):
 
 
 class TextGeneration(Protocol):
-    """One answer that a server writes: iterate over it for its pieces, close it to cancel.
+    """One answer in the making: iterate over it for its pieces, close the iterator to cancel it.
 
     Attributes:
         token_ids: tokens of the answer so far, without the stop token.
         text: the answer so far.
         finish: why it ended; None while it has not.
-        prompt_tokens: positions of the prompt as the server counted them; 0 until it has ended.
+        prompt_tokens: positions of the prompt.
+        reused_tokens: how many of them were in the KV cache already; None where nobody knows.
     """
 
     token_ids: list[int]
     text: str
     finish: Finish | None
     prompt_tokens: int
+    reused_tokens: int | None
 
-    def __iter__(self) -> Iterator[str]:
+    def prefill(self) -> None:
+        """Wait until the prompt has been read; iterating does, too."""
+
+    def __iter__(self) -> Generator[str]:
         """Yield the answer's pieces as they come."""
 
 
 class TextBackend(Protocol):
-    """A language model that takes conversations and returns text only.
+    """A language model that takes conversations and writes text; every backend can be one.
 
     Attributes:
-        name: ``"vllm"``.
-        capabilities: what may be asked of it.
-        hidden_size: D of the embeddings it takes.
+        name: ``"ort"``, ``"vllm"``, ...
         context_length: positions of prompt and answer together.
     """
 
     name: str
-    capabilities: ClassVar[Capabilities]
-    hidden_size: int
     context_length: int
 
     def generate(
         self, turns: Sequence[Turn], pictures: Sequence[Embeddings], options: GenerationOptions
     ) -> TextGeneration:
-        """Start an answer to a conversation; nothing is sent until it is iterated over.
+        """Start an answer to a conversation.
 
         Args:
-            turns: the conversation.
+            turns: the conversation, ending with a question.
             pictures: float32[N, D] of each picture, in the order of the turns.
             options: how the answer is written.
 
         Raises:
             BackendError: a picture that must not be sent, or more positions than the context holds.
-            OptionError: a conversation that the server would read differently.
+            OptionError: a conversation or a form of answer that it cannot take.
         """
 
     def close(self) -> None:
-        """Let go of the server; calling it again does nothing."""
+        """Free the model, or let go of the server; calling it again does nothing."""

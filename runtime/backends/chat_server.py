@@ -11,7 +11,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,6 +31,7 @@ class ServerOptions:
     Attributes:
         url: its address with or without the path, for example ``http://192.168.1.5:8000/v1``.
         api_key: sent as a bearer token.
+        model: the server's name for the language model; None takes the only one it has.
         connect_seconds: longest wait for a connection.
         silence_seconds: longest wait for the next piece of an answer, the first one included.
         attempts: how often a request is sent at most; never again once an answer has begun.
@@ -38,7 +39,8 @@ class ServerOptions:
     """
 
     url: str
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    model: str | None = None
     connect_seconds: float = 5.0
     silence_seconds: float = 60.0
     attempts: int = 4
@@ -149,8 +151,8 @@ class ChatServer:
             return BackendError(
                 f"{self.options.url} did not answer in time, asked {times} (limits: "
                 f"{self.options.connect_seconds:g} s to connect, {self.options.silence_seconds:g} "
-                "s of silence). The server is overloaded or the network slow: raise the limits or "
-                "lower its load."
+                "s of silence). The server is overloaded or the network slow: lower its load, or "
+                "wait longer with --llm-timeout."
             )
         return BackendError(
             f"No answer from {self.options.url}, asked {times} ({type(error).__name__}: {error}). "
@@ -226,7 +228,8 @@ class _Exchange:
         except TimeoutError as error:
             raise BackendError(
                 f"{options.url} fell silent for {options.silence_seconds:g} s in the middle of an "
-                f"answer (after {count} pieces). Ask again; if it is only slow, raise the limit."
+                f"answer (after {count} pieces). Ask again; if it is only slow, wait longer with "
+                "--llm-timeout."
             ) from error
         except (OSError, HTTPException, UnicodeDecodeError) as error:
             raise _broken_off(options, count, str(error)) from error

@@ -7,9 +7,56 @@ from __future__ import annotations
 
 from engines.bundle import Bundle
 from engines.errors import OptionError
-from runtime.backends import LanguageBackend
+from runtime.backends import LanguageBackend, TextBackend
+from runtime.backends.chat_server import ServerOptions
+from runtime.prompt import PromptWriter
 
-BACKENDS = ("ort", "llamacpp")
+BACKENDS = ("ort", "llamacpp", "vllm")
+
+
+def open_text_backend(
+    writer: PromptWriter,
+    bundle: Bundle,
+    name: str | None = None,
+    *,
+    threads: int | None = None,
+    context_length: int | None = None,
+    server: ServerOptions | None = None,
+) -> TextBackend:
+    """Open a bundle's language model, here or on a server, to write text.
+
+    Args:
+        writer: writes the bundle's prompts.
+        bundle: an opened bundle.
+        name: one of `BACKENDS`; left out, the server's where there is one, or the bundle's first.
+        threads: CPU threads; left out, one per physical core.
+        context_length: positions the KV cache holds; left out, all the model was trained for.
+        server: how to reach the server that runs the language model.
+
+    Raises:
+        OptionError: no such backend, the bundle holds no decoder for it, or a server's address is
+            missing or given in vain.
+        EngineError: this machine cannot load it.
+        BackendError: it cannot be started, or the server does not answer.
+    """
+    if name == "vllm" or (name is None and server is not None):
+        if server is None:
+            raise OptionError(
+                'The backend "vllm" is a server, and its address is missing. Give it with '
+                "--llm-url, for example --llm-url http://127.0.0.1:8000/v1."
+            )
+        from runtime.backends.vllm import open_vllm_backend
+
+        return open_vllm_backend(bundle, server, writer)
+    if server is not None:
+        raise OptionError(
+            f'--llm-url {server.url} is the address of a server, and the backend "{name}" runs '
+            "here. Leave one of them out."
+        )
+    from runtime.local_text import LocalText
+
+    local = open_backend(bundle, name, threads=threads, context_length=context_length)
+    return LocalText(local, writer)
 
 
 def open_backend(
@@ -19,11 +66,11 @@ def open_backend(
     threads: int | None = None,
     context_length: int | None = None,
 ) -> LanguageBackend:
-    """Open a bundle's language model.
+    """Open a bundle's language model in this process, where it gives logits.
 
     Args:
         bundle: an opened bundle.
-        name: one of `BACKENDS`; left out, the bundle's first.
+        name: ``"ort"`` or ``"llamacpp"``; left out, the bundle's first.
         threads: CPU threads; left out, one per physical core.
         context_length: positions the KV cache holds; left out, all the model was trained for.
 
@@ -41,6 +88,11 @@ def open_backend(
         from runtime.backends.llamacpp import open_llamacpp_backend
 
         return open_llamacpp_backend(bundle, threads=threads, context_length=context_length)
+    if chosen == "vllm":
+        raise OptionError(
+            'The backend "vllm" is a server that gives text only, and logits are needed here. '
+            "Choose ort or llamacpp."
+        )
     raise OptionError(
         f'There is no language backend "{chosen}", expected one of {", ".join(BACKENDS)}.'
     )

@@ -3,25 +3,32 @@
 Enters: a conversation and the visual tokens of its pictures. Leaves: the answer, piece by piece.
 Only the visual tokens travel, as `prompt_embeds` parts of a Chat Completions request in half
 precision; the server tokenizes the words and applies the chat template, which must be the bundle's.
-Start it with `vllm serve MODEL --enable-prompt-embeds --chat-template-content-format openai`.
+`export.served_model` writes the model and says how to serve it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+import json
+import re
+from collections.abc import Generator, Sequence
 from contextlib import closing
+from itertools import chain
 from typing import Any, ClassVar
 
 from engines.bundle import Bundle
-from engines.errors import BackendError
+from engines.errors import BackendError, OptionError
 from runtime.backends import Capabilities
 from runtime.backends.chat_server import ChatServer, ServerOptions
 from runtime.backends.rows import require_room
 from runtime.backends.served_prompt import ServedPrompt
 from runtime.backends.tensor_payload import payload_from_rows
 from runtime.generate import Finish, GenerationOptions
+from runtime.grammar import Grammar
 from runtime.parts import Embeddings
 from runtime.prompt import PromptWriter, Turn
+
+_SPECIAL = re.compile(r"[.^$*+?()\[\]{}|\\]")
+"""What a regular expression would not read as itself."""
 
 
 class VllmBackend:
@@ -39,18 +46,25 @@ class VllmBackend:
     name = "vllm"
     capabilities: ClassVar[Capabilities] = Capabilities(logits=False, rewind=False, fork=False)
 
-    def __init__(self, server: ChatServer, bundle: Bundle, model: str, context_length: int) -> None:
+    def __init__(
+        self,
+        server: ChatServer,
+        bundle: Bundle,
+        model: str,
+        context_length: int,
+        writer: PromptWriter | None = None,
+    ) -> None:
         self.hidden_size = bundle.manifest.text.hidden_size
         self.context_length = context_length
         self.model = model
         self._server = server
-        self._writer = PromptWriter(bundle)
+        self._writer = writer or PromptWriter(bundle)
         self._prompt = ServedPrompt(self._writer, bundle.manifest.prompt)
 
     def generate(
         self, turns: Sequence[Turn], pictures: Sequence[Embeddings], options: GenerationOptions
     ) -> VllmGeneration:
-        """Start an answer to a conversation; nothing is sent until it is iterated over.
+        """Start an answer to a conversation; nothing is sent until it is waited for.
 
         Args:
             turns: the conversation.
@@ -59,11 +73,12 @@ class VllmBackend:
 
         Raises:
             BackendError: a picture that must not be sent, or more positions than the context holds.
-            OptionError: a conversation that the server would read differently.
+            OptionError: a conversation that the server would read differently, or a JSON schema
+                that is no JSON.
         """
         payloads = [payload_from_rows(picture, self.hidden_size) for picture in pictures]
-        prompt = self._writer.parts(turns, pictures)
-        require_room(0, sum(len(part) for part in prompt) + 1, self.context_length)
+        prompt = sum(len(part) for part in self._writer.parts(turns, pictures))
+        require_room(0, prompt + 1, self.context_length)
         sampling = options.sampling
         request = {
             "model": self.model,
@@ -80,7 +95,9 @@ class VllmBackend:
             "return_token_ids": True,
             "stream_options": {"include_usage": True},
         }
-        return VllmGeneration(self._server.stream(request), self._writer, options)
+        if options.grammar is not None:
+            request["structured_outputs"] = _structure_from_grammar(options.grammar)
+        return VllmGeneration(self._server.stream(request), self._writer, options, prompt)
 
     def close(self) -> None:
         """Let go of the server; there is nothing to free."""
@@ -93,7 +110,9 @@ class VllmGeneration:
         token_ids: tokens of the answer so far, without the stop token.
         text: the answer so far.
         finish: why it ended; None while it has not.
-        prompt_tokens: positions of the prompt as the server counted them; 0 until it has ended.
+        prompt_tokens: positions of the prompt; once it has ended, as the server counted them.
+        reused_tokens: how many of them were in the server's prefix cache, where it says so
+            (`--enable-prompt-tokens-details`).
     """
 
     def __init__(
@@ -101,25 +120,38 @@ class VllmGeneration:
         events: Generator[dict[str, Any]],
         writer: PromptWriter,
         options: GenerationOptions,
+        prompt_tokens: int,
     ) -> None:
         self.token_ids: list[int] = []
         self.text = ""
         self.finish: Finish | None = None
-        self.prompt_tokens = 0
+        self.prompt_tokens = prompt_tokens
+        self.reused_tokens: int | None = None
         self._events = events
+        self._first: list[dict[str, Any]] = []
         self._tokenizer = writer.tokenizer
         self._stop_token_ids = frozenset(writer.stop_token_ids)
         self._options = options
 
-    def __iter__(self) -> Iterator[str]:
+    def prefill(self) -> None:
+        """Send the question and wait for the first piece of the answer.
+
+        Raises:
+            BackendError: the server cannot answer.
+        """
+        if not self._first:
+            self._first = [event for event in [next(self._events, None)] if event is not None]
+
+    def __iter__(self) -> Generator[str]:
         """Yield the answer's pieces as they come; leaving early cancels it on the server.
 
         Raises:
             BackendError: the server cannot answer, or broke off.
         """
         with closing(self._events):
-            for event in self._events:
-                self.prompt_tokens = (event.get("usage") or {}).get("prompt_tokens", 0)
+            self.prefill()
+            for event in chain(self._first, self._events):
+                self._read_usage(event.get("usage") or {})
                 for choice in event.get("choices", ()):
                     self.token_ids += choice.get("token_ids") or []
                     piece = self._read_piece((choice.get("delta") or {}).get("content") or "")
@@ -134,12 +166,19 @@ class VllmGeneration:
                 "finish_reason, as vLLM sends; look at what serves this address."
             )
 
+    def _read_usage(self, usage: dict[str, Any]) -> None:
+        self.prompt_tokens = usage.get("prompt_tokens", self.prompt_tokens)
+        details = usage.get("prompt_tokens_details") or {}
+        self.reused_tokens = details.get("cached_tokens", self.reused_tokens)
+
     def _read_piece(self, content: str) -> str:
         """Return what a piece adds to the answer as our own decoding would give it.
 
         A server decodes the answer as the prompt's continuation, so it keeps the space between the
         two, which tokenizers of SentencePiece's kind leave out at the beginning of a text.
         """
+        if self._options.grammar is not None and not self.text:
+            return content.lstrip()
         first = not self.text and content.startswith(" ")
         if first and not self._tokenizer.decode(self.token_ids).startswith(" "):
             return content[1:]
@@ -151,23 +190,43 @@ class VllmGeneration:
         if choice["finish_reason"] == "length":
             full = len(self.token_ids) < self._options.max_tokens
             return "context_full" if full else "max_tokens"
-        return "stop_string" if isinstance(choice.get("stop_reason"), str) else "stop_token"
+        if isinstance(choice.get("stop_reason"), str):
+            return "stop_string"
+        return "stop_token" if self._options.grammar is None else "complete"
+
+
+def _structure_from_grammar(grammar: Grammar) -> dict[str, Any]:
+    """Return the form of an answer as vLLM's structured outputs take it.
+
+    Raises:
+        OptionError: the schema is not JSON.
+    """
+    if grammar.json_schema is None:
+        choices = "|".join(_SPECIAL.sub(r"\\\g<0>", each.strip()) for each in grammar.choices)
+        return {"regex": f" ?({choices})"}  # tokens often begin with the blank before a word
+    try:
+        return {"json": json.loads(grammar.json_schema)}
+    except ValueError as error:
+        raise OptionError(
+            f"The form of the answer cannot be used: the schema is not JSON ({error}). Give a JSON "
+            "schema as json-schema.org describes it."
+        ) from error
 
 
 def open_vllm_backend(
-    bundle: Bundle, options: ServerOptions, *, model: str | None = None
+    bundle: Bundle, options: ServerOptions, writer: PromptWriter | None = None
 ) -> VllmBackend:
     """Ask a server what it serves and make ready to ask it more.
 
     Args:
         bundle: an opened bundle of the checkpoint whose language model the server has.
         options: how to reach the server.
-        model: the server's name for the language model; left out, the only one it has.
+        writer: writes the bundle's prompts, where there is one already.
 
     Raises:
         BackendError: no server, no such model, or several to choose from.
     """
-    server = ChatServer(options)
+    server, model = ChatServer(options), options.model
     served = {str(entry.get("id")): entry for entry in server.models()}
     if model is None and len(served) == 1:
         model = next(iter(served))
@@ -180,5 +239,5 @@ def open_vllm_backend(
     trained = bundle.manifest.text.context_length
     length = served[model].get("max_model_len")
     return VllmBackend(
-        server, bundle, model, min(length, trained) if isinstance(length, int) else trained
+        server, bundle, model, min(length, trained) if isinstance(length, int) else trained, writer
     )

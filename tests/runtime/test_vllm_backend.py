@@ -271,7 +271,7 @@ def test_the_model_must_be_one(language_bundle: Bundle, models, named, message: 
     with serving() as stub:
         stub.models = models
         with pytest.raises(BackendError, match=message):
-            open_vllm_backend(language_bundle, quick(stub), model=named)
+            open_vllm_backend(language_bundle, quick(stub, model=named))
 
 
 def test_a_prompt_longer_than_the_server_takes_is_not_sent(language_bundle: Bundle) -> None:
