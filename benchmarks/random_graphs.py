@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from calibration.half_precision import write_fp16_graph
 from engines.manifest import TensorSpec
-from export.precision import write_fp16_graph
 from export.reducers import REDUCERS, reducer_for_budget
 from export.to_onnx import export_onnx
 from export.towers.registry import make_tower

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from calibration.graph_file import check_opset
 from engines.bundle import refuse_occupied
 from engines.errors import OptionError
 from engines.manifest import LlmPrecision, Precision
@@ -19,7 +20,6 @@ from export.checkpoint import Checkpoint, open_checkpoint
 from export.gguf_quantize import GgufPrecision
 from export.language_models import DecoderBackend, DecoderOptions, check_language_models
 from export.reducers import Reducer, make_reducer, reducer_for_budget
-from export.to_onnx import check_opset
 
 Budget = int | Literal["all"]
 """Visual tokens to leave; ``"all"`` means no reduction."""

@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from calibration.graph_check import OLDEST_TENSORRT, check_graph
+from calibration.graph_file import write_graph
+from calibration.half_precision import convert_to_fp16
+from calibration.shared_weights import SharedWeights
 from engines import __version__
 from engines.bundle import BundleDraft, write_bundle
 from engines.manifest import Manifest, ReducerSpec, VisionGraph
 from engines.progress_bar import Progress
 from engines.trt.on_device import write_device_files
 from export.build_plan import BuildOptions, BuildPlan, plan_build
-from export.graph_check import OLDEST_TENSORRT, check_graph
 from export.language_models import export_language_models
-from export.precision import convert_to_fp16
 from export.reducers import Reducer
-from export.shared_weights import SharedWeights
-from export.to_onnx import trace_graph, write_graph
+from export.to_onnx import trace_graph
 from export.visual_graph import build_visual_graph
 
 _TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from calibration.graph_file import write_graph
 from engines.bundle import Bundle, open_bundle
 from engines.errors import BundleError, FoveateError
 from engines.ort import OrtSession
 from export import build_steps
 from export.build import build_bundle
 from export.build_plan import BuildOptions, plan_build
-from export.to_onnx import trace_graph, write_graph
+from export.to_onnx import trace_graph
 from export.visual_graph import build_visual_graph
 from runtime.vision import VisionEncoder
 
@@ -183,7 +184,7 @@ def test_a_device_gets_half_precision_and_a_checked_graph(
 def test_a_graph_tensorrt_refuses_is_not_published(
     language_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("export.graph_check._LARGEST_K", 3)
+    monkeypatch.setattr("calibration.graph_check._LARGEST_K", 3)
     options = BuildOptions(
         str(language_checkpoint), tmp_path / "b", target="jetson-orin", tokens=(8,)
     )

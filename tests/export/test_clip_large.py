@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.clip_large import clip_large_graph, random_clip_large, random_projector
 from benchmarks.papers_path import NEIGHBOURS, TowerRun, prumerge, run_tower, visionzip
+from calibration.half_precision import write_fp16_graph
 from engines.ort import OrtSession
-from export.precision import write_fp16_graph
 from export.reducers import make_reducer
 from export.to_onnx import export_onnx
 from tests.photographs import clip_pixels

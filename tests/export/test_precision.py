@@ -9,17 +9,17 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.modules import is_inside, module_of
-from engines.errors import OptionError
-from engines.ort import OrtSession
-from export.checkpoint import open_checkpoint
-from export.graph_check import check_graph
-from export.precision import (
+from calibration.graph_check import check_graph
+from calibration.half_precision import (
     FP32_MODULES,
     PRECISION_KEY,
     convert_to_fp16,
     write_fp16_graph,
 )
+from calibration.modules import is_inside, module_of
+from engines.errors import OptionError
+from engines.ort import OrtSession
+from export.checkpoint import open_checkpoint
 from export.reducers import make_reducer
 from export.to_onnx import export_onnx
 from export.visual_graph import build_visual_graph

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from benchmarks.papers_path import TowerRun, prumerge, run_tower, visionzip
+from calibration.graph_check import TENSORRT_OPS
+from calibration.graph_file import OPSETS, ExportedGraph, write_graph
 from calibration.modules import MODULE_KEY
 from engines import __version__
 from engines.errors import CheckpointError, OptionError
 from engines.ort import OrtSession
 from export.checkpoint import Checkpoint, open_checkpoint
-from export.graph_check import TENSORRT_OPS
 from export.reducers import REDUCERS, make_reducer
-from export.to_onnx import OPSETS, ExportedGraph, export_onnx, trace_graph, write_graph
+from export.to_onnx import export_onnx, trace_graph
 from export.towers import Scoring
 from export.towers.clip import ClipTower
 from export.towers.registry import make_tower

@@ -6,9 +6,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from calibration.graph_check import TENSORRT_OPS, Refusal, check_graph, find_refusals, infer_types
 from calibration.modules import MODULE_KEY
 from engines.errors import EngineError, OptionError
-from export.graph_check import TENSORRT_OPS, Refusal, check_graph, find_refusals, infer_types
 
 VERSIONS = ("10.3", "10.13", "10.16", "11.4")
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from calibration.graph_file import ExportedGraph, write_graph
 from calibration.modules import MODULE_KEY, is_inside, module_of
 from engines.errors import OptionError
-from export.to_onnx import ExportedGraph, write_graph
 
 FP32_MODULES = ("reducer", "tower.scores")
 """Modules that choose tokens; they and what is inside them stay in float32."""

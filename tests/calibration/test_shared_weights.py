@@ -10,9 +10,9 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
+from calibration.graph_file import write_graph
+from calibration.shared_weights import SharedWeights
 from engines.ort import OrtSession
-from export.shared_weights import SharedWeights
-from export.to_onnx import write_graph
 
 SIDE = 64
 
