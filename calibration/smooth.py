@@ -153,7 +153,7 @@ def replace_weight(
 
 def add_weight(graph: ir.Graph, array: NDArray[np.generic], name: str) -> ir.Value:
     """Add a constant to a graph."""
-    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    tensor = ir.tensor(np.array(array, order="C"), name=name)
     value = ir.Value(
         name=name,
         type=ir.TensorType(tensor.dtype),
