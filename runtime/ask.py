@@ -1,7 +1,7 @@
-"""Ask a bundle a question about a picture.
+"""Ask a bundle a question about a picture, or about a clip.
 
-Enters: a bundle, a picture file and a question. Leaves: the answer, streamed as it is written, and
-where the time went. `ask` is the function; `python -m runtime.ask` the command.
+Enters: a bundle, a picture or a recording, and a question. Leaves: the answer, streamed as it is
+written, and where the time went. `ask` is the function; `python -m runtime.ask` the command.
 """
 
 from __future__ import annotations
@@ -17,17 +17,23 @@ import typer
 from engines import __version__
 from engines.cli import JsonOption, print_json, run
 from runtime.answer_options import AnswerOptions, SystemOption
+from runtime.clip_options import ClipOptions, is_clip
 from runtime.generate import GenerationOptions
 from runtime.model_options import ModelOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from engines.bundle import Bundle
-    from runtime.model import Answer, Show
+    from runtime.clip import ClipAnswer
+    from runtime.frames import Frame
+    from runtime.model import Answer, Model, Show
 
 EXAMPLES = (
     '`python -m runtime.ask build/pocket photo.jpg "What is in the picture?"`',
     '`python -m runtime.ask build/pocket photo.jpg "Is the door open?" --choices yes,no --json`',
     '`python -m runtime.ask build/pocket photo.jpg "Where is the cup?" --overlay kept.png`',
+    '`python -m runtime.ask build/pocket clip.mp4 "What happened?" --clip-tokens 256`',
 )
 
 
@@ -38,14 +44,16 @@ class AskOptions:
     Attributes:
         model: how the bundle is loaded.
         system: instructions before the question.
-        overlay: where to draw what was kept of the picture.
+        overlay: where to draw what was kept of the picture; of a clip, of the last frame told of.
         generation: how the answer is written.
+        clip: how much of a clip is looked at.
     """
 
     model: ModelOptions = field(default_factory=ModelOptions)
     system: str | None = None
     overlay: Path | None = None
     generation: GenerationOptions = field(default_factory=GenerationOptions)
+    clip: ClipOptions = field(default_factory=ClipOptions)
 
 
 def ask(
@@ -59,40 +67,77 @@ def ask(
 
     Args:
         bundle: the bundle's directory.
-        image: a picture file.
+        image: a picture file; or a clip: a video, a bag, a folder of pictures.
         question: what to ask.
         options: how to ask.
         show: called with each piece of the answer as it is written.
 
     Returns:
-        The answer, whose `milliseconds` also has the stage `load`, and the bundle that gave it.
+        The answer, whose `milliseconds` also has the stage `load` (of the pictures and the bundle),
+        and the bundle that gave it. About a clip it is a `ClipAnswer`.
 
     Raises:
         FoveateError: anything the user can mend.
     """
+    from runtime.clip import read_clip
     from runtime.pictures import load_picture
 
     chosen = options or AskOptions()
     started = time.perf_counter()
-    picture = load_picture(image)  # before the bundle: a wrong path is told at once
+    # Before the bundle: a wrong path is told at once.
+    clip = read_clip(str(image), chosen.clip) if is_clip(image) else None
+    picture = load_picture(image) if clip is None else clip[-1].image
     with chosen.model.open(bundle) as model:
         load_ms = (time.perf_counter() - started) * 1e3
-        answer = model.ask(picture, question, chosen.generation, system=chosen.system, show=show)
+        if clip is None:
+            answer = model.ask(
+                picture, question, chosen.generation, system=chosen.system, show=show
+            )
+        else:
+            answer = _ask_about_clip(model, clip, question, chosen, show)
+            picture = clip[answer.last_told].image
     if chosen.overlay is not None:
         from runtime.overlay import save_overlay
 
-        save_overlay(chosen.overlay, picture, answer.seen[0], model.bundle)
+        save_overlay(chosen.overlay, picture, answer.seen[-1], model.bundle)
     spent = {"load": load_ms, **answer.milliseconds}
     spent["total"] += load_ms
     return replace(answer, milliseconds=spent), model.bundle
 
 
+def _ask_about_clip(
+    model: Model, clip: Sequence[Frame], question: str, options: AskOptions, show: Show | None
+) -> ClipAnswer:
+    from runtime.clip import ask_about_clip
+    from runtime.graph_pool import GraphPool
+
+    with GraphPool(
+        model.bundle,
+        engine=options.model.engine,
+        threads=options.model.threads,
+        only=options.model.visual_tokens,
+        opened=model.encoder,
+    ) as pool:
+        return ask_about_clip(
+            model,
+            clip,
+            question,
+            pool,
+            total=options.clip.clip_tokens,
+            generation=options.generation,
+            system=options.system,
+            show=show,
+        )
+
+
 def document_from_answer(answer: Answer, bundle: Bundle) -> dict[str, Any]:
     """Return an answer as the JSON object that `--json` prints."""
+    from runtime.clip import ClipAnswer
+
     here = {model.backend: model.precision for model in bundle.manifest.language_models}
     graph = bundle.vision(answer.seen[0].tokens.shape[1])
     decode_seconds = answer.milliseconds["decode"] / 1e3
-    return {
+    document = {
         "answer": answer.text,
         "finish": answer.finish,
         "visual_tokens": answer.visual_tokens,
@@ -109,6 +154,17 @@ def document_from_answer(answer: Answer, bundle: Bundle) -> dict[str, Any]:
         "llm_precision": here.get(answer.backend),
         "versions": installed_versions(),
     }
+    if isinstance(answer, ClipAnswer):
+        start_ns = answer.frames[0].timestamp_ns
+        document["clip"] = [
+            {
+                "seconds": round((frame.timestamp_ns - start_ns) / 1e9, 3),
+                "newness": round(frame.newness, 4),
+                "visual_tokens": frame.visual_tokens,
+            }
+            for frame in answer.frames
+        ]
+    return document
 
 
 def installed_versions() -> dict[str, str]:
@@ -127,7 +183,10 @@ def installed_versions() -> dict[str, str]:
 
 def main(
     bundle: Annotated[Path, typer.Argument(help="Directory that `export.build` wrote.")],
-    image: Annotated[Path, typer.Argument(help="Picture file: JPEG, PNG, WebP, ...")],
+    image: Annotated[
+        Path,
+        typer.Argument(help="Picture (JPEG, PNG, WebP, ...); or a clip: a video, a bag, a folder."),
+    ],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     *,
     json_output: JsonOption = False,
@@ -138,12 +197,18 @@ def main(
     system: SystemOption = None,
     model: ModelOptions,
     answering: AnswerOptions,
+    clip: ClipOptions,
 ) -> None:
-    """Ask a bundle a question about a picture.
+    """Ask a bundle a question about a picture, or about a clip.
 
     The answer is written to stdout as it comes; times go to stderr.
+
+    Of a clip, frames spread over its length are compared, and each is told of with as many visual
+    tokens as what is new in it deserves: a still camera costs one frame. The prompt then holds
+    several pictures. A checkpoint trained on single pictures (the bundled pocket-llava is one)
+    answers such prompts, but its answers about what happened mean little.
     """
-    options = AskOptions(model, system, overlay, answering.generation())
+    options = AskOptions(model, system, overlay, answering.generation(), clip)
     show = None if json_output else _write
     answer, opened = ask(bundle, image, question, options, show)
     if json_output:

@@ -20,6 +20,7 @@ class GraphPool(Closeable):
         *,
         engine: str | None = None,
         threads: int | None = None,
+        only: int | None = None,
         opened: VisionEncoder | None = None,
     ) -> None:
         """Look what the bundle has; nothing is loaded yet.
@@ -28,9 +29,14 @@ class GraphPool(Closeable):
             bundle: from `open_bundle`.
             engine: what runs the graphs; left out, what the bundle's target says.
             threads: CPU threads; left out, one per physical core.
+            only: the one budget to use; left out, all.
             opened: one that is loaded already; it stays the caller's to close.
+
+        Raises:
+            OptionError: the bundle has no graph with ``only`` tokens.
         """
-        self.budgets = tuple(sorted({graph.reducer.tokens for graph in bundle.manifest.vision}))
+        graphs = bundle.manifest.vision if only is None else (bundle.vision(only),)
+        self.budgets = tuple(sorted({graph.reducer.tokens for graph in graphs}))
         self._bundle, self._engine, self._threads = bundle, engine, threads
         self._own: dict[int, VisionEncoder] = {}
         self._given = {opened.graph.reducer.tokens: opened} if opened is not None else {}

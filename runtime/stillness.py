@@ -111,3 +111,10 @@ def largest_change(blocks: Blocks, others: Blocks) -> float:
     if blocks.shape != others.shape:
         return float("inf")
     return float(np.abs(blocks - others).max())
+
+
+def changed_share(blocks: Blocks, others: Blocks, threshold: float) -> float:
+    """Return the share of blocks that differ by more than ``threshold`` grey levels, 0 to 1."""
+    if blocks.shape != others.shape:
+        return 1.0
+    return float((np.abs(blocks - others) > threshold).mean())

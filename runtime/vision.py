@@ -47,6 +47,21 @@ class VisualTokens:
         """Return the real tokens of one picture, float32[valid, D]."""
         return self.tokens[at, : self.valid[at]]
 
+    def split(self) -> list[VisualTokens]:
+        """Return each picture by itself, with its share of the batch's time."""
+        count = len(self.tokens)
+        share_ms = {stage: ms / count for stage, ms in self.milliseconds.items()}
+        return [
+            VisualTokens(
+                tokens=self.tokens[at : at + 1],
+                valid=self.valid[at : at + 1],
+                origin=self.origin[at : at + 1],
+                assignment=self.assignment[at : at + 1],
+                milliseconds=share_ms,
+            )
+            for at in range(count)
+        ]
+
 
 class VisionEncoder:
     """The vision graph of a bundle, ready to run; use it as a context manager."""

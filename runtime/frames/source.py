@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Literal
 
 import numpy as np
 
 from engines.errors import OptionError, PictureError, SourceError
-from runtime.frames.frame import Frame, Picture, Reader, ReadErrors
+from runtime.frames.frame import Capture, Frame, Picture, Reader, ReadErrors
 
 Rotation = Literal[0, 90, 180, 270]
 
@@ -81,15 +82,22 @@ class FrameSource:
         Args:
             wants_next: asked once before each frame of the source.
         """
+        for frame in self.undecoded():
+            if wants_next() and (decoded := frame()) is not None:
+                yield decoded
+
+    def undecoded(self) -> Iterator[Callable[[], Frame | None]]:
+        """Yield for each frame a way to get it; None, and counted, if it cannot be decoded."""
         for capture in self._reader.captures(self.errors):
-            if not self._clock.wants(capture.timestamp_ns) or not wants_next():
-                continue
-            try:
-                image = self._view(capture.image())
-            except (SourceError, PictureError) as error:
-                self.errors.count("undecodable", error)
-                continue
-            yield Frame(image, capture.timestamp_ns, self.name)
+            if self._clock.wants(capture.timestamp_ns):
+                yield partial(self._decode, capture)
+
+    def _decode(self, capture: Capture) -> Frame | None:
+        try:
+            return Frame(self._view(capture.image()), capture.timestamp_ns, self.name)
+        except (SourceError, PictureError) as error:
+            self.errors.count("undecodable", error)
+            return None
 
     def _view(self, image: Picture) -> Picture:
         if self._options.crop is not None:

@@ -12,7 +12,6 @@ import pytest
 
 from engines.bundle import Bundle
 from engines.errors import OptionError
-from export.build import BuildOptions, build_bundle
 from runtime.budget import BudgetController, BudgetedEncoder
 from runtime.camera import CameraOptions
 from runtime.frames import SourceOptions
@@ -87,10 +86,9 @@ def test_a_bundle_with_one_graph_has_nothing_to_choose(language_bundle: Bundle) 
 
 
 def test_a_bundle_of_two_budgets_is_watched_with_a_latency_target(
-    language_checkpoint: Path, tmp_path: Path, write_video: Callable[..., Path]
+    budgets_bundle: Bundle, tmp_path: Path, write_video: Callable[..., Path]
 ) -> None:
-    bundle = tmp_path / "bundle"
-    build_bundle(BuildOptions(str(language_checkpoint), bundle, tokens=(6, 12)))
+    bundle = budgets_bundle.root
     lines: list[dict[str, Any]] = []
     options = WatchOptions(
         CameraOptions("What is it?", every_frame=True, reuse=False),
