@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from calibration.stages import EMBEDDINGS, KEYS, MERGING, SCORES, layer_stage
 from export.checkpoint import Checkpoint
 from export.reducers import Reducer
 from export.towers import Scoring, TowerOutput
 from runtime.parts import Part
 from runtime.vision import VisualTokens
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What PyTorch makes of one batch, from the inside.
+
+    Attributes:
+        tokens: what the bundle's vision graph should return.
+        stages: values of the first picture by stage, in the order they are computed.
+    """
+
+    tokens: VisualTokens
+    stages: dict[str, NDArray[np.float32]]
 
 
 class VisionReference:
@@ -38,32 +53,39 @@ class VisionReference:
         self.projector = checkpoint.projector()
 
     @torch.no_grad()
-    def encode(self, pixel_values: NDArray[np.float32]) -> VisualTokens:
+    def observe(self, pixel_values: NDArray[np.float32]) -> Observation:
         """Encode preprocessed pictures.
 
         Args:
             pixel_values: float32[B, 3, H, W].
-
-        Returns:
-            What the bundle's vision graph should return for them.
         """
         started = time.perf_counter()
         pixels = torch.from_numpy(pixel_values)
-        tower = observe_tower(self.model, self.feature_layer, self.reducer.scoring, pixels)
+        tower, states = observe_tower(self.model, self.feature_layer, self.reducer.scoring, pixels)
         reduced = self.reducer(tower)
         tokens: Tensor = self.projector(reduced.tokens)
-        return VisualTokens(
+        seen = VisualTokens(
             tokens=tokens.numpy(),
             valid=reduced.valid.numpy(),
             origin=reduced.origin.numpy(),
             assignment=reduced.assignment.numpy(),
             milliseconds={"vision": (time.perf_counter() - started) * 1e3},
         )
+        stages = {EMBEDDINGS: states[0]}
+        stages |= {layer_stage(layer): state for layer, state in enumerate(states[1:])}
+        if self.reducer.scoring is not Scoring.NONE:
+            stages |= {SCORES: tower.scores, KEYS: tower.keys}
+        stages[MERGING] = reduced.tokens
+        return Observation(seen, {name: value[0].numpy() for name, value in stages.items()})
+
+    def encode(self, pixel_values: NDArray[np.float32]) -> VisualTokens:
+        """Encode preprocessed pictures; see `observe`."""
+        return self.observe(pixel_values).tokens
 
 
 def observe_tower(
     model: Any, feature_layer: int, scoring: Scoring, pixel_values: Tensor
-) -> TowerOutput:
+) -> tuple[TowerOutput, tuple[Tensor, ...]]:
     """Run transformers' CLIP tower and read off what a reducer wants, as the papers' code does.
 
     Args:
@@ -71,6 +93,9 @@ def observe_tower(
         feature_layer: how many encoder layers run before the features are taken.
         scoring: whose attention row and keys to read.
         pixel_values: float32[B, 3, H, W].
+
+    Returns:
+        What a reducer wants; and the embeddings and what each layer put out, float32[B, S, D] each.
     """
     layers = getattr(model, "vision_model", model).encoder.layers
     scored = layers[-1 if scoring is Scoring.LAST_LAYER else feature_layer - 1].self_attn
@@ -90,17 +115,18 @@ def observe_tower(
     finally:
         for handle in handles:
             handle.remove()
-    features = outputs.hidden_states[feature_layer]  # [B, S, D]
+    states: tuple[Tensor, ...] = outputs.hidden_states
+    features = states[feature_layer]  # [B, S, D]
     keys = seen["k_proj"]  # [B, S, D]
     if scoring is Scoring.SELECTED_LAYER:
         attention = outputs.attentions[feature_layer - 1]  # [B, H, S, S]
         scores = attention[:, :, 0, 1:].sum(dim=1)  # [B, P]
         by_head = keys.view(*keys.shape[:2], attention.shape[1], -1)  # [B, S, H, d]
-        return TowerOutput(features, scores, by_head.mean(dim=2))
+        return TowerOutput(features, scores, by_head.mean(dim=2)), states
     if scoring is Scoring.LAST_LAYER:
         logits = seen["q_proj"] @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5  # [B, S, S]
-        return TowerOutput(features, logits.softmax(dim=-1)[:, 0, 1:], keys)
-    return TowerOutput(features, features[:, :0, 0], features[:, :, :0])
+        return TowerOutput(features, logits.softmax(dim=-1)[:, 0, 1:], keys), states
+    return TowerOutput(features, features[:, :0, 0], features[:, :, :0]), states
 
 
 class LanguageReference:
