@@ -43,11 +43,13 @@ class StageError:
             selection, 1 - intersection over union. NaN or infinite where the values are.
         growth: ``error`` less the error of the stage it follows; 0 for the selection, whose error
             is of another kind.
+        reference_is_finite: False where the reference itself has NaN or infinity there.
     """
 
     stage: str
     error: float
     growth: float
+    reference_is_finite: bool = True
 
     @property
     def is_finite(self) -> bool:
@@ -147,8 +149,9 @@ def measure_stages(
 ) -> list[StageError]:
     """Compare the stages of one picture, in the order they are computed.
 
-    Tokens after the selection are compared where both sides have them. What only one side hands
-    out is left out; the selection and the projector are always there.
+    After the selection those tokens are compared that stand for a patch which both sides keep; the
+    others too where both keep the same patches, for only then they are made of the same. What only
+    one side hands out is left out; the selection and the projector are always there.
 
     Args:
         reference: values by stage, in order.
@@ -157,28 +160,33 @@ def measure_stages(
         candidate_tokens: the same of the other.
     """
     theirs, ours = (one.origin[0, : one.valid[0]] for one in (reference_tokens, candidate_tokens))
+    overlap = kept_overlap(theirs, ours)
     at_theirs, at_ours = match_tokens(theirs, ours)
+    if overlap < 1.0:
+        stands_for_a_patch = theirs[at_theirs] >= 0
+        at_theirs, at_ours = at_theirs[stands_for_a_patch], at_ours[stands_for_a_patch]
     measured: list[StageError] = []
     error_of: dict[str, float] = {}
-    tower_end = ""
 
-    def add(stage: str, error: float, before: str) -> None:
+    def add(stage: str, reference: Array, candidate: Array, before: str) -> None:
+        error = error_of[stage] = _error(reference, candidate)
         growth = error - error_of.get(before, 0.0)
-        measured.append(StageError(stage, error, growth if isfinite(growth) else error))
-        error_of[stage] = error
+        finite = bool(np.isfinite(reference).all())
+        measured.append(StageError(stage, error, growth if isfinite(growth) else error, finite))
 
+    tower_end = ""
     for stage, value in reference.items():
-        if stage in candidate and stage != MERGING:
-            before = tower_end
-            if stage not in (SCORES, KEYS):
-                tower_end = stage
-            add(stage, _error(value, candidate[stage]), before)
-    measured.append(StageError(SELECTION, 1.0 - kept_overlap(theirs, ours), 0.0))
+        if stage not in candidate or stage == MERGING:
+            continue
+        before = tower_end
+        if stage not in (SCORES, KEYS):
+            tower_end = stage
+        add(stage, value, candidate[stage], before)
+    measured.append(StageError(SELECTION, 1.0 - overlap, 0.0))
     if MERGING in reference and MERGING in candidate:
-        merged = reference[MERGING][at_theirs], candidate[MERGING][at_ours]
-        add(MERGING, _error(*merged), tower_end)
-    tokens = reference_tokens.tokens[0][at_theirs], candidate_tokens.tokens[0][at_ours]
-    add(PROJECTOR, _error(*tokens), MERGING)
+        add(MERGING, reference[MERGING][at_theirs], candidate[MERGING][at_ours], tower_end)
+    ends = reference_tokens.tokens[0][at_theirs], candidate_tokens.tokens[0][at_ours]
+    add(PROJECTOR, *ends, MERGING)
     return measured
 
 

@@ -48,7 +48,7 @@ def open_session(
         EngineError: the engine or its plan is not there, or does not run on this machine.
     """
     chosen = graph or bundle.vision()
-    name = engine or _target_of(bundle).engine
+    name = engine or target_of(bundle).engine
     path = bundle.path(chosen.file)
     if name == "ort":
         from engines.ort import OrtSession
@@ -65,7 +65,12 @@ def open_session(
     raise OptionError(f"--engine {name}: expected one of {', '.join(ENGINES)}.{hint}")
 
 
-def _target_of(bundle: Bundle) -> Target:
+def target_of(bundle: Bundle) -> Target:
+    """Return the target a bundle was built for.
+
+    Raises:
+        OptionError: it is not known here.
+    """
     extra = os.environ.get(TARGETS_VARIABLE)
     try:
         return find_target(bundle.manifest.target, Path(extra) if extra else None)
@@ -93,7 +98,7 @@ def _open_openvino(bundle: Bundle, graph: VisionGraph, name: str, threads: int |
 def _open_plan(bundle: Bundle, graph: VisionGraph, name: str, trust: bool) -> Session:
     from engines.trt.session import open_trt_session
 
-    target = _target_of(bundle)
+    target = target_of(bundle)
     if target.engine != name:
         raise OptionError(
             f"--engine {name}: the bundle's target {target.name} has {target.engine}, and a plan "

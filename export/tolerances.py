@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from engines.errors import OptionError
 from engines.manifest import Precision
@@ -17,6 +17,9 @@ class Tolerances:
         relative: largest difference of visual tokens, over the largest token value.
         overlap: least intersection over union of the kept patches.
         cosine: least cosine of a visual token with its counterpart.
+        assignment: least share of the patches kept by neither side that went the same way.
+        stage: largest error of a stage, over the length of its values. It gives no verdict; the
+            first stage past it is where to look.
         logits_cosine: least cosine of the first token's logits.
         equal_answers: least share of greedy answers that are equal.
     """
@@ -24,13 +27,16 @@ class Tolerances:
     relative: float
     overlap: float
     cosine: float
+    assignment: float = 0.0
+    stage: float = 1e-4
     logits_cosine: float = 0.0
     equal_answers: float = 0.0
 
     def __post_init__(self) -> None:
         problems = []
         for field in fields(self):
-            value, most = getattr(self, field.name), None if field.name == "relative" else 1.0
+            value = getattr(self, field.name)
+            most = None if field.name in ("relative", "stage") else 1.0
             if not value >= 0 or (most is not None and value > most):
                 expected = "0 or more" if most is None else "0 to 1"
                 problems.append(f"{field.name} is {value}, expected {expected}")
@@ -54,10 +60,10 @@ class Tolerances:
 
 
 _VISION: dict[Precision, Tolerances] = {
-    "fp32": Tolerances(relative=1e-3, overlap=1.0, cosine=0.9999),
-    "fp16": Tolerances(relative=0.05, overlap=0.9, cosine=0.99),
-    "int8": Tolerances(relative=0.5, overlap=0.7, cosine=0.9),
-    "mixed": Tolerances(relative=0.5, overlap=0.7, cosine=0.9),
+    "fp32": Tolerances(relative=1e-3, overlap=1.0, cosine=0.9999, assignment=0.99, stage=1e-4),
+    "fp16": Tolerances(relative=0.05, overlap=0.9, cosine=0.99, assignment=0.9, stage=0.01),
+    "int8": Tolerances(relative=0.5, overlap=0.7, cosine=0.9, assignment=0.5, stage=0.2),
+    "mixed": Tolerances(relative=0.5, overlap=0.7, cosine=0.9, assignment=0.5, stage=0.2),
 }
 _LOGITS_COSINE = {"fp32": 0.9999, "fp16": 0.999, "int4": 0.9}
 _EQUAL_ANSWERS = {"fp32": 0.9}
@@ -74,10 +80,8 @@ def tolerances_for(vision: Precision, llm: str | None) -> Tolerances:
     if llm is None:
         return limits
     exact = vision == "fp32"
-    return Tolerances(
-        limits.relative,
-        limits.overlap,
-        limits.cosine,
+    return replace(
+        limits,
         logits_cosine=min(_LOGITS_COSINE.get(llm, 0.9), 1.0 if exact else 0.9),
         equal_answers=_EQUAL_ANSWERS.get(llm, 0.0) if exact else 0.0,
     )

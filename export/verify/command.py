@@ -1,0 +1,154 @@
+"""The options of `python -m export.verify`, and what it prints."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from engines import cli
+from export.verify.comparison import VerifyOptions, verify_bundles
+from export.verify.golden_run import write_golden_run
+from export.verify.page import PageMaker
+from export.verify.report import json_from_report
+from export.verify.tables import print_report
+
+EXAMPLES = (
+    "`python -m export.verify build/pocket --images pictures/`",
+    "`python -m export.verify B32 B16 --model DIR --images pictures/ --html verify.html`",
+    "`python -m export.verify B --images pictures/ --engine ort,openvino --vision-only --json`",
+    "`python -m export.verify B --images pictures/ --max-images 8 --polygraphy golden/`",
+)
+
+
+def main(
+    bundles: Annotated[list[Path], typer.Argument(help="Directories of one or more bundles.")],
+    images: Annotated[Path, typer.Option(help="Directory of pictures, or one picture.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The checkpoint they were built from, a directory or a Hugging Face name; left "
+            "out, the one the bundles name, here or in `models/`."
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="What runs the vision graphs: ort, ort-cuda, ort-tensorrt, openvino, "
+            "openvino-bf16, tensorrt, tensorrt-rtx, or several with commas; left out, ort and, "
+            "where it is here, what a bundle's target says."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Which vision graph; left out, the first.")
+    ] = None,
+    question: Annotated[
+        str, typer.Option(help="What is asked about each picture.")
+    ] = VerifyOptions.question,
+    max_tokens: cli.MaxTokensOption = VerifyOptions.max_tokens,
+    vision_only: Annotated[
+        bool, typer.Option("--vision-only", help="Leave the language models out.")
+    ] = False,
+    stages: Annotated[
+        bool, typer.Option(help="Tell where in the graph the error comes in; runs it twice.")
+    ] = True,
+    max_images: Annotated[int | None, typer.Option(min=1, help="Most pictures to compare.")] = None,
+    backend: cli.BackendOption = None,
+    threads: cli.ThreadsOption = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with tables and overlays to this file.")
+    ] = None,
+    worst: Annotated[int, typer.Option(min=1, help="How many of the worst pictures to show.")] = 6,
+    polygraphy: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of comparing, write what NVIDIA's `polygraphy run` needs to compare one "
+            "bundle without Foveate: inputs, PyTorch's outputs, scripts and command lines."
+        ),
+    ] = None,
+    max_relative: Annotated[
+        float | None, typer.Option(help="Largest difference of a visual token, relative.")
+    ] = None,
+    min_overlap: Annotated[
+        float | None, typer.Option(help="Least overlap (IoU) of the kept patches.")
+    ] = None,
+    min_assignment: Annotated[
+        float | None, typer.Option(help="Least share of dropped patches merged alike.")
+    ] = None,
+    min_cosine: Annotated[
+        float | None, typer.Option(help="Least cosine of a visual token.")
+    ] = None,
+    min_logits_cosine: Annotated[
+        float | None, typer.Option(help="Least cosine of the first token's logits.")
+    ] = None,
+    min_equal_answers: Annotated[
+        float | None, typer.Option(help="Least share of equal greedy answers.")
+    ] = None,
+    as_json: cli.JsonOption = False,
+) -> int:
+    """Compare bundles with the checkpoint they were built from, on pictures of yours.
+
+    PyTorch runs the checkpoint as transformers does, in float32, with every attention matrix; all
+    sides get the same pixels. What is compared: which patches are kept, where the others are
+    merged, the tokens both sides have, the first token's logits, the answer; and stage by stage,
+    so that the report names the first layer that errs. Tolerances left out are those of a
+    bundle's precision. Exit code 1: a measure is past its tolerance.
+    """
+    tolerances = {
+        "relative": max_relative,
+        "overlap": min_overlap,
+        "assignment": min_assignment,
+        "cosine": min_cosine,
+        "logits_cosine": min_logits_cosine,
+        "equal_answers": min_equal_answers,
+    }
+    options = VerifyOptions(
+        bundles=tuple(bundles),
+        model=model,
+        images=images,
+        engines=tuple(name.strip() for name in engine.split(",")) if engine else (),
+        tokens=tokens,
+        question=question,
+        max_tokens=max_tokens,
+        vision_only=vision_only,
+        stages=stages,
+        max_images=max_images,
+        backend=backend,
+        threads=threads,
+        tolerances={name: value for name, value in tolerances.items() if value is not None},
+    )
+    if polygraphy is not None:
+        return _write_golden_run(options, polygraphy, as_json)
+    page = PageMaker(html, worst) if html is not None else None
+    report = verify_bundles(
+        options,
+        lambda files: track(files, "Comparing pictures", console=Console(stderr=True)),
+        note=_note,
+        watch=page,
+    )
+    if page is not None:
+        page.write(report)
+    if as_json:
+        cli.print_json(json_from_report(report))
+    else:
+        print_report(report, worst)
+        if page is not None:
+            print(f"The page: {page.goal}")
+    return 0 if report.passed else 1
+
+
+def _write_golden_run(options: VerifyOptions, folder: Path, as_json: bool) -> int:
+    written = write_golden_run(options, folder, _note)
+    if as_json:
+        cli.print_json({"folder": str(folder), "files": list(written)})
+    else:
+        print(f"{folder} holds {', '.join(written)}. Next: cd {folder} && ./run.sh onnxrt")
+    return 0
+
+
+def _note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Scripts that are copied into a golden run; they import nothing of Foveate."""
