@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
+from calibration.graph_file import write_graph
 from engines.bundle import Bundle, open_bundle
 from engines.errors import OptionError
 from engines.manifest import VisionGraph
@@ -112,12 +114,9 @@ def _import_comparator() -> Any:
 
 
 def _copy_graph(bundle: Bundle, graph: VisionGraph, root: Path) -> None:
-    """Copy the graph; weights beside it keep their name, which the graph refers to."""
-    source = bundle.path(graph.file)
-    shutil.copy2(source, root / MODEL)
-    weights = source.with_name(f"{source.name}.data")
-    if weights.is_file():
-        shutil.copy2(weights, root / weights.name)
+    """Copy the graph with its weights, which in the bundle may lie in a file of several graphs."""
+    model = ir.load(bundle.path(graph.file))
+    write_graph(model, root / MODEL, opset=graph.opset)
 
 
 def _write_scripts(root: Path, graph: VisionGraph, pictures: list[str], model: str) -> None:

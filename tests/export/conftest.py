@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -17,6 +18,10 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
+
+from export.build import build_bundle
+from export.build_plan import BuildOptions
+from tests.photographs import load_photographs
 
 IMAGE_SIZE, PATCH = 56, 7  # 64 patches
 WORDS = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "USER:", "ASSISTANT:", "what", "is", "this"]
@@ -146,3 +151,24 @@ def make_checkpoint(
         return write_checkpoint(tmp_path / "checkpoint", tiny_model, naming, shards)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of four photographs and a file that is none."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg"):
+        pixels = load_photographs()[name]
+        Image.fromarray(pixels).save(folder / f"{Path(name).stem}.png")
+    (folder / "notes.txt").write_text("not a picture")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def verified_bundle(language_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A faithful fp32 bundle with a graph of 8 visual tokens and one of all 16."""
+    out = tmp_path_factory.mktemp("verified") / "bundle"
+    build_bundle(
+        BuildOptions(str(language_checkpoint), out, tokens=(8, "all"), llm_precision="fp32")
+    )
+    return out

@@ -10,70 +10,26 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from onnx import numpy_helper
-from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from engines.bundle import open_bundle, write_bundle
-from engines.errors import BundleError, FoveateError, OptionError, PictureError
-from engines.manifest import ReducerSpec
-from export.build import build_bundle
-from export.build_plan import BuildOptions
-from export.checkpoint import open_checkpoint
-from export.reducers import make_reducer
-from export.to_onnx import export_onnx
+from engines.bundle import open_bundle
+from engines.errors import BundleError, EngineError, FoveateError, OptionError, PictureError
 from export.tolerances import Tolerances, tolerances_for
-from export.verify import VerifyOptions, find_checkpoint, main, verify_bundle
-from export.visual_graph import build_visual_graph
-from tests.photographs import load_photographs
-
-
-@pytest.fixture(scope="session")
-def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photographs")
-    for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg"):
-        pixels = load_photographs()[name]
-        Image.fromarray(pixels).save(folder / f"{Path(name).stem}.png")
-    (folder / "notes.txt").write_text("not a picture")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def verified_bundle(language_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("verified") / "bundle"
-    build_bundle(
-        BuildOptions(str(language_checkpoint), out, tokens=(8, "all"), llm_precision="fp32")
-    )
-    return out
+from export.verify import VerifyOptions, verify_bundles
+from export.verify.command import main
+from export.verify.sides import find_checkpoint
+from tests.verified_bundles import change_weight, put_fp16, put_prumerge, rewrite_bundle
 
 
 def options(bundle: Path, model: Path, images: Path, **changes: object) -> VerifyOptions:
-    fields = {"max_tokens": 6, "threads": 1, "max_images": 2}
-    return VerifyOptions(bundle=bundle, model=str(model), images=images, **fields | changes)
+    fields = {"max_tokens": 6, "threads": 1, "max_images": 2, "engines": ("ort",)}
+    return VerifyOptions(bundles=(bundle,), model=str(model), images=images, **fields | changes)
 
 
-def rewrite_bundle(source: Path, destination: Path, change) -> Path:
-    """Publish a copy that `change` has altered; its digests are those of the altered files."""
-    bundle = open_bundle(source)
-    with write_bundle(destination) as draft:
-        for name in bundle.manifest.files:
-            if name != "README.md":
-                shutil.copy2(source / name, draft.path(name))
-        described = change(draft.root)
-        draft.describe(bundle.manifest.model_copy(update=described or {}))
-    return destination
-
-
-def perturb_vision_weight(root: Path) -> None:
-    (file,) = root.glob("vision/visionzip_*.onnx")
-    model = onnx.load(file)
-    weight = next(w for w in model.graph.initializer if w.name.endswith("v_proj.weight"))
-    values = numpy_helper.to_array(weight).copy()
+def perturb(values: np.ndarray) -> np.ndarray:
     values[:4] += 0.5
-    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
-    onnx.save(model, file)
+    return values
 
 
 def perturb_embeddings(root: Path) -> None:
@@ -84,55 +40,89 @@ def perturb_embeddings(root: Path) -> None:
 
 @pytest.mark.parametrize("tokens", [8, 16])
 def test_a_faithful_bundle_passes(verified_bundle, language_checkpoint, photographs, tokens):
-    report = verify_bundle(
+    report = verify_bundles(
         options(verified_bundle, language_checkpoint, photographs, tokens=tokens, max_images=None)
     )
-    assert report.passed, report.failures
-    assert [p.file for p in report.pictures] == [
+    (candidate,) = report.candidates
+    assert report.passed, candidate.failures
+    assert [p.file for p in candidate.pictures] == [
         "astronaut.png",
         "chelsea.png",
         "coffee.png",
         "rocket.png",
     ]
-    assert report.summary["absolute"] <= 1e-4
-    assert report.summary["overlap"] == 1.0
-    assert report.summary["logits_cosine"] > 0.99999
-    assert report.summary["equal_answers"] == 1.0
-    assert all(p.tokens == tokens for p in report.pictures)
-    assert all(p.outputs["assignment"].max_abs == 0 for p in report.pictures)
+    assert candidate.summary["absolute"] <= 1e-4
+    assert candidate.summary["overlap"] == candidate.summary["assignment"] == 1.0
+    assert candidate.summary["logits_cosine"] > 0.99999
+    assert candidate.summary["equal_answers"] == 1.0
+    assert all(p.tokens == (tokens, tokens) for p in candidate.pictures)
 
 
 def test_an_adaptive_reducer_passes(verified_bundle, language_checkpoint, photographs, tmp_path):
-    def put_prumerge(root: Path) -> dict[str, object]:
-        reducer = make_reducer("prumerge", budget=6)
-        graph = build_visual_graph(open_checkpoint(language_checkpoint), reducer)
-        exported = export_onnx(graph, root / "vision" / "prumerge.onnx")
-        spec = ReducerSpec(name="prumerge", tokens=6, options=reducer.options)
-        changes = {
-            "file": "vision/prumerge.onnx",
-            "reducer": spec,
-            "inputs": exported.inputs,
-            "outputs": exported.outputs,
-        }
-        first = open_bundle(verified_bundle).vision()
-        return {"vision": (first.model_copy(update=changes), first)}
-
-    bundle = rewrite_bundle(verified_bundle, tmp_path / "bundle", put_prumerge)
-    report = verify_bundle(
+    change = put_prumerge(verified_bundle, language_checkpoint)
+    bundle = rewrite_bundle(verified_bundle, tmp_path / "bundle", change)
+    report = verify_bundles(
         options(bundle, language_checkpoint, photographs, vision_only=True, max_images=None)
     )
-    assert report.passed, report.failures
-    assert report.summary["absolute"] <= 1e-4
-    assert "logits_cosine" not in report.summary
-    assert report.precision == {"vision": "fp32"}
+    (candidate,) = report.candidates
+    assert report.passed, candidate.failures
+    assert candidate.summary["absolute"] <= 1e-4
+    assert "logits_cosine" not in candidate.summary
+    assert candidate.precision == {"vision": "fp32"}
+    assert {"embeddings", "layer 1", "scores", "keys"} <= {s.stage for s in candidate.stages}
+
+
+def test_bundles_and_engines_stand_side_by_side(
+    verified_bundle, language_checkpoint, photographs, tmp_path
+):
+    pytest.importorskip("openvino")
+    half = rewrite_bundle(verified_bundle, tmp_path / "half", put_fp16(verified_bundle))
+    report = verify_bundles(
+        VerifyOptions(
+            bundles=(verified_bundle, half),
+            model=str(language_checkpoint),
+            images=photographs,
+            engines=("ort", "openvino"),
+            max_tokens=3,
+            max_images=2,
+            threads=1,
+        )
+    )
+    assert report.passed, [candidate.failures for candidate in report.candidates]
+    names = [candidate.name for candidate in report.candidates]
+    assert names == ["bundle, ort", "bundle, openvino", "half, ort", "half, openvino"]
+    assert [c.precision["vision"] for c in report.candidates] == ["fp32", "fp32", "fp16", "fp16"]
+    assert report.candidates[1].provider.startswith("OpenVINO")
+    errors = [{s.stage: s.worst for s in c.stages} for c in report.candidates]
+    assert all(len(one) == 8 for one in errors)  # embeddings, 2 layers, scores, keys and the rest
+    assert errors[0]["layer 1"] < 1e-5 < errors[2]["layer 1"] < 1e-2
+    assert errors[1]["layer 1"] < 1e-5
+
+
+def test_the_targets_own_engine_is_left_out_with_a_word(
+    verified_bundle, language_checkpoint, photographs, tmp_path
+):
+    change = {"target": "jetson-orin"}
+    bundle = rewrite_bundle(verified_bundle, tmp_path / "jetson", lambda root: change)
+    notes: list[str] = []
+    given = options(bundle, language_checkpoint, photographs, vision_only=True, engines=())
+    report = verify_bundles(given, note=notes.append)
+    assert [candidate.engine for candidate in report.candidates] == ["ort"]
+    (note,) = notes
+    assert "is not compared on tensorrt, its target's engine" in note
+    with pytest.raises(EngineError):
+        verify_bundles(
+            options(bundle, language_checkpoint, photographs, engines=("tensorrt",)),
+        )
 
 
 def test_a_perturbed_vision_weight_fails(
     verified_bundle, language_checkpoint, photographs, tmp_path, capsys
 ):
-    damaged = rewrite_bundle(verified_bundle, tmp_path / "damaged", perturb_vision_weight)
+    change = change_weight("tower.layers.0.attention.v_proj", perturb)
+    damaged = rewrite_bundle(verified_bundle, tmp_path / "damaged", change)
     code = main(
-        bundle=damaged,
+        bundles=[damaged],
         model=str(language_checkpoint),
         images=photographs,
         vision_only=True,
@@ -140,11 +130,13 @@ def test_a_perturbed_vision_weight_fails(
         as_json=True,
     )
     document = json.loads(capsys.readouterr().out)
+    (candidate,) = document["candidates"]
     assert code == 1
     assert not document["passed"]
-    assert any(f.startswith("relative is") for f in document["failures"])
-    assert document["summary"]["relative"] > 1e-3
-    assert document["pictures"][0]["answer"] is None
+    assert not candidate["passed"]
+    assert any(f.startswith("relative is") for f in candidate["failures"])
+    assert candidate["summary"]["relative"] > 1e-3
+    assert candidate["pictures"][0]["answer"] is None
 
 
 def test_perturbed_embeddings_fail(
@@ -152,7 +144,7 @@ def test_perturbed_embeddings_fail(
 ):
     damaged = rewrite_bundle(verified_bundle, tmp_path / "damaged", perturb_embeddings)
     code = main(
-        bundle=damaged,
+        bundles=[damaged],
         model=str(language_checkpoint),
         images=photographs,
         max_images=1,
@@ -160,38 +152,41 @@ def test_perturbed_embeddings_fail(
     )
     told = " ".join(capsys.readouterr().out.split())
     assert code == 1
-    assert "differs from tiny-llama: logits_cosine is" in told
+    assert "damaged, ort differs from tiny-llama: logits_cosine is" in told
     assert "expected at least 0.9999" in told
     assert "relative is" not in told
 
 
 def test_json_is_one_object(verified_bundle, language_checkpoint, photographs, capsys):
     code = main(
-        bundle=verified_bundle,
+        bundles=[verified_bundle],
         model=str(language_checkpoint),
         images=photographs / "coffee.png",
         max_tokens=3,
         as_json=True,
     )
     document = json.loads(capsys.readouterr().out)
+    (candidate,) = document["candidates"]
     assert code == 0
     assert document["passed"]
-    assert document["reducer"] == {
+    assert candidate["passed"]
+    assert candidate["reducer"] == {
         "name": "visionzip",
         "tokens": 8,
         "dominant": 7,
         "contextual": 1,
         "merge": "mean",
     }
-    (picture,) = document["pictures"]
-    assert set(picture["outputs"]) == {"visual_tokens", "valid_count", "patch_index", "assignment"}
+    (picture,) = candidate["pictures"]
+    assert picture["visual_tokens"]["overlap"] == 1.0
     assert picture["answer"]["equal"]
     assert picture["answer"]["bundle"] == picture["answer"]["reference"]
-    assert document["tolerances"]["overlap"] == 1.0
+    assert candidate["tolerances"]["overlap"] == 1.0
+    assert [s["stage"] for s in candidate["stages"]][:3] == ["embeddings", "layer 0", "layer 1"]
 
 
 def test_a_tolerance_can_be_set(verified_bundle, language_checkpoint, photographs, capsys):
-    common = {"bundle": verified_bundle, "model": str(language_checkpoint), "max_images": 1}
+    common = {"bundles": [verified_bundle], "model": str(language_checkpoint), "max_images": 1}
     common |= {"images": photographs, "vision_only": True}
     assert main(**common, max_relative=0.0) == 1
     assert "expected at most 0" in capsys.readouterr().out
@@ -215,23 +210,35 @@ def test_mistakes_are_explained(
         (OptionError, "It was built from tiny-llama", (right[0], tiny_checkpoint, right[2]), {}),
         (OptionError, "no vision graph with 9", right, {"tokens": 9}),
         (OptionError, "overlap is 2, expected 0 to 1", right, {"tolerances": {"overlap": 2}}),
+        (OptionError, "--engine orrt: expected one of", right, {"engines": ("orrt",)}),
     ]
     for kind, says, paths, changes in cases:
         with pytest.raises(kind, match=says):
-            verify_bundle(options(*paths, **changes))
+            verify_bundles(options(*paths, **changes))
+
+
+def test_bundles_that_do_not_belong_together(verified_bundle, photographs, tmp_path):
+    other = rewrite_bundle(verified_bundle, tmp_path / "other", lambda root: {"model": "other"})
+    with pytest.raises(OptionError, match=r"built from different checkpoints: .* from tiny-llama"):
+        verify_bundles(VerifyOptions((verified_bundle, other), photographs))
+    with pytest.raises(OptionError, match="is named more than once"):
+        verify_bundles(VerifyOptions((other, other), photographs))
+    with pytest.raises(OptionError, match="No bundle is named"):
+        verify_bundles(VerifyOptions((), photographs))
 
 
 def test_the_checkpoint_is_found_by_the_name_the_bundle_records(
     verified_bundle, language_checkpoint, photographs, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
+    given = VerifyOptions((verified_bundle,), photographs, vision_only=True, max_images=1)
     with pytest.raises(OptionError, match="built from tiny-llama, which is neither here nor in mo"):
-        verify_bundle(VerifyOptions(verified_bundle, photographs, vision_only=True))
+        verify_bundles(given)
     shutil.copytree(language_checkpoint, tmp_path / "models" / "tiny-llama")
-    assert verify_bundle(
-        VerifyOptions(verified_bundle, photographs, vision_only=True, max_images=1)
-    ).passed
-    assert find_checkpoint("llava-hf/llava-1.5-7b-hf") == "llava-hf/llava-1.5-7b-hf"
+    assert verify_bundles(given).passed
+    named = {"model": "llava-hf/llava-1.5-7b-hf"}
+    bundle = rewrite_bundle(verified_bundle, tmp_path / "hub", lambda root: named)
+    assert find_checkpoint([open_bundle(bundle)]) == "llava-hf/llava-1.5-7b-hf"
 
 
 def test_the_command_ends_with_2_on_a_mistake(tmp_path):
@@ -263,4 +270,5 @@ def test_lower_precision_is_given_more_room():
     exact, int4 = tolerances_for("fp32", "fp32"), tolerances_for("fp32", "int4")
     assert exact.equal_answers > int4.equal_answers == 0.0
     assert tolerances_for("fp16", None).overlap < exact.overlap
+    assert tolerances_for("fp16", None).stage > exact.stage
     assert tolerances_for("int8", "int4").relative > tolerances_for("fp16", "int4").relative

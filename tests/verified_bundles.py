@@ -1,0 +1,81 @@
+"""A real bundle of a tiny checkpoint, and copies of it that a test has altered."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from calibration.half_precision import write_fp16_graph
+from engines.bundle import open_bundle, write_bundle
+from engines.manifest import ReducerSpec
+from export.checkpoint import open_checkpoint
+from export.reducers import make_reducer
+from export.to_onnx import export_onnx
+from export.visual_graph import build_visual_graph
+
+Change = Callable[[Path], "dict[str, Any] | None"]
+"""Alters a bundle's files, and returns the fields of the manifest that change with them."""
+
+
+def rewrite_bundle(source: Path, destination: Path, change: Change) -> Path:
+    """Publish a copy that `change` has altered; its digests are those of the altered files."""
+    bundle = open_bundle(source)
+    with write_bundle(destination) as draft:
+        for name in bundle.manifest.files:
+            if name != "README.md":
+                shutil.copy2(source / name, draft.path(name))
+        described = change(draft.root)
+        draft.describe(bundle.manifest.model_copy(update=described or {}))
+    return destination
+
+
+def change_weight(
+    module: str, change: Callable[[np.ndarray], np.ndarray], pattern: str = "visionzip_*.onnx"
+) -> Change:
+    """Change the weight that a module of the first vision graph multiplies by, or adds."""
+
+    def apply(root: Path) -> None:
+        (file,) = (root / "vision").glob(pattern)
+        model = onnx.load(file)
+        weight = next(w for w in model.graph.initializer if w.name.startswith(module))
+        values = change(numpy_helper.to_array(weight).copy())
+        weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+        onnx.save(model, file)
+
+    return apply
+
+
+def put_fp16(source: Path) -> Change:
+    """Replace the first vision graph by its float16 twin."""
+
+    def apply(root: Path) -> dict[str, Any]:
+        first = open_bundle(source).vision()
+        write_fp16_graph(source / first.file, root / first.file)
+        return {"vision": (first.model_copy(update={"precision": "fp16"}),)}
+
+    return apply
+
+
+def put_prumerge(source: Path, checkpoint: Path, budget: int = 6) -> Change:
+    """Put a PruMerge graph first, before the others."""
+
+    def apply(root: Path) -> dict[str, Any]:
+        reducer = make_reducer("prumerge", budget=budget)
+        graph = build_visual_graph(open_checkpoint(checkpoint), reducer)
+        exported = export_onnx(graph, root / "vision" / "prumerge.onnx")
+        changes = {
+            "file": "vision/prumerge.onnx",
+            "reducer": ReducerSpec(name="prumerge", tokens=budget, options=reducer.options),
+            "inputs": exported.inputs,
+            "outputs": exported.outputs,
+        }
+        first = open_bundle(source).vision()
+        return {"vision": (first.model_copy(update=changes), first)}
+
+    return apply
