@@ -10,6 +10,7 @@ one calibration could not serve all graphs of a bundle.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,13 +75,20 @@ class Site:
         name: the norm that makes the activation, or the layer that reads it alone.
         source: the activation, float32[..., K], or `pixel_values`.
         layers: who reads it.
-        norm: the LayerNormalization whose output it is, into which a scale can be folded.
+        norm: the LayerNormalization whose output it is.
+        values: the layer whose outputs it is attention's weighted means of.
     """
 
     name: str
     source: ir.Value
     layers: tuple[Layer, ...]
-    norm: ir.Node | None
+    norm: ir.Node | None = None
+    values: Layer | None = None
+
+    @property
+    def foldable(self) -> bool:
+        """Whether a shift and a scale of each channel cost no node of their own."""
+        return self.norm is not None or self.values is not None
 
 
 def find_layers(model: ir.Model) -> list[Layer]:
@@ -105,15 +113,18 @@ def find_sites(model: ir.Model) -> list[Site]:
     Raises:
         CalibrationError: as `find_layers`.
     """
+    found = find_layers(model)
+    by_node = {layer.node: layer for layer in found}
     readers: dict[ir.Value, list[Layer]] = {}
-    for layer in find_layers(model):
+    for layer in found:
         readers.setdefault(layer.source, []).append(layer)
     sites = []
     for source, layers in readers.items():
         producer = source.producer()
         norm = producer if producer is not None and _is_foldable(producer) else None
         name = module_of(norm) if norm is not None else layers[0].name
-        sites.append(Site(name, source, tuple(layers), norm))
+        values = _find_values(source, by_node)
+        sites.append(Site(name, source, tuple(layers), norm, values))
     return sites
 
 
@@ -136,6 +147,32 @@ def _is_foldable(norm: ir.Node) -> bool:
     return norm.op_type == "LayerNormalization" and all(
         value is not None and value.is_initializer() for value in norm.inputs[1:]
     )
+
+
+def _find_values(source: ir.Value, layers: Mapping[ir.Node, Layer]) -> Layer | None:
+    """Return the value projection of the attention that makes `source`.
+
+    Between the two are the split into heads, softmax(Q K^T) V and the heads joined again; the rows
+    of a softmax add up to one, so that what is done to a channel of V is done to that of the means.
+    """
+    attended = _behind(source, ("Reshape", "Transpose"))
+    if attended is None or attended.op_type != "MatMul":
+        return None
+    weights = _behind(attended.inputs[0], ())
+    added = _behind(attended.inputs[1], ("Reshape", "Transpose"))
+    if weights is None or weights.op_type != "Softmax" or added is None or added.op_type != "Add":
+        return None
+    return next((layers[node] for node in added.predecessors() if node in layers), None)
+
+
+def _behind(value: ir.Value | None, passed: tuple[str, ...]) -> ir.Node | None:
+    """Return what makes a value, looking through operators that nothing else reads."""
+    while value is not None and len(value.uses()) == 1:
+        node = value.producer()
+        if node is None or node.op_type not in passed:
+            return node
+        value = node.inputs[0]
+    return None
 
 
 def _is_transposed(node: ir.Node) -> bool:

@@ -20,19 +20,19 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibration.layers import Layer, Site, array_of, find_sites
-from calibration.modules import MODULE_KEY
-from calibration.ranges import LEVELS, Method, find_threshold
-from calibration.record import Calibration, FramesRecord, LayerRecord, Smoothing
+from calibration.layers import Site, array_of, find_sites
+from calibration.ranges import Method, find_threshold
+from calibration.record import Calibration, FramesRecord, LayerRecord, SiteRecord, Smoothing
 from calibration.resume import State, StateFile
-from calibration.smooth import add_weight, fold_smoothing, search_alpha
+from calibration.rewrite import quantize_site, smooth_site
+from calibration.smooth import Channels, try_smoothing
 from calibration.statistics import Frames, Progress, Recorder
 from engines.errors import CalibrationError
 
 CALIBRATION_KEY = "foveate.calibration"
 """Metadata of the model: digest of the calibration that was applied."""
 
-ALPHAS = tuple(round(0.05 * step, 2) for step in range(20))
+ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class CalibrationOptions:
     percentile: float = 99.99
     smooth: bool = True
     alphas: tuple[float, ...] = ALPHAS
-    sample_rows: int = 512
+    sample_rows: int = 256
     threads: int | None = None
 
 
@@ -90,37 +90,45 @@ def calibrate(
     recorder = Recorder(model, sites, frames, states, options.threads, progress)
 
     state = recorder.measure_channels(options.sample_rows)
-    smoothing = _choose_smoothing(sites, state, options) if options.smooth else {}
-    scales = {name: chosen.scales for name, chosen in smoothing.items()}
-    largest = {
-        site.name: float((state.arrays[f"largest/{site.name}"] / scales.get(site.name, 1)).max())
-        for site in sites
+    channels = {site.name: _channels_of(state, site) for site in sites}
+    smoothing = {
+        site.name: _choose_smoothing(site, state, channels[site.name], options) for site in sites
     }
+    smoothed = {
+        name: found.smoothed(chosen.shift, chosen.scale) if (chosen := smoothing[name]) else found
+        for name, found in channels.items()
+    }
+    largest = {name: float(found.largest.max()) for name, found in smoothed.items()}
     thresholds = largest
     if options.method != "max":
-        state = recorder.measure_histograms(state, largest, scales)
+        state = recorder.measure_histograms(
+            state, largest, lambda name, rows: _smooth(rows, smoothing[name])
+        )
         thresholds = {
             name: find_threshold(
-                state.arrays[f"counts/{name}"], largest[name], options.method, options.percentile
+                state.arrays[f"counts/{name}"], top, options.method, options.percentile
             )
-            for name in largest
+            for name, top in largest.items()
         }
     states.clear()
     return Calibration(
         method=options.method,
         percentile=options.percentile,
         frames=FramesRecord(count=state.seen, sha256=state.chain),
-        layers={
-            layer.name: LayerRecord(
-                threshold=thresholds[site.name],
-                largest=largest[site.name],
-                weight_sha256=digests[layer.name],
-                site=site.name,
+        sites={
+            name: SiteRecord(
+                threshold=thresholds[name],
+                largest=largest[name],
+                mean=smoothed[name].mean,
+                smoothing=smoothing[name],
             )
+            for name in channels
+        },
+        layers={
+            layer.name: LayerRecord(site=site.name, weight_sha256=digests[layer.name])
             for site in sites
             for layer in site.layers
         },
-        smoothing=smoothing,
     )
 
 
@@ -139,99 +147,56 @@ def apply_calibration(model: ir.Model, calibration: Calibration) -> None:
     """
     sites = find_sites(model)
     _refuse_other_weights(sites, calibration)
-    for site in sites:
-        layers = [layer for layer in site.layers if layer.name not in calibration.excluded]
-        if not layers:
-            continue
-        if site.name in calibration.smoothing:
-            fold_smoothing(model.graph, site, calibration.smoothing[site.name].scales)
-        _quantize_source(model.graph, layers, calibration.layers[layers[0].name].threshold)
-        for layer in layers:
-            _quantize_weight(model.graph, layer)
+    kept = {
+        site: [layer for layer in site.layers if layer.name not in calibration.excluded]
+        for site in sites
+    }
+    for site, layers in kept.items():
+        smoothing = calibration.sites[site.name].smoothing
+        if layers and smoothing is not None:
+            smooth_site(model.graph, site, smoothing.shift, smoothing.scale)
+    for site, layers in kept.items():
+        if layers:
+            found = calibration.sites[site.name]
+            quantize_site(model.graph, layers, found.threshold, found.mean)
     model.metadata_props[CALIBRATION_KEY] = calibration.digest()
 
 
+def _channels_of(state: State, site: Site) -> Channels:
+    lowest, highest, total, rows = (
+        state.arrays[f"{what}/{site.name}"] for what in ("lowest", "highest", "sum", "rows")
+    )
+    return Channels(lowest, highest, (total / rows).astype(np.float32))
+
+
 def _choose_smoothing(
-    sites: Sequence[Site], state: State, options: CalibrationOptions
-) -> dict[str, Smoothing]:
-    chosen = {}
-    for site in sites:
-        if site.norm is None:
-            continue
-        trials = search_alpha(
-            state.arrays[f"sample/{site.name}"],
-            state.arrays[f"largest/{site.name}"],
-            [layer.matrix() for layer in site.layers],
-            options.alphas,
-            options.method,
-            options.percentile,
-        )
-        best = min(trials, key=lambda trial: trial.error)
-        if best.alpha is not None:
-            chosen[site.name] = Smoothing(
-                alpha=best.alpha,
-                scales=best.scales,
-                error=best.error,
-                error_before=trials[0].error,
-            )
-    return chosen
+    site: Site, state: State, channels: Channels, options: CalibrationOptions
+) -> Smoothing | None:
+    """Take what costs least; what takes nodes of its own must cost half of nothing."""
+    if not options.smooth or site.source.is_graph_input():
+        return None
+    plain, *trials = try_smoothing(
+        state.arrays[f"sample/{site.name}"],
+        channels,
+        [layer.matrix() for layer in site.layers],
+        options.alphas,
+        options.method,
+        options.percentile,
+    )
+    best = min(trials, key=lambda trial: trial.error)
+    if best.error >= plain.error * (1.0 if site.foldable else 0.5):
+        return None
+    return Smoothing(
+        alpha=best.alpha,
+        shift=best.shift,
+        scale=best.scale,
+        error=best.error,
+        error_before=plain.error,
+    )
 
 
-def _quantize_source(graph: ir.Graph, layers: Sequence[Layer], threshold: float) -> None:
-    """Put one Q/DQ pair between an activation and the layers that read it."""
-    first, source = layers[0], layers[0].source
-    scale = add_weight(graph, _half_exact(np.float32(threshold / LEVELS)), f"{first.name}.scale")
-    zero = add_weight(graph, np.int8(0), f"{first.name}.zero_point")
-    quantize = _node("QuantizeLinear", [source, scale, zero], first, "input")
-    dequantize = _node("DequantizeLinear", [quantize.outputs[0], scale, zero], first, "input")
-    _describe(quantize.outputs[0], ir.DataType.INT8, source.shape)
-    _describe(dequantize.outputs[0], ir.DataType.FLOAT, source.shape)
-    graph.insert_before(first.node, [quantize, dequantize])
-    for layer in layers:
-        layer.node.replace_input_with(0, dequantize.outputs[0])
-
-
-def _quantize_weight(graph: ir.Graph, layer: Layer) -> None:
-    """Store a weight as INT8 with a scale for each channel it makes."""
-    weight, axis = layer.weight, layer.output_axis
-    array = array_of(weight)
-    others = tuple(index for index in range(array.ndim) if index != axis)
-    scales = _half_exact(np.abs(array).max(axis=others) / np.float32(LEVELS))  # [N]
-    shape = [-1 if index == axis else 1 for index in range(array.ndim)]
-    integers = np.clip(np.round(array / scales.reshape(shape)), -LEVELS, LEVELS).astype(np.int8)
-    inputs = [
-        add_weight(graph, integers, f"{layer.name}.weight.int8"),
-        add_weight(graph, scales, f"{layer.name}.weight.scale"),
-        add_weight(graph, np.zeros(len(scales), np.int8), f"{layer.name}.weight.zero_point"),
-    ]
-    dequantize = _node("DequantizeLinear", inputs, layer, "weight", axis=axis)
-    _describe(dequantize.outputs[0], ir.DataType.FLOAT, weight.shape)
-    graph.insert_before(layer.node, dequantize)
-    layer.node.replace_input_with(1, dequantize.outputs[0])
-    if weight.name and not weight.uses():
-        del graph.initializers[weight.name]
-
-
-def _half_exact(scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Round scales up to a float16, so that a graph in float16 has the same integers."""
-    half = scale.astype(np.float16)
-    half = np.where(half < scale, np.nextafter(half, np.float16(np.inf)), half)
-    return np.where(half > 0, half, np.float16(1)).astype(np.float32)
-
-
-def _node(
-    operator: str, inputs: Sequence[ir.Value], layer: Layer, what: str, axis: int | None = None
-) -> ir.Node:
-    attributes = {} if axis is None else {"axis": axis}
-    node = ir.node(operator, inputs, attributes, name=f"{layer.name}/{operator}_{what}")
-    node.metadata_props[MODULE_KEY] = layer.name
-    return node
-
-
-def _describe(value: ir.Value, dtype: ir.DataType, shape: ir.Shape | None) -> None:
-    producer = value.producer()
-    value.name = f"{producer.name}:0" if producer is not None else None
-    value.type, value.shape = ir.TensorType(dtype), shape
+def _smooth(rows: NDArray[np.float32], smoothing: Smoothing | None) -> NDArray[np.float32]:
+    return rows if smoothing is None else (rows - smoothing.shift) / smoothing.scale
 
 
 def _refuse_not_finite(sites: Sequence[Site], graph_file: Path) -> None:

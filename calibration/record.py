@@ -58,36 +58,50 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
 
-class LayerRecord(_Record):
-    """What was found for one layer.
+class Smoothing(_Record):
+    """How an activation is reshaped before it is quantized: X' = (X - shift) / scale.
 
     Attributes:
-        threshold: magnitude of its (smoothed) activation that becomes 127.
-        largest: largest magnitude that was seen.
-        weight_sha256: of its float32 weight.
-        site: the norm its activation comes from, or its own name.
+        alpha: of SmoothQuant, None where scales are 1.
+        shift: float32[K].
+        scale: float32[K].
+        error: squared error of the layers' outputs relative to their variance, on a sample.
+        error_before: the same without smoothing.
+    """
+
+    alpha: float | None
+    shift: Vector
+    scale: Vector
+    error: float
+    error_before: float
+
+
+class SiteRecord(_Record):
+    """What was found for one activation.
+
+    Attributes:
+        threshold: magnitude that becomes 127, after smoothing.
+        largest: largest magnitude that was seen, after smoothing.
+        mean: float32[K]; after smoothing.
+        smoothing: None leaves the activation as it is.
     """
 
     threshold: float = Field(ge=0, allow_inf_nan=False)
     largest: float = Field(ge=0, allow_inf_nan=False)
-    weight_sha256: Sha256
-    site: str
+    mean: Vector
+    smoothing: Smoothing | None = None
 
 
-class Smoothing(_Record):
-    """Scales moved from one norm's output into the weights that read it.
+class LayerRecord(_Record):
+    """One layer that can be quantized.
 
     Attributes:
-        alpha: how much of the difficulty went into the weights, 0 to 1.
-        scales: float32[K]; the activation is divided by it, the weights are multiplied.
-        error: squared error of the layers' outputs relative to their square, on the sample.
-        error_before: the same without smoothing.
+        site: the activation it reads, by the norm that makes it or by the layer itself.
+        weight_sha256: of its float32 weight.
     """
 
-    alpha: float
-    scales: Vector
-    error: float
-    error_before: float
+    site: str
+    weight_sha256: Sha256
 
 
 class FramesRecord(_Record):
@@ -110,8 +124,8 @@ class Calibration(_Record):
         method: how thresholds were chosen.
         percentile: for the method of that name.
         frames: what it was made from.
+        sites: the activations, by name.
         layers: every layer that can be quantized, by its module.
-        smoothing: by the module of the norm; a norm that is absent is left as it is.
         excluded: layers that stay in floating point.
         notes: what a search or a person wants to be remembered, such as the gate it met.
     """
@@ -120,8 +134,8 @@ class Calibration(_Record):
     method: Method
     percentile: float
     frames: FramesRecord
+    sites: dict[str, SiteRecord]
     layers: dict[str, LayerRecord] = Field(min_length=1)
-    smoothing: dict[str, Smoothing] = {}
     excluded: tuple[str, ...] = ()
     notes: dict[str, str] = {}
 

@@ -1,14 +1,20 @@
-"""SmoothQuant: outlying channels of an activation become a matter of the weights.
+"""Smoothing: outlying channels of an activation become a matter of weights and biases.
 
-Enters: a norm, the matrices that read it, and how large each channel of its output grows. Leaves:
-one scale per channel, by which the norm's gamma and beta are divided and the matrices' rows are
-multiplied. In floating point nothing changes; in INT8 one scale then fits the whole activation.
+Enters: the range and mean of each channel of an activation, a sample of it, and the matrices that
+read it. Leaves: a shift and a scale for each channel, X' = (X - shift) / scale, that cost the
+layers' outputs least once X' and the weights are INT8. In floating point nothing changes, for the
+weights are multiplied by the scale and the biases take the shift.
 
-Xiao et al. 2023 (arXiv 2211.10438), eq. 4: s_j = max|X_j|^alpha / max|W_j|^(1 - alpha). Deviations:
-alpha is searched for each norm instead of being 0.5 for all, by the error of what its layers put
-out; scales are divided by their geometric mean, which per-tensor quantization does not notice and
-which keeps the activation's magnitude for layers that stay in float16; a channel that is zero in
-activation or weights keeps the scale 1.
+Scales: SmoothQuant (Xiao et al. 2023, arXiv 2211.10438), eq. 4:
+s_j = max|X_j|^alpha / max|W_j|^(1 - alpha). Shifts: Outlier Suppression+ (Wei et al. 2023, arXiv
+2304.09145), eq. 4: z_j = (max X_j + min X_j) / 2, which makes a channel symmetric, as TensorRT's
+zero points of 0 would have it. Deviations: alpha, and whether to shift, is searched for each
+activation by the error of what its layers put out; scales are divided by their geometric mean,
+which per-tensor quantization does not notice and which keeps the magnitude for layers that stay in
+float16; a channel that is zero in activation or weights keeps the scale 1.
+
+The error that rounding leaves in the mean of an output goes into the bias (Nagel et al. 2019, arXiv
+1906.04721, section 4.2, with the mean measured on the frames); the search counts on that.
 """
 
 from __future__ import annotations
@@ -17,11 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibration.layers import Site, array_of
-from calibration.modules import MODULE_KEY, module_of
 from calibration.ranges import LEVELS, Method, count_magnitudes, find_threshold
 
 Matrix = NDArray[np.float32]
@@ -31,21 +34,53 @@ _BINS = 2048
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One way to quantize a site, and what it costs.
+class Channels:
+    """What is known of each channel of an activation over all frames.
 
     Attributes:
-        alpha: of eq. 4, None for no smoothing.
-        scales: float32[K].
-        error: squared error of the layers' outputs relative to their square.
+        lowest: float32[K].
+        highest: float32[K].
+        mean: float32[K].
+    """
+
+    lowest: Vector
+    highest: Vector
+    mean: Vector
+
+    @property
+    def largest(self) -> Vector:
+        """Largest magnitude of each channel, float32[K]."""
+        return np.maximum(-self.lowest, self.highest)
+
+    @property
+    def middle(self) -> Vector:
+        """What makes each channel symmetric when it is taken off, float32[K]."""
+        return np.asarray((self.lowest + self.highest) / 2, np.float32)
+
+    def smoothed(self, shift: Vector, scale: Vector) -> Channels:
+        """Return what they become as (X - shift) / scale."""
+        values = (self.lowest, self.highest, self.mean)
+        return Channels(*(np.asarray((v - shift) / scale, np.float32) for v in values))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to smooth an activation, and what it costs.
+
+    Attributes:
+        alpha: of SmoothQuant's eq. 4, None for no scales.
+        shift: float32[K].
+        scale: float32[K].
+        error: squared error of the layers' outputs relative to their variance.
     """
 
     alpha: float | None
-    scales: Vector
+    shift: Vector
+    scale: Vector
     error: float
 
 
-def smoothing_scales(activation: Vector, weight: Vector, alpha: float) -> Vector:
+def smoothing_scale(activation: Vector, weight: Vector, alpha: float) -> Vector:
     """Return eq. 4 with a geometric mean of one.
 
     Args:
@@ -62,114 +97,52 @@ def smoothing_scales(activation: Vector, weight: Vector, alpha: float) -> Vector
     return np.where(alive, np.exp(logarithms), 1.0).astype(np.float32)
 
 
-def search_alpha(
+def try_smoothing(
     sample: Matrix,
-    largest: Vector,
+    channels: Channels,
     matrices: Sequence[Matrix],
     alphas: Sequence[float],
     method: Method,
     percentile: float,
 ) -> list[Trial]:
-    """Try every alpha, and no smoothing, on a sample of an activation.
+    """Try every alpha, with and without shift, on a sample of an activation.
 
     Args:
         sample: float32[R, K]; rows of the activation.
-        largest: float32[K]; max|X_j| over all frames.
+        channels: over all frames.
         matrices: the weights that read it, float32[K, N] each.
         alphas: what to try.
         method: how the range of the smoothed activation is chosen.
         percentile: for the method of that name.
 
     Returns:
-        The trial without smoothing first, then one for each alpha.
+        The trial that changes nothing first, then the others.
     """
     joined = np.concatenate(matrices, axis=1)  # [K, sum of N]
-    exact = sample @ joined  # [R, sum of N]
-    power = float(np.square(exact, dtype=np.float64).sum()) or 1.0
     reach = np.abs(joined).max(axis=1)
-
-    def attempt(alpha: float | None) -> Trial:
-        scales = np.ones_like(largest) if alpha is None else smoothing_scales(largest, reach, alpha)
-        smoothed = sample / scales
-        top = float((largest / scales).max())
-        counts = count_magnitudes(smoothed, top, _BINS)
-        threshold = find_threshold(counts, top, method, percentile)
-        product = fake_quantize(smoothed, threshold) @ fake_quantize(
-            joined * scales[:, None], np.abs(joined * scales[:, None]).max(axis=0)
-        )
-        error = float(np.square(product - exact, dtype=np.float64).sum())
-        return Trial(alpha, scales, error / power)
-
-    return [attempt(None), *(attempt(alpha) for alpha in alphas)]
+    exact = sample @ joined  # [R, sum of N]
+    power = float(np.square(exact - exact.mean(axis=0), dtype=np.float64).sum()) or 1.0
+    trials = []
+    for shift in (np.zeros_like(channels.mean), channels.middle):
+        shifted = channels.smoothed(shift, np.ones_like(shift))
+        for alpha in (None, *alphas):
+            scale = np.ones_like(shift)
+            if alpha is not None:
+                scale = smoothing_scale(shifted.largest, reach, alpha)
+            smoothed = channels.smoothed(shift, scale)
+            top = float(smoothed.largest.max())
+            x: Matrix = (sample - shift) / scale
+            w: Matrix = joined * scale[:, None]
+            counts = count_magnitudes(x, top, _BINS)
+            threshold = find_threshold(counts, top, method, percentile)
+            rounded = fake_quantize(w, np.abs(w).max(axis=0))
+            off = fake_quantize(x, threshold) @ rounded - x @ w - smoothed.mean @ (rounded - w)
+            error = float(np.square(off, dtype=np.float64).sum()) / power
+            trials.append(Trial(alpha, shift, scale, error))
+    return trials
 
 
 def fake_quantize(values: Matrix, threshold: float | Vector) -> Matrix:
     """Round values to symmetric INT8 and back; one threshold, or one for each column."""
     scale = np.maximum(np.asarray(threshold, np.float32), np.finfo(np.float32).tiny) / LEVELS
     return np.asarray(np.clip(np.round(values / scale), -LEVELS, LEVELS) * scale, np.float32)
-
-
-def fold_smoothing(graph: ir.Graph, site: Site, scales: Vector) -> None:
-    """Divide a norm's output by `scales` and multiply the rows of the matrices that read it.
-
-    Whatever else reads the norm (PruMerge's scores can share one with a layer) keeps it as it was:
-    the layers then get a norm of their own. Weights that are shared stay whole for the others too.
-
-    Args:
-        graph: that the site is part of.
-        site: with a norm.
-        scales: float32[K].
-    """
-    norm = site.norm
-    if norm is None:
-        raise RuntimeError(f"{site.name} is not fed by a LayerNormalization")
-    readers = {layer.node for layer in site.layers}
-    if any(use.node not in readers for use in site.source.uses()) or site.source.is_graph_output():
-        norm = _twin_norm(graph, norm)
-        for layer in site.layers:
-            layer.node.replace_input_with(0, norm.outputs[0])
-    for index, kind in ((1, "weight"), (2, "bias")):
-        vector = norm.inputs[index] if index < len(norm.inputs) else None
-        if vector is not None:
-            smoothed = array_of(vector) / scales
-            replace_weight(graph, norm, index, smoothed, f"{site.name}.{kind}.smoothed")
-    for layer in site.layers:
-        weight = array_of(layer.weight)
-        rows = scales[:, None] if layer.output_axis == 1 else scales[None, :]
-        replace_weight(graph, layer.node, 1, weight * rows, f"{layer.name}.weight.smoothed")
-
-
-def replace_weight(
-    graph: ir.Graph, node: ir.Node, index: int, array: NDArray[np.generic], name: str
-) -> ir.Value:
-    """Give a node another weight; the old one goes when nothing reads it any more."""
-    old = node.inputs[index]
-    new = add_weight(graph, array, name)
-    node.replace_input_with(index, new)
-    if old is not None and old.is_initializer() and old.name and not old.uses():
-        del graph.initializers[old.name]
-    return new
-
-
-def add_weight(graph: ir.Graph, array: NDArray[np.generic], name: str) -> ir.Value:
-    """Add a constant to a graph."""
-    tensor = ir.tensor(np.array(array, order="C"), name=name)
-    value = ir.Value(
-        name=name,
-        type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(array.shape),
-        const_value=tensor,
-    )
-    graph.register_initializer(value)
-    return value
-
-
-def _twin_norm(graph: ir.Graph, norm: ir.Node) -> ir.Node:
-    twin = ir.node("LayerNormalization", list(norm.inputs), name=f"{norm.name}_smoothed")
-    for attribute in norm.attributes.values():
-        twin.attributes.add(attribute)
-    twin.metadata_props[MODULE_KEY] = module_of(norm)
-    source, output = norm.outputs[0], twin.outputs[0]
-    output.name, output.type, output.shape = f"{twin.name}:0", source.type, source.shape
-    graph.insert_after(norm, twin)
-    return twin

@@ -35,6 +35,14 @@ Update = Callable[[Site, Rows], dict[str, NDArray[Any]]]
 CHANNELS, HISTOGRAMS = "channels", "histograms"
 BINS = 2048
 _SAVE_EVERY_S = 10.0
+_JOIN: dict[str, Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]]] = {
+    "lowest": np.minimum,
+    "highest": np.maximum,
+    "sum": np.add,
+    "rows": np.add,
+    "counts": np.add,
+    "sample": lambda before, new: np.concatenate([before, new]),
+}
 
 
 class Frames(Protocol):
@@ -74,7 +82,7 @@ class Recorder:
     progress: Progress
 
     def measure_channels(self, sample_rows: int) -> State:
-        """Gather ``largest/SITE`` float32[K] and, of sites with a norm, ``sample/SITE``.
+        """Gather ``lowest/``, ``highest/`` and ``sum/SITE`` [K], ``rows/SITE``, ``sample/SITE``.
 
         Of every frame the first row (the class token, which chooses patches) and others by chance
         are sampled, about ``sample_rows`` over all frames: float32[R, K].
@@ -91,12 +99,15 @@ class Recorder:
             random = np.random.default_rng(at)
 
             def update(site: Site, rows: Rows) -> dict[str, NDArray[Any]]:
-                found: dict[str, NDArray[Any]] = {f"largest/{site.name}": np.abs(rows).max(axis=0)}
-                if site.norm is not None:
-                    chosen = random.permutation(len(rows))[:share]
-                    chosen[0] = 0
-                    found[f"sample/{site.name}"] = rows[chosen]
-                return found
+                chosen = random.permutation(len(rows))[:share]
+                chosen[0] = 0
+                return {
+                    f"lowest/{site.name}": rows.min(axis=0),
+                    f"highest/{site.name}": rows.max(axis=0),
+                    f"sum/{site.name}": rows.sum(axis=0, dtype=np.float64),
+                    f"rows/{site.name}": np.array(len(rows)),
+                    f"sample/{site.name}": rows[chosen],
+                }
 
             return update
 
@@ -106,22 +117,22 @@ class Recorder:
         self,
         channels: State,
         largest: Mapping[str, float],
-        scales: Mapping[str, NDArray[np.float32]],
+        smoothed: Callable[[str, Rows], Rows],
     ) -> State:
         """Gather ``counts/SITE``, int64[BINS], of magnitudes from 0 to ``largest[SITE]``.
 
         Args:
             channels: from `measure_channels`; kept with what is gathered here.
             largest: by site, after smoothing.
-            scales: by site; what its channels are divided by. Absent: by nothing.
+            smoothed: smooths the activation of a site.
 
         Raises:
             CalibrationError: as `measure_channels`.
         """
 
         def update(site: Site, rows: Rows) -> dict[str, NDArray[Any]]:
-            smoothed = rows / scales[site.name] if site.name in scales else rows
-            return {f"counts/{site.name}": count_magnitudes(smoothed, largest[site.name], BINS)}
+            counts = count_magnitudes(smoothed(site.name, rows), largest[site.name], BINS)
+            return {f"counts/{site.name}": counts}
 
         start = State(HISTOGRAMS, arrays=channels.arrays)
         return self._gather(start, lambda at: update, 0.5)
@@ -198,15 +209,8 @@ def _updated(
     merged = dict(arrays)
     for site in sites:
         for name, new in update(site, activations[site.name]).items():
-            old = arrays.get(name)
-            if old is None:
-                merged[name] = new
-            elif name.startswith("largest/"):
-                merged[name] = np.maximum(old, new)
-            elif name.startswith("counts/"):
-                merged[name] = old + new
-            else:
-                merged[name] = np.concatenate([old, new])
+            join = _JOIN[name.partition("/")[0]]
+            merged[name] = join(arrays[name], new) if name in arrays else new
     return merged
 
 
