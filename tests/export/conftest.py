@@ -22,6 +22,7 @@ from transformers import (
 from export.build import build_bundle
 from export.build_plan import BuildOptions
 from tests.photographs import load_photographs
+from tests.verified_bundles import put_prumerge, rewrite_bundle
 
 IMAGE_SIZE, PATCH = 56, 7  # 64 patches
 WORDS = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "USER:", "ASSISTANT:", "what", "is", "this"]
@@ -172,3 +173,12 @@ def verified_bundle(language_checkpoint: Path, tmp_path_factory: pytest.TempPath
         BuildOptions(str(language_checkpoint), out, tokens=(8, "all"), llm_precision="fp32")
     )
     return out
+
+
+@pytest.fixture(scope="session")
+def prumerge_bundle(
+    verified_bundle: Path, language_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same bundle with PruMerge's graph first."""
+    change = put_prumerge(verified_bundle, language_checkpoint)
+    return rewrite_bundle(verified_bundle, tmp_path_factory.mktemp("prumerge") / "bundle", change)
