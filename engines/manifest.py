@@ -91,6 +91,9 @@ class VisionGraph(_Record):
     opset: int
     patch_rows: int = Field(gt=0)
     patch_columns: int = Field(gt=0)
+    accuracy: float | None = Field(default=None, ge=0, le=1)
+    """Share of questions answered exactly with this reducer, budget and precision, as the
+    checkpoint's ``accuracy_by_budget.json`` says; None: nobody measured it."""
 
 
 class LanguageModel(_Record):

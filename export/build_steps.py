@@ -22,6 +22,7 @@ from engines.bundle import BundleDraft, write_bundle
 from engines.manifest import Manifest, ReducerSpec, VisionGraph
 from engines.progress_bar import Progress
 from engines.trt.on_device import write_device_files
+from export.accuracy_table import AccuracyTable
 from export.build_plan import BuildOptions, BuildPlan, plan_build
 from export.language_models import export_language_models
 from export.reducers import Reducer
@@ -115,6 +116,7 @@ def _export_graph(
     shared: SharedWeights | None,
 ) -> VisionGraph:
     count = reducer.token_count(plan.patches)
+    accuracy = AccuracyTable(plan.checkpoint.root)
     relative = f"vision/{reducer.name}_{count}.onnx"
     model = trace_graph(build_visual_graph(plan.checkpoint, reducer))
     model.metadata_props["model"] = plan.checkpoint.name
@@ -135,4 +137,5 @@ def _export_graph(
         opset=exported.opset,
         patch_rows=plan.checkpoint.patch_side,
         patch_columns=plan.checkpoint.patch_side,
+        accuracy=accuracy.accuracy_of(reducer, plan.patches, plan.precision),
     )

@@ -6,7 +6,7 @@ They share nothing that changes, so the loop may run each in a thread of its own
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 
 from runtime.camera_parts import Said
@@ -18,7 +18,7 @@ from runtime.vision import VisionEncoder, VisualTokens
 
 
 class FrameEncoder:
-    """The vision graph, one frame at a time."""
+    """The vision graph, for one camera or several."""
 
     def __init__(self, encoder: VisionEncoder) -> None:
         self._encoder = encoder
@@ -31,6 +31,15 @@ class FrameEncoder:
             PictureError: not a picture the tower can take.
         """
         return self._encoder.encode([image])
+
+    def encode_batch(self, images: Sequence[Picture]) -> list[VisualTokens]:
+        """Encode pictures of any sizes as one batch.
+
+        Raises:
+            EngineError: the graph failed.
+            PictureError: one is not a picture the tower can take.
+        """
+        return self._encoder.encode(list(images)).split()
 
 
 class FrameAnswerer:

@@ -6,12 +6,43 @@ Ages are measured on the monotonic clock, so that a wall clock set back changes 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from engines.errors import OptionError
 from runtime.frames import Frame, Picture
+from runtime.stillness import StillnessOptions
 from runtime.vision import VisualTokens
+
+
+@dataclass(frozen=True)
+class CameraOptions:
+    """How frames are watched.
+
+    Attributes:
+        question: what is asked about them; it may be changed while running.
+        every_s: seconds from one answer's start to the next; 0 answers as fast as it can.
+        every_frame: take each frame of a recording in turn, however long that takes.
+        on_change: answer only when the scene has changed.
+        reuse: keep the tokens and the answer of a scene that stands still.
+        stillness: when a scene counts as still.
+        stall_after_s: an answer that takes longer is reported while it is waited for.
+    """
+
+    question: str
+    every_s: float = 0.0
+    every_frame: bool = False
+    on_change: bool = False
+    reuse: bool = True
+    stillness: StillnessOptions = field(default_factory=StillnessOptions)
+    stall_after_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.question.strip():
+            raise OptionError('The question is empty. Give one, for example --ask "What is ahead?"')
+        if self.every_s < 0 or self.stall_after_s <= 0:
+            raise OptionError("every_s must be 0 or more and stall_after_s more than 0.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,11 +53,13 @@ class Arrival:
         frame: the picture.
         index: frames received before it.
         at_s: monotonic seconds.
+        camera: which of several cameras it came from, counted from 0.
     """
 
     frame: Frame
     index: int
     at_s: float
+    camera: int = 0
 
     def age_s(self) -> float:
         """Return how long ago the frame arrived."""
@@ -57,6 +90,13 @@ class Encoder(Protocol):
 
     def encode(self, image: Picture) -> VisualTokens:
         """Encode one picture; raises `EngineError` or `PictureError`."""
+
+
+class BatchEncoder(Protocol):
+    """Turns pictures into visual tokens, all at once."""
+
+    def encode_batch(self, images: Sequence[Picture]) -> Sequence[VisualTokens]:
+        """Encode pictures of any sizes; raises `EngineError` or `PictureError`."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from prometheus_client.core import CounterMetricFamily
     from rich.live import Live
 
-    from runtime.camera import CameraLoop
+    from runtime.answer_stream import AnswerStream
     from runtime.camera_parts import CameraAnswer
 
 ADDRESS = "127.0.0.1"
@@ -33,7 +33,7 @@ class MetricsServer:
         port: where; the one asked for, or the free one that was found for 0.
     """
 
-    def __init__(self, loop: CameraLoop, port: int) -> None:
+    def __init__(self, loop: AnswerStream, port: int) -> None:
         """Begin to serve.
 
         Raises:
@@ -95,7 +95,7 @@ class MetricsServer:
 class _LoopCounts:
     """What the loop counts itself, read when it is asked for."""
 
-    def __init__(self, loop: CameraLoop) -> None:
+    def __init__(self, loop: AnswerStream) -> None:
         self._loop = loop
 
     def collect(self) -> Iterator[CounterMetricFamily]:
@@ -106,7 +106,7 @@ class _LoopCounts:
         )
         for name, text, counts in (
             ("drops", "Frames that were not answered.", self._loop.drops),
-            ("source_errors", "What could not be read.", self._loop.source.errors.counts),
+            ("source_errors", "What could not be read.", self._loop.errors),
         ):
             family = CounterMetricFamily(f"foveate_{name}", text, labels=["reason"])
             for reason, count in sorted(counts.copy().items()):
@@ -117,7 +117,7 @@ class _LoopCounts:
 class StatusLine:
     """One line on a terminal that says how the loop is doing; use `show` for each answer."""
 
-    def __init__(self, loop: CameraLoop, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, loop: AnswerStream, clock: Callable[[], float] = time.monotonic) -> None:
         self._loop = loop
         self._clock = clock
         self._started_s = clock()
@@ -151,7 +151,7 @@ class StatusLine:
         ages_ms = sorted(self._ages_ms)
         age_ms = ages_ms[len(ages_ms) // 2] if ages_ms else 0.0
         drops = sum(self._loop.drops.values())
-        errors = sum(self._loop.source.errors.counts.values())
+        errors = sum(self._loop.errors.values())
         return (
             f"{self._loop.frames / spent_s:.1f} frames/s | {rate:.1f} answers/s | "
             f"age {age_ms:.0f} ms | {drops} not answered | {errors} errors"

@@ -38,15 +38,20 @@ class Recording:
         drops: answers that are not, by reason.
     """
 
-    def __init__(self, folder: Path, bundle: Bundle) -> None:
+    def __init__(self, folder: Path, bundle: Bundle, cameras: int = 1) -> None:
         """Make the folder.
+
+        Args:
+            folder: where to write.
+            bundle: whose answers they are.
+            cameras: how many there are; of several, names begin with the camera's number.
 
         Raises:
             OptionError: it cannot be written to.
         """
         self.written = 0
         self.drops: Counter[str] = Counter()
-        self._folder, self._bundle = folder, bundle
+        self._folder, self._bundle, self._cameras = folder, bundle, cameras
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -86,8 +91,10 @@ class Recording:
                 self.written += 1
 
     def _write(self, answer: CameraAnswer, document: dict[str, Any]) -> None:
-        frame = answer.seen.arrival.frame
-        stem = self._folder / f"{answer.seen.arrival.index:08d}"
+        arrival = answer.seen.arrival
+        frame = arrival.frame
+        camera = f"{arrival.camera}-" if self._cameras > 1 else ""
+        stem = self._folder / f"{camera}{arrival.index:08d}"
         with staged_file(stem.with_suffix(".jpg"), OptionError) as staged:
             Image.fromarray(frame.image).save(staged, "JPEG", quality=90)
         save_overlay(

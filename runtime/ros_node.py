@@ -24,12 +24,12 @@ import typer
 from engines.cli import run
 from engines.errors import SourceError
 from runtime.answer_options import AnswerOptions, SystemOption
-from runtime.camera import CameraOptions
-from runtime.frames import FrameSource, SourceOptions
+from runtime.budget_options import BudgetOptions
+from runtime.frames import FrameSource
 from runtime.frames.frame import Capture, ReadErrors
-from runtime.frames.opening import crop_from_text
 from runtime.frames.ros_image import image_from_compressed_message, image_from_message, stamp_ns
 from runtime.model_options import ModelOptions
+from runtime.view_options import ViewOptions
 from runtime.watch import SHORT_ANSWERS, WatchOptions, watch
 
 NAME = "foveate"
@@ -139,18 +139,9 @@ def main(
     compressed: Annotated[
         bool, typer.Option("--compressed", help="The topic carries CompressedImage messages.")
     ] = False,
-    every: Annotated[
-        float, typer.Option(help="Seconds from one answer to the next; 0: as fast as it can.")
-    ] = 0.0,
-    on_change: Annotated[
-        bool, typer.Option("--on-change", help="Answer only when the scene has changed.")
-    ] = False,
-    rotate: Annotated[int, typer.Option(help="Degrees clockwise: 0, 90, 180 or 270.")] = 0,
-    crop: Annotated[
-        str | None, typer.Option(help="Part of the frame to look at: x,y,width,height in pixels.")
-    ] = None,
-    fps: Annotated[float | None, typer.Option(help="Most frames per second to read.")] = None,
     system: SystemOption = None,
+    view: ViewOptions,
+    budget: BudgetOptions,
     model: ModelOptions,
     answering: AnswerOptions = SHORT_ANSWERS,
 ) -> None:
@@ -160,15 +151,12 @@ def main(
     """
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     options = WatchOptions(
-        camera=CameraOptions(question=ask, every_s=every, on_change=on_change),
-        source=SourceOptions(
-            rotate=rotate,  # type: ignore[arg-type]  # checked there
-            crop=crop_from_text(crop) if crop else None,
-            fps=fps,
-        ),
+        camera=view.camera(ask),
+        source=view.source(),
         generation=answering.generation(),
         model=model,
         system=system,
+        goal=budget.goal(),
     )
     serve(bundle, topic, compressed, options)
 

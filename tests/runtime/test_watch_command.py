@@ -15,11 +15,13 @@ from typer.testing import CliRunner
 from engines.bundle import Bundle
 from engines.cli import make_app
 from engines.errors import OptionError
+from runtime.budget_options import BudgetOptions
 from runtime.camera import CameraOptions
 from runtime.frames import SourceOptions, open_source
 from runtime.generate import GenerationOptions
 from runtime.model import open_model
 from runtime.model_options import ModelOptions
+from runtime.view_options import ViewOptions
 from runtime.watch import WatchOptions, main, watch
 
 SHADES = [20, 60, 100, 140, 180, 220]
@@ -130,6 +132,35 @@ def test_mistakes_end_with_2_and_a_sentence(language_bundle: Bundle) -> None:
         assert words in result.stderr
 
 
+def test_several_sources_are_answered_by_name(
+    write_video: Callable[..., Path], language_bundle: Bundle, tmp_path: Path
+) -> None:
+    """Each frame as if its source were alone; the recording keeps them apart."""
+    left, right = write_video(SHADES[:3], "left.mp4"), write_video(SHADES[3:], "right.mp4")
+    arguments = [str(language_bundle.root), str(left), str(right), "--ask", QUESTION]
+    arguments += ["--every-frame", "--no-reuse", "--max-tokens", "5"]
+    result = CliRunner().invoke(make_app(main), [*arguments, "--record", str(tmp_path / "kept")])
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    for source in (left, right):
+        said = [line["answer"] for line in lines if line.get("source") == str(source)]
+        assert said == answers_one_by_one(language_bundle, source)
+    assert lines[-1] == {
+        "event": "end", "frames": 6, "answers": 6, "drops": {}, "errors": {}, "recorded": 6,
+        "not_recorded": {},
+    }  # fmt: skip
+    kept = {path.name for path in (tmp_path / "kept").glob("*.json")}
+    assert kept == {f"{camera}-0000000{frame}.json" for camera in (0, 1) for frame in range(3)}
+
+
 def test_standard_input_cannot_be_frames_and_commands(language_bundle: Bundle) -> None:
-    with pytest.raises(OptionError, match="cannot hold frames and commands"):
-        main(language_bundle.root, "raw:4x4", ask="?", control=True, model=ModelOptions())
+    with pytest.raises(OptionError, match="cannot hold raw:4x4 and commands"):
+        main(
+            language_bundle.root,
+            ["raw:4x4"],
+            ask="?",
+            control=True,
+            view=ViewOptions(),
+            budget=BudgetOptions(),
+            model=ModelOptions(),
+        )

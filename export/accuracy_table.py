@@ -1,0 +1,72 @@
+"""What a checkpoint says of the accuracy of each budget, so that a bundle can say it too.
+
+Enters: ``accuracy_by_budget.json`` beside the weights, which `benchmarks.accuracy` writes: reducer
+-> precision -> tokens -> ``exact``. Leaves: one number for each vision graph, or None.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from engines.errors import CheckpointError
+from export.reducers import Reducer, reducer_for_budget
+
+ACCURACY_FILE = "accuracy_by_budget.json"
+
+
+class AccuracyTable:
+    """The measured accuracy of a checkpoint; empty where nobody measured."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        """Read the checkpoint's table, if it has one.
+
+        Raises:
+            CheckpointError: the file is not such a table.
+        """
+        self._file = checkpoint / ACCURACY_FILE
+        self._cells: Any = {}
+        if not self._file.is_file():
+            return
+        try:
+            self._cells = json.loads(self._file.read_text("utf-8"))["reducers"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(repr(error)) from error
+
+    def accuracy_of(self, reducer: Reducer, patches: int, precision: str) -> float | None:
+        """Return the share of questions answered exactly; None where it was not measured.
+
+        Measured are the options that a budget implies, and VisionZip's other merge under a name of
+        its own.
+
+        Args:
+            reducer: of the graph.
+            patches: how many the tower has.
+            precision: of the graph.
+
+        Raises:
+            CheckpointError: the table holds something else.
+        """
+        tokens = reducer.token_count(patches)
+        merge = {"merge": reducer.options["merge"]} if "merge" in reducer.options else {}
+        if reducer.name != "none":
+            implied = reducer_for_budget(reducer.name, tokens, patches, **merge)
+            if reducer.options != implied.options:
+                return None
+        reference = merge.get("merge") == "reference"
+        name = f"{reducer.name}_reference" if reference else reducer.name
+        try:
+            cell = self._cells.get(name, {}).get(precision, {}).get(str(tokens))
+            exact = None if cell is None else float(cell["exact"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged(repr(error)) from error
+        if exact is not None and not 0 <= exact <= 1:
+            raise self._damaged(f"{name}, {precision}, {tokens} tokens: {exact} is not a share")
+        return exact
+
+    def _damaged(self, why: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._file} is not a table of accuracy by budget: {why}. Write it again with "
+            "`python -m benchmarks.accuracy --write`, or delete it."
+        )

@@ -1,0 +1,57 @@
+"""What a camera loop has to say, as the JSON objects that commands and nodes put out.
+
+Enters: answers, stalls, a loop that has ended. Leaves: one object for each, whose ``event`` says
+which it is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from runtime.camera_parts import CameraAnswer, Stall
+
+if TYPE_CHECKING:
+    from runtime.answer_stream import AnswerStream
+    from runtime.recording import Recording
+
+
+def document_from_answer(answer: CameraAnswer) -> dict[str, Any]:
+    """Return an answer as the JSON object of its line."""
+    seen, said = answer.seen, answer.said
+    frame = seen.arrival.frame
+    spent = {} if answer.reused else {"prefill": said.prefill_ms, "decode": said.decode_ms}
+    encode = {} if seen.kept else seen.visual.milliseconds
+    return {
+        "event": "answer",
+        "answer": said.text,
+        "question": answer.question,
+        "source": frame.source,
+        "frame": seen.arrival.index,
+        "timestamp_ns": frame.timestamp_ns,
+        "age_ms": round(answer.age_ms, 3),
+        "milliseconds": {stage: round(ms, 3) for stage, ms in (encode | spent).items()},
+        "visual_tokens": int(seen.visual.valid[0]),
+        "prompt_tokens": said.prompt_tokens,
+        "answer_tokens": len(said.token_ids),
+        "finish": said.finish,
+        "reused": answer.reused,
+    }
+
+
+def document_from_stall(stall: Stall) -> dict[str, Any]:
+    """Return a stall as the JSON object of its line."""
+    return {"event": "stall", "seconds": round(stall.seconds, 1)}
+
+
+def summary_of(loop: AnswerStream, answers: int, recording: Recording | None) -> dict[str, Any]:
+    """Return what became of every frame, as the last JSON line."""
+    summary: dict[str, Any] = {
+        "event": "end",
+        "frames": loop.frames,
+        "answers": answers,
+        "drops": dict(loop.drops),
+        "errors": dict(loop.errors),
+    }
+    if recording is not None:
+        summary |= {"recorded": recording.written, "not_recorded": dict(recording.drops)}
+    return summary

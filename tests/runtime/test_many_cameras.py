@@ -1,0 +1,200 @@
+"""Several cameras: one batch a round, each answered, and none stopped by another's fault."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+
+from engines.errors import BackendError, EngineError, SourceError
+from runtime.camera_parts import CameraAnswer, CameraOptions
+from runtime.frames import FrameSource, Picture
+from runtime.frames.frame import Capture, ReadErrors
+from runtime.frames.reconnect import Reconnecting
+from runtime.many_cameras import ManyCameras
+from runtime.stillness import StillnessOptions
+from runtime.vision import VisualTokens
+from tests.runtime.camera_doubles import Script, ShadeAnswerer, ShadeEncoder, numbered
+
+IN_TURN = CameraOptions("shade?", every_frame=True, reuse=False)
+LOOK = CameraOptions("shade?", reuse=False)
+
+
+class BatchShades(ShadeEncoder):
+    """Encodes batches; refuses pictures of a shade."""
+
+    def __init__(self, refused: int | None = None) -> None:
+        super().__init__()
+        self.refused = refused
+        self.batches: list[list[int]] = []
+
+    def encode_batch(self, images: Sequence[Picture]) -> list[VisualTokens]:
+        shades = [int(image[0, 0, 0]) for image in images]
+        self.batches.append(shades)
+        if self.refused in shades:
+            raise EngineError("one of the pictures is upsetting")
+        return [self.encode(image) for image in images]
+
+
+def camera(name: str, shades: Sequence[int], live: bool = False) -> FrameSource:
+    pictures = (np.full((8, 8, 3), shade, np.uint8) for shade in shades)
+    script = Script(pictures, live, 0.002 if live else 0.0)
+    script.name = name
+    return FrameSource(script)
+
+
+def answers_of(loop: ManyCameras) -> list[CameraAnswer]:
+    return [item for item in loop.answers() if isinstance(item, CameraAnswer)]
+
+
+def said_by(answers: Sequence[CameraAnswer]) -> dict[str, list[str]]:
+    said: dict[str, list[str]] = {}
+    for answer in answers:
+        said.setdefault(answer.seen.arrival.frame.source, []).append(answer.said.text)
+    return said
+
+
+def test_every_frame_of_every_recording_is_answered_with_its_source() -> None:
+    encoder = BatchShades()
+    sources = [camera("left", [1, 2, 3]), camera("right", [101, 102, 103, 104])]
+    loop = ManyCameras(sources, encoder, ShadeAnswerer(), IN_TURN)
+    assert said_by(answers_of(loop)) == {
+        "left": ["shade? 1", "shade? 2", "shade? 3"],
+        "right": ["shade? 101", "shade? 102", "shade? 103", "shade? 104"],
+    }
+    assert loop.frames == 7
+    assert not loop.drops
+    assert not loop.errors
+
+
+class Together(Script):
+    """Gives each picture only when every camera has one to give."""
+
+    def __init__(self, barrier: threading.Barrier, shade: int) -> None:
+        super().__init__(iter(()))
+        self.barrier, self.shade, self.live = barrier, shade, False
+
+    def captures(self, errors: ReadErrors) -> Iterator[Capture]:
+        for _ in range(5):
+            self.barrier.wait(5)
+            picture = np.full((8, 8, 3), self.shade, np.uint8)
+            yield Capture(0, lambda picture=picture: picture)
+
+
+def test_a_round_is_one_batch() -> None:
+    barrier = threading.Barrier(3)
+    sources = [FrameSource(Together(barrier, shade)) for shade in (10, 20, 30)]
+    encoder = BatchShades()
+    answers = answers_of(ManyCameras(sources, encoder, ShadeAnswerer(0.0, 0.02), IN_TURN))
+    assert len(answers) == 15
+    assert [10, 20, 30] in encoder.batches
+    assert len(encoder.batches) < 15
+    for number, answer in enumerate(answers[:3]):
+        assert answer.seen.arrival.camera in (0, 1, 2), number
+
+
+class Dying(Script):
+    """A camera whose driver fails in a way nobody foresaw."""
+
+    def captures(self, errors: ReadErrors) -> Iterator[Capture]:
+        yield from itertools.islice(super().captures(errors), 2)
+        raise RuntimeError("the driver crashed")
+
+
+def test_a_camera_that_dies_does_not_stop_the_others() -> None:
+    dying = FrameSource(Dying(numbered(9), live=False))
+    healthy = camera("healthy", range(50, 70))
+    loop = ManyCameras([dying, healthy], BatchShades(), ShadeAnswerer(), IN_TURN)
+    said = said_by(answers_of(loop))
+    assert len(said["healthy"]) == 20
+    assert len(said["script"]) == 2
+    assert loop.errors == {"source failed": 1}
+    assert "the driver crashed" in dying.errors.last
+
+
+def test_a_camera_that_vanishes_comes_back_while_the_others_go_on() -> None:
+    openings = itertools.count(1)
+
+    def plug_in() -> Script:
+        if next(openings) == 2:
+            raise SourceError("no such device")
+        return Script(numbered(3), period_s=0.001)
+
+    shaky = FrameSource(Reconnecting(plug_in, first_wait_s=0.001, longest_wait_s=0.002))
+    steady = FrameSource(Script(itertools.cycle(numbered(200)), period_s=0.001))
+    loop = ManyCameras([shaky, steady], BatchShades(), ShadeAnswerer(), LOOK)
+    cameras = set()
+    for item in loop.answers():
+        if shaky.errors.counts["disconnected"] >= 5:
+            cameras.add(item.seen.arrival.camera)
+        if cameras == {0, 1}:
+            break
+    assert loop.errors["disconnected"] >= 5
+    assert loop.errors["reconnection failed"] == 1
+
+
+def test_a_frame_that_cannot_be_encoded_costs_itself_only() -> None:
+    barrier = threading.Barrier(2)
+    sources = [FrameSource(Together(barrier, 10)), FrameSource(Together(barrier, 66))]
+    loop = ManyCameras(sources, BatchShades(refused=66), ShadeAnswerer(), IN_TURN)
+    assert [answer.said.text for answer in answers_of(loop)] == ["shade? 10"] * 5
+    assert loop.drops == {"encoding failed": 5}
+    assert sources[1].errors.counts == {"encoding failed": 5}
+
+
+def test_a_still_camera_keeps_its_tokens_while_another_moves() -> None:
+    options = CameraOptions(
+        "shade?", every_frame=True, stillness=StillnessOptions(learn_s=0.0, refresh_s=60.0)
+    )
+    sources = [camera("still", [80] * 20), camera("moving", [0, 80, 160, 240] * 5)]
+    answerer = ShadeAnswerer()
+    answers = answers_of(ManyCameras(sources, BatchShades(), answerer, options))
+    reused = {answer.seen.arrival.frame.source for answer in answers if answer.reused}
+    assert reused == {"still"}
+    assert len(answers) == 40
+    assert answerer.calls == 40 - sum(answer.reused for answer in answers)
+    assert {a.said.text for a in answers if a.seen.arrival.camera == 0} == {"shade? 80"}
+
+
+def test_on_change_is_each_cameras_own() -> None:
+    options = CameraOptions(
+        "shade?",
+        every_frame=True,
+        on_change=True,
+        stillness=StillnessOptions(learn_s=0.0, refresh_s=60.0),
+    )
+    sources = [camera("still", [80] * 20), camera("moving", [0, 80, 160, 240] * 5)]
+    loop = ManyCameras(sources, BatchShades(), ShadeAnswerer(), options)
+    said = said_by(answers_of(loop))
+    assert len(said["still"]) < 5
+    assert len(said["moving"]) == 20
+    assert loop.drops["unchanged"] == 20 - len(said["still"])
+
+
+def test_a_language_model_that_always_fails_ends_the_loop_with_its_error() -> None:
+    class Failing(ShadeAnswerer):
+        def answer(self, *_: object):
+            raise BackendError("out of memory")
+
+    sources = [camera("left", range(20)), camera("right", range(20))]
+    loop = ManyCameras(sources, BatchShades(), Failing(), IN_TURN)
+    with pytest.raises(BackendError, match="out of memory"):
+        answers_of(loop)
+    assert loop.drops["answering failed"] == 5
+
+
+def test_control_while_running() -> None:
+    sources = [camera(name, range(200), live=True) for name in ("left", "right")]
+    for source in sources:
+        source._reader._pictures = itertools.cycle(numbered(100))
+    loop = ManyCameras(sources, BatchShades(), ShadeAnswerer(), LOOK)
+    answers = loop.answers()
+    assert next(answers).said.text.startswith("shade?")
+    loop.ask("colour?")
+    assert any(next(answers).said.text.startswith("colour?") for _ in range(20))
+    loop.stop()
+    list(answers)
+    assert "camera loop" not in {thread.name for thread in threading.enumerate()}
