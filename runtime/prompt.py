@@ -20,6 +20,7 @@ import numpy as np
 
 from engines.bundle import Bundle
 from engines.errors import BundleError, OptionError
+from engines.manifest import Prompt
 from runtime.parts import Embeddings, Part, TokenIds
 
 if TYPE_CHECKING:
@@ -60,9 +61,26 @@ class PromptWriter:
         Raises:
             BundleError: either cannot be read, or the tokenizer does not know the image token.
         """
-        self._prompt = bundle.manifest.prompt
-        self._source = bundle.root / "bundle.json"
-        self.tokenizer = _load_tokenizer(bundle.root / self._prompt.tokenizer)
+        self._open(bundle.manifest.prompt, bundle.root / "bundle.json")
+
+    @classmethod
+    def from_prompt(cls, prompt: Prompt, source: Path) -> PromptWriter:
+        """Write as a checkpoint that is not in a bundle yet.
+
+        Args:
+            prompt: how it turns a conversation into ids.
+            source: the file that says so; the tokenizer lies beside it.
+
+        Raises:
+            BundleError: as for a bundle.
+        """
+        writer = cls.__new__(cls)
+        writer._open(prompt, source)
+        return writer
+
+    def _open(self, prompt: Prompt, source: Path) -> None:
+        self._prompt, self._source = prompt, source
+        self.tokenizer = _load_tokenizer(source.parent / self._prompt.tokenizer)
         self.image_token_id = self._prompt.image_token_id
         self.stop_token_ids = self._prompt.stop_token_ids
         known = self.tokenizer.token_to_id(self._prompt.image_token)
