@@ -23,7 +23,7 @@ from evaluate import paired_interval, wilson_interval  # isort: skip - found by 
 
 ACCURACY_FILE = "accuracy_by_budget.json"
 CHART_FILE = "accuracy.svg"
-BEGIN, END = "<!-- benchmarks.accuracy: begin -->", "<!-- benchmarks.accuracy: end -->"
+MARK = "benchmarks.accuracy"
 GOAL_POINTS = 1.0
 """How many points another precision may lose against float32."""
 
@@ -202,9 +202,6 @@ def _line(name: str, cells: Sequence[Result], dashed: bool) -> Line:
 
 def write_report(page: Path, results: Sequence[Result], examination: Examination) -> None:
     """Replace what stands between the markers of a page, and the chart beside it."""
-    text = page.read_text("utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
     summary = summarize(results, examination)
     worst = ", ".join(f"{k} {v:.1f}" for k, v in summary["largest_loss_points"].items())
     body = (
@@ -213,7 +210,21 @@ def write_report(page: Path, results: Sequence[Result], examination: Examination
         f"![Exact match over the token budget]({CHART_FILE})\n\n"
         f"{table_from_results(results, examination)}"
     )
-    with staged_file(page) as staged:
-        staged.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", "utf-8")
+    replace_between(page, MARK, body)
     with staged_file(page.with_name(CHART_FILE)) as staged:
         staged.write_text(chart_from_results(results), "utf-8")
+
+
+def replace_between(page: Path, mark: str, body: str) -> None:
+    """Replace what stands between the two comments of a mark on a page.
+
+    Raises:
+        ValueError: the page does not have both.
+    """
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    before, found, rest = page.read_text("utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{page} lacks {begin} or {end}")
+    with staged_file(page) as staged:
+        staged.write_text(f"{before}{begin}\n{body}\n{end}{after}", "utf-8")

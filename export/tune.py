@@ -9,6 +9,7 @@ the language model.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -24,7 +25,6 @@ from rich.progress import track
 
 from calibration.line_chart import Axes, Line, line_chart
 from engines import cli
-from engines.bundle import refuse_occupied
 from engines.errors import OptionError
 from engines.staging import staged_file
 from export.checkpoint import Checkpoint, open_checkpoint
@@ -63,7 +63,8 @@ class TuneOptions:
         validation: share of the pictures that is kept out of training, to look at.
         precision: of the computation; what learns is float32 either way.
         device: a PyTorch device; None takes a GPU where there is one.
-        work: directory of features, state and log; None is `<out>.tuning`.
+        work: directory of state and log; None is `<out>.tuning`.
+        features: directory of what the tower made of the pictures; None is `features` in `work`.
         fresh: begin again although a run stands in `work`; features are kept.
         overwrite: replace `out`.
     """
@@ -81,12 +82,13 @@ class TuneOptions:
     precision: TrainingPrecision = "fp32"
     device: str | None = None
     work: Path | None = None
+    features: Path | None = None
     fresh: bool = False
     overwrite: bool = False
 
     @property
     def folder(self) -> Path:
-        """Where features, state and log are kept."""
+        """Where state and log are kept."""
         return self.work or self.out.with_name(f"{self.out.name}.tuning")
 
 
@@ -100,6 +102,7 @@ class TuneReport:
         pictures: likewise.
         steps: optimizer steps taken.
         tuned_parameters: how many numbers learned.
+        processor_seconds: that this call took; of a run that was continued, its last part.
         left_out: conversations left out, by reason.
         log: the losses.
     """
@@ -109,6 +112,7 @@ class TuneReport:
     pictures: int
     steps: int
     tuned_parameters: int
+    processor_seconds: float
     left_out: Mapping[str, int]
     log: TrainingLog
 
@@ -129,7 +133,8 @@ def tune_checkpoint(
         FoveateError: the options, the data or the checkpoint do not allow it, a loss was not a
             number, or the disk is full; `out` is as it was.
     """
-    refuse_occupied(options.out, options.overwrite)
+    started = time.process_time()
+    _refuse_occupied(options)
     checkpoint = open_checkpoint(options.model)
     reducer = reducer_for_budget(
         options.reducer, options.tokens, checkpoint.patch_side**2, **options.reducer_options
@@ -138,26 +143,40 @@ def tune_checkpoint(
     data = read_conversations(options.data, options.images)
     _begin(options)
     names = sorted({one.image for one in data.conversations})
-    pictures = reduce_pictures(
-        checkpoint, reducer, options.images, names, options.folder / "features", show, device
-    )
+    cache = options.features or options.folder / "features"
+    pictures = reduce_pictures(checkpoint, reducer, options.images, names, cache, show, device)
     texts, left_out = _write_texts(checkpoint, options, data, pictures, show)
     training, validation = split_rows(texts, checkpoint, options)
     student = Student(checkpoint, options.lora, options.precision, device)
     recipe = options.recipe
     log = train(student, training, validation, pictures, recipe, options.folder, progress)
-    record = {**_describe(options), "left_out": left_out, "looks": [asdict(x) for x in log.looks]}
+    report = TuneReport(
+        out=options.out,
+        conversations=len(texts),
+        pictures=len({image for image, _ in texts}),
+        steps=recipe.step_count(len(training)),
+        tuned_parameters=sum(one.numel() for one in student.tuned.values()),
+        processor_seconds=round(time.process_time() - started, 1),
+        left_out=left_out,
+        log=log,
+    )
+    record = {**_describe(options), **json_from_report(report)}
     extra = {RECORD_FILE: json.dumps(record, indent=1) + "\n", CHART_FILE: draw_losses(log)}
     write_tuned_checkpoint(checkpoint, student, options.out, extra)
-    return TuneReport(
-        options.out,
-        len(texts),
-        len({image for image, _ in texts}),
-        recipe.step_count(len(training)),
-        sum(one.numel() for one in student.tuned.values()),
-        left_out,
-        log,
-    )
+    return report
+
+
+def _refuse_occupied(options: TuneOptions) -> None:
+    out = options.out
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / RECORD_FILE).is_file():
+        raise OptionError(
+            f"--out {out} is there already and was not tuned by this command, so it is not "
+            "replaced. Give another directory."
+        )
+    if not options.overwrite:
+        raise OptionError(f"--out {out} is there already. Add --overwrite to replace it.")
 
 
 def _begin(options: TuneOptions) -> None:
@@ -319,7 +338,11 @@ def main(
         str | None, typer.Option(help="A PyTorch device; left out, a GPU where there is one.")
     ] = None,
     work: Annotated[
-        Path | None, typer.Option(help="Features, state and log; `<out>.tuning` if left out.")
+        Path | None, typer.Option(help="Directory of state and log; left out, `<out>.tuning`.")
+    ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(help="Directory of what the tower made of the pictures, for several runs."),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin again; features are kept.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the checkpoint at --out.")] = False,
@@ -356,6 +379,7 @@ def main(
         precision=_read_precision(precision),
         device=device,
         work=work,
+        features=features,
         fresh=fresh,
         overwrite=overwrite,
     )
@@ -363,9 +387,7 @@ def main(
         torch.set_num_threads(threads)
     console = Console(stderr=True)
     with show_training(console) as progress:
-        report = tune_checkpoint(
-            options, lambda items, line: track(items, line, console=console), progress
-        )
+        report = tune_checkpoint(options, show_tracks(console), progress)
     if as_json:
         cli.print_json(json_from_report(report))
     else:
@@ -381,19 +403,25 @@ def _read_precision(text: str) -> TrainingPrecision:
     raise OptionError(f"--precision {text}: expected one of {', '.join(choices)}.")
 
 
+def show_tracks(console: Console) -> Track:
+    """Return what shows how far a list is gone through."""
+    return lambda items, line: track(items, line, console=console)
+
+
 @contextmanager
 def show_training(console: Console) -> Iterator[Progress]:
     """Give a run somewhere to tell its steps: a bar, from the first step on."""
-    with RichProgress(console=console) as bar:
-        task: Any = None
+    bar = RichProgress(console=console)
+    task = bar.add_task("Training")
 
-        def tell(done: int, total: int, line: str) -> None:
-            nonlocal task
-            if task is None:
-                task = bar.add_task("Training", total=total)
-            bar.update(task, completed=done, description=f"Training, {line}")
+    def tell(done: int, total: int, line: str) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total, description=f"Training, {line}")
 
+    try:
         yield tell
+    finally:
+        bar.stop()
 
 
 def json_from_report(report: TuneReport) -> dict[str, Any]:
@@ -404,6 +432,7 @@ def json_from_report(report: TuneReport) -> dict[str, Any]:
         "pictures": report.pictures,
         "steps": report.steps,
         "tuned_parameters": report.tuned_parameters,
+        "processor_seconds": report.processor_seconds,
         "left_out": dict(report.left_out),
         "looks": [asdict(look) for look in report.log.looks],
     }

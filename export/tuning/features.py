@@ -85,15 +85,14 @@ def reduce_pictures(
     for start in track(range(0, len(names), _PICTURES_AT_ONCE), "Tower and reducer"):
         rows = [row for row in range(start, start + _PICTURES_AT_ONCE) if row < len(names)]
         rows = [row for row in rows if valid[row] == _TODO]
-        pictures = [
-            (row, picture) for row in rows if (picture := _read(images / names[row])) is not None
-        ]
+        decoded = {row: _decode(images / names[row]) for row in rows}
+        pictures = {row: picture for row, picture in decoded.items() if picture is not None}
         counts = dict.fromkeys(rows, _UNREADABLE)
         if pictures:
-            batch = preprocess_batch([picture for _, picture in pictures], checkpoint.preprocessing)
+            batch = preprocess_batch(list(pictures.values()), checkpoint.preprocessing)
             with torch.no_grad():
                 reduced = reducer(tower(torch.from_numpy(batch).to(device)))
-            done = [row for row, _ in pictures]
+            done = list(pictures)
             tokens[done] = reduced.tokens.float().cpu().numpy()
             counts |= dict(zip(done, reduced.valid.tolist(), strict=True))
             tokens.flush()

@@ -221,7 +221,7 @@ def _take_step(
 def _refuse_nan(loss: float, step: int, rate: float) -> None:
     if not math.isfinite(loss):
         raise OptionError(
-            f"The loss of step {step} is {loss}, at a learning rate of {rate:.2e}; the state before "
+            f"The loss of step {step} is {loss} (learning rate {rate:.2e}); the state before "
             "it is kept. Tune with a lower --learning-rate, or with --precision fp32 if it was "
             "bf16; if it is the first step, a weight or a feature is not a number."
         )
