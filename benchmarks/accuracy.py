@@ -101,11 +101,14 @@ def main(
     data: Annotated[Path, typer.Option(help="Pictures and questions.jsonl.")] = POCKET / "test",
     precisions: Annotated[str, typer.Option(help="Comma between them.")] = ",".join(PRECISIONS),
     reducers: Annotated[str, typer.Option(help="Comma between them.")] = ",".join(REDUCERS),
-    budgets: Annotated[str, typer.Option(help="Comma between them.")] = ",".join(map(str, BUDGETS)),
+    tokens: Annotated[str, typer.Option(help="Comma between them.")] = ",".join(map(str, BUDGETS)),
     quick: Annotated[bool, typer.Option("--quick", help="30 pictures, 64 tokens only.")] = False,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is kept.")] = False,
-    write: Annotated[Path | None, typer.Option(help="Page whose tables to replace.")] = None,
+    write: Annotated[
+        Path | None,
+        typer.Option(help="Page whose tables to replace; the checkpoint gets its figures too."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Measure exact match for every budget, reducer and precision."""
@@ -114,7 +117,7 @@ def main(
     examination = Examination(model, data, 30 if quick else None)
     settings = list_settings(
         checkpoint.patch_side**2,
-        [64] if quick else [int(word) for word in budgets.split(",")],
+        [64] if quick else [int(word) for word in tokens.split(",")],
         reducers.split(","),
         precisions.split(","),
     )
@@ -126,9 +129,7 @@ def main(
     summary = summarize(results, examination)
     if write is not None:
         write_report(write, results, examination)
-    if model == POCKET and write is not None:
-        budgets_file = POCKET / ACCURACY_FILE
-        budgets_file.write_text(json.dumps(budgets_from_results(results, examination), indent=1))
+        (model / ACCURACY_FILE).write_text(budgets_from_results(results, examination), "utf-8")
     print(json.dumps(summary) if as_json else table_from_results(results, examination))
     raise typer.Exit(0 if summary["met"] else 1)
 
@@ -136,10 +137,11 @@ def main(
 def list_settings(
     patches: int, budgets: Sequence[int], reducers: Sequence[str], precisions: Sequence[str]
 ) -> list[Setting]:
-    """Return every cell, all tokens first; precisions innermost, as they share a traced graph."""
+    """Return every cell, all tokens first; float32, which others are held against, always."""
     cells = [("none", patches)]
     cells += [(reducer, tokens) for tokens in budgets for reducer in reducers if reducer != "none"]
-    return [Setting(*cell, precision) for cell in cells for precision in precisions]
+    wanted = dict.fromkeys(["fp32", *precisions])
+    return [Setting(*cell, precision) for cell in cells for precision in wanted]
 
 
 class Bench:
@@ -163,19 +165,14 @@ class Bench:
         self._subject = _digest(checkpoint, examination)
         self._folder = _CACHE / self._subject
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._kept: dict[Setting, Result] = {}
-        if not fresh and self._lines.exists():
-            for line in self._lines.read_text("utf-8").splitlines():
-                result = Result.from_json(json.loads(line))
-                self._kept[Setting(result.reducer, result.tokens, result.precision)] = result
-
-    @property
-    def _lines(self) -> Path:
-        return self._folder / "results.jsonl"
+        self._lines = self._folder / "results.jsonl"
+        if fresh:
+            self._lines.unlink(missing_ok=True)
 
     def measure(self, setting: Setting) -> Result:
         """Return what one cell came to, measured now unless it was before."""
-        if setting not in self._kept:
+        kept = self._kept()
+        if setting not in kept:
             graph = self._graph(setting)
             started = time.perf_counter()
             tokens, valid = self._encode(graph)
@@ -189,8 +186,14 @@ class Bench:
             )
             with self._lines.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(result.to_json()) + "\n")
-            self._kept[setting] = result
-        return self._kept[setting]
+            return result
+        return kept[setting]
+
+    def _kept(self) -> dict[Setting, Result]:
+        """Return what was measured, also by another run of this benchmark beside this one."""
+        lines = self._lines.read_text("utf-8").splitlines() if self._lines.exists() else []
+        results = [Result.from_json(json.loads(line)) for line in lines]
+        return {Setting(one.reducer, one.tokens, one.precision): one for one in results}
 
     def _encode(self, graph: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         parts = []

@@ -7,6 +7,7 @@ Leaves: Markdown between markers of a page, an SVG beside it, a JSON document. S
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,41 +121,41 @@ def summarize(results: Sequence[Result], examination: Examination) -> dict[str, 
     return {
         "pictures": len(examination.pictures),
         "questions": len(examination.types),
-        "cells": [
-            {
-                "reducer": one.reducer,
-                "tokens": one.tokens,
-                "mean_tokens": round(one.mean_tokens, 1),
-                "precision": one.precision,
-                "exact": round(one.exact, 4),
-                "interval": [round(end, 4) for end in one.interval],
-            }
-            for one in results
-        ],
+        "cells": [_describe(one) for one in results],
         "largest_loss_points": {name: round(points, 2) for name, points in worst.items()},
         "met": all(points <= GOAL_POINTS for points in worst.values()),
     }
 
 
-def budgets_from_results(results: Sequence[Result], examination: Examination) -> dict[str, Any]:
-    """Return what each budget costs: reducer -> precision -> tokens -> accuracy and points lost."""
-    cells: dict[str, dict[str, dict[str, Any]]] = {}
-    everything = {one.precision: one for one in results if one.reducer == "none"}
+def budgets_from_results(results: Sequence[Result], examination: Examination) -> str:
+    """Return what each cell costs against all tokens in float32: a JSON document, a line a cell."""
+    everything = next(one for one in results if one.reducer == "none" and one.precision == "fp32")
+    cells = []
     for one in results:
-        loss = measure_loss(everything["fp32"], one, examination.picture_of)
-        cells.setdefault(one.reducer, {}).setdefault(one.precision, {})[str(one.tokens)] = {
-            "mean_tokens": round(one.mean_tokens, 1),
-            "exact": round(one.exact, 4),
-            "interval": [round(end, 4) for end in one.interval],
+        loss = measure_loss(everything, one, examination.picture_of)
+        cell = _describe(one) | {
             "points_lost": round(loss.points, 2),
             "points_lost_interval": [round(loss.low, 2), round(loss.high, 2)],
         }
-    return {
+        cells.append(json.dumps(cell))
+    head = {
         "schema": 1,
         "measured_by": "benchmarks.accuracy",
         "pictures": len(examination.pictures),
         "questions": len(examination.types),
-        "reducers": cells,
+    }
+    lines = ",\n".join(cells)
+    return f'{json.dumps(head)[:-1]}, "cells": [\n{lines}\n]}}\n'
+
+
+def _describe(result: Result) -> dict[str, Any]:
+    return {
+        "reducer": result.reducer,
+        "tokens": result.tokens,
+        "precision": result.precision,
+        "mean_tokens": round(result.mean_tokens, 1),
+        "exact": round(result.exact, 4),
+        "interval": [round(end, 4) for end in result.interval],
     }
 
 
