@@ -32,7 +32,6 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.accuracy_report import (
-    ACCURACY_FILE,
     Result,
     budgets_from_results,
     summarize,
@@ -45,6 +44,7 @@ from calibration.half_precision import write_fp16_graph
 from calibration.quantize import CalibrationOptions, apply_calibration, calibrate
 from calibration.record import Calibration, load_calibration
 from engines.ort import OrtSession
+from export.accuracy_table import ACCURACY_FILE
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.reducers import Reducer, make_reducer, reducer_for_budget
 from export.to_onnx import trace_graph

@@ -8,6 +8,7 @@ Leaves: Markdown between markers of a page, an SVG beside it, a JSON document. S
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,6 @@ from engines.staging import staged_file
 
 from evaluate import paired_interval, wilson_interval  # isort: skip - found by packed_answers
 
-ACCURACY_FILE = "accuracy_by_budget.json"
 CHART_FILE = "accuracy.svg"
 MARK = "benchmarks.accuracy"
 GOAL_POINTS = 1.0
@@ -121,38 +121,43 @@ def summarize(results: Sequence[Result], examination: Examination) -> dict[str, 
     return {
         "pictures": len(examination.pictures),
         "questions": len(examination.types),
-        "cells": [_describe(one) for one in results],
+        "cells": [
+            {"reducer": r.reducer, "tokens": r.tokens, "precision": r.precision, **_figures(r)}
+            for r in results
+        ],
         "largest_loss_points": {name: round(points, 2) for name, points in worst.items()},
         "met": all(points <= GOAL_POINTS for points in worst.values()),
     }
 
 
 def budgets_from_results(results: Sequence[Result], examination: Examination) -> str:
-    """Return what each cell costs against all tokens in float32: a JSON document, a line a cell."""
+    """Return what each cell costs against all tokens in float32, as `AccuracyTable` reads it.
+
+    Returns:
+        A JSON document, reducer -> precision -> tokens -> figures, with a line for each cell.
+    """
     everything = next(one for one in results if one.reducer == "none" and one.precision == "fp32")
-    cells = []
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
     for one in results:
         loss = measure_loss(everything, one, examination.picture_of)
-        cell = _describe(one) | {
+        cells.setdefault(one.reducer, {}).setdefault(one.precision, {})[str(one.tokens)] = {
+            **_figures(one),
             "points_lost": round(loss.points, 2),
             "points_lost_interval": [round(loss.low, 2), round(loss.high, 2)],
         }
-        cells.append(json.dumps(cell))
-    head = {
+    document = {
         "schema": 1,
         "measured_by": "benchmarks.accuracy",
         "pictures": len(examination.pictures),
         "questions": len(examination.types),
+        "reducers": cells,
     }
-    lines = ",\n".join(cells)
-    return f'{json.dumps(head)[:-1]}, "cells": [\n{lines}\n]}}\n'
+    indented = json.dumps(document, indent=1)
+    return re.sub(r"{[^{}]*}", lambda cell: json.dumps(json.loads(cell[0])), indented) + "\n"
 
 
-def _describe(result: Result) -> dict[str, Any]:
+def _figures(result: Result) -> dict[str, Any]:
     return {
-        "reducer": result.reducer,
-        "tokens": result.tokens,
-        "precision": result.precision,
         "mean_tokens": round(result.mean_tokens, 1),
         "exact": round(result.exact, 4),
         "interval": [round(end, 4) for end in result.interval],

@@ -62,13 +62,20 @@ class Examination:
         right = []
         for start in range(0, len(tokens), _PICTURES_AT_ONCE):
             part = slice(start, start + _PICTURES_AT_ONCE)
-            text = pack(self.questions[part])
-            visual, real = torch.from_numpy(tokens[part]), torch.from_numpy(valid[part])
-            right.append(self._judge(visual, real, text))
+            right.append(self._judge(tokens[part], valid[part], pack(self.questions[part])))
         return np.concatenate(right)
 
+    def right_answers_about(
+        self, picture: int, tokens: NDArray[np.float32], valid: NDArray[np.int64]
+    ) -> NDArray[Any]:
+        """Return the same of one picture's questions; float32[1, N, D] and int64[1]."""
+        return self._judge(tokens, valid, pack([self.questions[picture]]))
+
     @torch.no_grad()
-    def _judge(self, visual: torch.Tensor, valid: torch.Tensor, text: PackedText) -> NDArray[Any]:
+    def _judge(
+        self, tokens: NDArray[np.float32], real: NDArray[np.int64], text: PackedText
+    ) -> NDArray[Any]:
+        visual, valid = torch.from_numpy(tokens), torch.from_numpy(real)
         llm = self._model.model.language_model
         embed = llm.get_input_embeddings()
         prefix = torch.tensor(encode_prefix(False))

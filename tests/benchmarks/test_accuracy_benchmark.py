@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.accuracy import BUDGETS, PRECISIONS, REDUCERS, list_settings
+from benchmarks.accuracy import BUDGETS, PRECISIONS, REDUCERS, Setting, list_settings
 from benchmarks.accuracy_report import (
-    ACCURACY_FILE,
     Result,
     budgets_from_results,
     chart_from_results,
@@ -22,6 +21,8 @@ from benchmarks.accuracy_report import (
     table_from_results,
 )
 from benchmarks.packed_answers import POCKET, Examination
+from export.accuracy_table import ACCURACY_FILE, AccuracyTable
+from export.checkpoint import open_checkpoint
 
 import evaluate  # isort: skip - found by packed_answers
 
@@ -91,14 +92,18 @@ def test_losses_are_in_points_of_the_same_questions(examination: Examination) ->
     assert summarize(made[::2], examination)["met"]
 
 
-def test_budgets_tell_what_each_costs(examination: Examination) -> None:
-    told = json.loads(budgets_from_results(results(examination), examination))
+def test_a_bundle_can_say_what_each_budget_costs(examination: Examination, tmp_path: Path) -> None:
+    made = results(examination)
+    (tmp_path / ACCURACY_FILE).write_text(budgets_from_results(made, examination))
+    table = AccuracyTable(tmp_path)
+    for one in made:
+        reducer = Setting(one.reducer, one.tokens, one.precision).make_reducer(
+            open_checkpoint(POCKET)
+        )
+        assert table.accuracy_of(reducer, 576, one.precision) == round(one.exact, 4)
+    told = json.loads((tmp_path / ACCURACY_FILE).read_text())
     assert told["pictures"] == 4
-    assert told["cells"][0]["points_lost"] == 0
-    assert [(cell["tokens"], cell["precision"]) for cell in told["cells"]][-2:] == [
-        (32, "fp32"),
-        (32, "int8"),
-    ]
+    assert told["reducers"]["none"]["fp32"]["576"]["points_lost"] == 0
 
 
 def test_the_page_gets_tables_and_a_chart(examination: Examination, tmp_path: Path) -> None:
@@ -118,8 +123,9 @@ def test_the_page_gets_tables_and_a_chart(examination: Examination, tmp_path: Pa
 def test_what_is_kept_is_what_the_card_says() -> None:
     kept = json.loads((POCKET / ACCURACY_FILE).read_text())
     assert kept["questions"] == 2527
-    cells = {(c["reducer"], c["tokens"]): c for c in kept["cells"] if c["precision"] == "fp32"}
-    assert set(cells) == {("none", 576)} | {(r, b) for r in REDUCERS for b in BUDGETS}
+    assert set(kept["reducers"]) == {"none", *REDUCERS}
+    for name in REDUCERS:
+        assert set(kept["reducers"][name]["fp32"]) == {str(budget) for budget in BUDGETS}
     card = json.loads((POCKET / "accuracy.json").read_text())
-    low, high = cells["none", 576]["interval"]
+    low, high = kept["reducers"]["none"]["fp32"]["576"]["interval"]
     assert low <= card["all"]["exact"] <= high
