@@ -5,17 +5,29 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from engines.errors import OptionError
 from runtime.camera import CameraLoop, CameraOptions
-from runtime.camera_parts import CameraAnswer
+from runtime.camera_parts import CameraAnswer, Said
 from runtime.stillness import StillnessOptions
+from runtime.vision import VisualTokens
 from tests.runtime.camera_doubles import ShadeAnswerer, ShadeEncoder, numbered, source_of
 
 ALWAYS_LOOK = CameraOptions("shade?", reuse=False)
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    """Wait for what another thread does; ten seconds are enough for any machine."""
+    deadline_s = time.monotonic() + 10
+    while not happened():
+        if time.monotonic() > deadline_s:
+            raise TimeoutError
+        time.sleep(0.001)
 
 
 def answers_of(loop: CameraLoop) -> list[CameraAnswer]:
@@ -31,36 +43,50 @@ def test_each_frame_of_a_recording_in_turn() -> None:
     assert not loop.drops
 
 
+class Gated(ShadeAnswerer):
+    """Writes an answer for as long as the test wants."""
+
+    def __init__(self, may_end: Callable[[], bool]) -> None:
+        super().__init__()
+        self.may_end = may_end
+
+    def answer(
+        self,
+        visual: VisualTokens,
+        question: str,
+        prefilled: Callable[[], None],
+        interrupted: Callable[[], bool],
+    ) -> Said:
+        said = super().answer(visual, question, prefilled, interrupted)
+        wait_until(lambda: self.may_end() or interrupted())
+        return said
+
+
 def test_only_the_newest_frame_is_answered_and_every_frame_is_accounted_for() -> None:
-    encoder, answerer = ShadeEncoder(0.004), ShadeAnswerer(0.004, 0.03)
-    loop = CameraLoop(source_of(numbered(200)), encoder, answerer, ALWAYS_LOOK)
+    """While one answer is written fifty frames come; the next is about one of the last of them."""
+    source = source_of(numbered(200))
+    answers: list[CameraAnswer] = []
+
+    def fifty_more_came() -> bool:
+        return loop.frames >= min(50 * (answerer.calls), 200)
+
+    answerer = Gated(fifty_more_came)
+    loop = CameraLoop(source, ShadeEncoder(), answerer, ALWAYS_LOOK)
     answers = answers_of(loop)
     indices = [answer.seen.arrival.index for answer in answers]
     assert indices == sorted(set(indices))
-    assert 3 < len(answers) < 60
     assert loop.frames == 200
     assert len(answers) + sum(loop.drops.values()) == 200
     assert loop.drops["superseded"] > 100
     assert indices[-1] == 199  # the last frame is not lost
 
 
-def test_encoding_overlaps_decoding_and_begins_just_in_time() -> None:
-    encode_s, decode_s = 0.05, 0.15
-    encoder, answerer = ShadeEncoder(encode_s), ShadeAnswerer(0.01, decode_s)
-    source = source_of(itertools.cycle(numbered(200)), period_s=0.01)
-    loop = CameraLoop(source, encoder, answerer, ALWAYS_LOOK)
-    assert len(list(itertools.islice(loop.answers(), 10))) == 10
-    overlaps = [
-        begun
-        for begun, done in encoder.busy
-        for decoding, decoded in answerer.decoding[2:]  # the first teach how long it takes
-        if decoding < begun and begun < decoded
-    ]
-    assert len(overlaps) >= 5
-    # Not at once, which would give an old frame, but in the second half of the decoding.
-    for begun in overlaps:
-        decoding = max(start for start, _ in answerer.decoding if start < begun)
-        assert begun - decoding > 0.4 * decode_s
+def test_encoding_overlaps_decoding() -> None:
+    """An answer ends only once the next frame was encoded: without overlap it never would."""
+    encoder = ShadeEncoder()
+    answerer = Gated(lambda: encoder.calls > answerer.calls)
+    loop = CameraLoop(source_of(itertools.cycle(numbered(200))), encoder, answerer, ALWAYS_LOOK)
+    assert len(list(itertools.islice(loop.answers(), 5))) == 5
 
 
 def test_answers_come_at_the_pace_asked_for() -> None:
@@ -84,14 +110,13 @@ def test_the_question_changes_and_the_loop_pauses_while_running() -> None:
     late = list(itertools.islice(answers, 12))  # what was under way had the old question
     assert late[-1].said.text.startswith("colour?")
     loop.pause()
-    time.sleep(0.1)
-    while not loop._out.empty():
+    frames = loop.frames
+    wait_until(lambda: loop.frames > frames + 50)  # the source goes on being read
+    while not loop._out.empty():  # what was under way
         next(answers)
-    frames, silent_until = loop.frames, time.monotonic() + 0.2
-    while time.monotonic() < silent_until:
-        assert loop._out.empty()
-        time.sleep(0.01)
-    assert loop.frames > frames  # the source goes on being read
+    frames = loop.frames
+    wait_until(lambda: loop.frames > frames + 50)
+    assert loop._out.empty()
     loop.resume()
     newest = next(answers).seen.arrival.index
     assert newest >= frames
@@ -105,7 +130,7 @@ def test_stop_from_another_thread_ends_everything() -> None:
     threading.Timer(0.2, loop.stop).start()
     started_s = time.monotonic()
     assert list(loop.answers()) == []
-    assert time.monotonic() - started_s < 3
+    assert time.monotonic() - started_s < 10
     names = {thread.name for thread in threading.enumerate()}
     assert "camera loop" not in names
 
@@ -122,42 +147,41 @@ def noisy_scene(count: int, moved_at: int | None = None) -> list[np.ndarray]:
     return frames
 
 
-STILLNESS = StillnessOptions(learn_s=0.1, refresh_s=60.0)
+STILLNESS = StillnessOptions(learn_s=0.0, refresh_s=600.0)
+EACH = CameraOptions("shade?", every_frame=True, stillness=STILLNESS)
+
+
+def watch_each(
+    scene: list[np.ndarray], options: CameraOptions = EACH
+) -> tuple[CameraLoop, ShadeEncoder, ShadeAnswerer, list[CameraAnswer]]:
+    """Watch a recording frame by frame, so that what happens does not hang on time."""
+    encoder, answerer = ShadeEncoder(), ShadeAnswerer()
+    source = source_of(iter(scene), live=False, period_s=0.0)
+    loop = CameraLoop(source, encoder, answerer, options)
+    return loop, encoder, answerer, answers_of(loop)
 
 
 def test_a_still_scene_costs_nothing_and_its_answer_stays_equal() -> None:
-    encoder, answerer = ShadeEncoder(), ShadeAnswerer()
-    options = CameraOptions("shade?", stillness=STILLNESS)
-    source = source_of(iter(noisy_scene(200)), period_s=0.005)
-    loop = CameraLoop(source, encoder, answerer, options)
-    answers = answers_of(loop)
-    reused = [answer for answer in answers if answer.reused]
-    assert len(reused) > 20
-    assert answerer.calls == len(answers) - len(reused)
-    assert encoder.calls <= answerer.calls + loop.drops["stale"]
-    last_look = max(answer.seen.arrival.index for answer in answers if not answer.reused)
-    after = [answer for answer in answers if answer.seen.arrival.index >= last_look]
-    assert len({answer.said.text for answer in after}) == 1
-    assert all(answer.seen.encode_ms == 0 and answer.seen.kept for answer in reused)
+    _, encoder, answerer, answers = watch_each(noisy_scene(60))
+    assert [answer.reused for answer in answers] == [False] + [True] * 59
+    assert encoder.calls == answerer.calls == 1
+    assert len({answer.said.text for answer in answers}) == 1
+    assert all(answer.seen.encode_ms == 0 and answer.seen.kept for answer in answers[1:])
 
 
 def test_a_small_change_ends_the_reuse() -> None:
-    encoder = ShadeEncoder()
-    options = CameraOptions("shade?", stillness=STILLNESS)
-    source = source_of(iter(noisy_scene(200, moved_at=150)), period_s=0.005)
-    answers = answers_of(CameraLoop(source, encoder, ShadeAnswerer(), options))
-    looked = [a.seen.arrival.index for a in answers if not a.seen.kept]
-    (late,) = [index for index in looked if index > 100]
-    assert 150 <= late < 190
+    _, _, _, answers = watch_each(noisy_scene(60, moved_at=40))
+    assert [a.seen.arrival.index for a in answers if not a.seen.kept] == [0, 40]
+
+
+def test_without_reuse_every_frame_is_looked_at() -> None:
+    _, encoder, answerer, _ = watch_each(noisy_scene(9), replace(EACH, reuse=False))
+    assert encoder.calls == answerer.calls == 9
 
 
 def test_another_question_about_a_still_scene_is_asked() -> None:
-    loop = CameraLoop(
-        source_of(iter(noisy_scene(300)), period_s=0.005),
-        ShadeEncoder(),
-        ShadeAnswerer(),
-        CameraOptions("shade?", stillness=STILLNESS),
-    )
+    source = source_of(iter(noisy_scene(60)), live=False, period_s=0.0)
+    loop = CameraLoop(source, ShadeEncoder(), ShadeAnswerer(), EACH)
     texts = []
     for item in loop.answers():
         if item.reused:
@@ -168,12 +192,11 @@ def test_another_question_about_a_still_scene_is_asked() -> None:
 
 
 def test_on_change_answers_only_changes() -> None:
-    options = CameraOptions("shade?", on_change=True, stillness=STILLNESS)
-    source = source_of(iter(noisy_scene(200, moved_at=150)), period_s=0.005)
-    loop = CameraLoop(source, ShadeEncoder(), ShadeAnswerer(), options)
-    (late,) = [a.seen.arrival.index for a in answers_of(loop) if a.seen.arrival.index > 100]
-    assert 150 <= late < 190
-    assert loop.drops["unchanged"] > 40
+    options = replace(EACH, on_change=True)
+    loop, encoder, _, answers = watch_each(noisy_scene(60, moved_at=40), options)
+    assert [answer.seen.arrival.index for answer in answers] == [0, 40]
+    assert loop.drops == {"unchanged": 58}
+    assert encoder.calls == 2
 
 
 def test_an_empty_question_is_refused() -> None:
