@@ -1,14 +1,14 @@
 """What a checkpoint says of the accuracy of each budget, so that a bundle can say it too.
 
-Enters: ``accuracy_by_budget.json`` beside the weights, which `benchmarks.accuracy` writes: a list
-of cells, each of a reducer, a budget and a precision. Leaves: one number for each vision graph, or
-None.
+Enters: ``accuracy_by_budget.json`` beside the weights, which `benchmarks.accuracy` writes: reducer
+-> precision -> tokens -> ``exact``. Leaves: one number for each vision graph, or None.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from engines.errors import CheckpointError
 from export.reducers import Reducer, reducer_for_budget
@@ -26,18 +26,13 @@ class AccuracyTable:
             CheckpointError: the file is not such a table.
         """
         self._file = checkpoint / ACCURACY_FILE
-        self._exact: dict[tuple[str, int, str], float] = {}
+        self._cells: Any = {}
         if not self._file.is_file():
             return
         try:
-            for cell in json.loads(self._file.read_text("utf-8"))["cells"]:
-                key = (str(cell["reducer"]), int(cell["tokens"]), str(cell["precision"]))
-                self._exact[key] = float(cell["exact"])
+            self._cells = json.loads(self._file.read_text("utf-8"))["reducers"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(repr(error)) from error
-        wrong = [exact for exact in self._exact.values() if not 0 <= exact <= 1]
-        if wrong:
-            raise self._damaged(f"{wrong[0]} is not a share")
 
     def accuracy_of(self, reducer: Reducer, patches: int, precision: str) -> float | None:
         """Return the share of questions answered exactly; None where it was not measured.
@@ -49,6 +44,9 @@ class AccuracyTable:
             reducer: of the graph.
             patches: how many the tower has.
             precision: of the graph.
+
+        Raises:
+            CheckpointError: the table holds something else.
         """
         tokens = reducer.token_count(patches)
         merge = {"merge": reducer.options["merge"]} if "merge" in reducer.options else {}
@@ -58,7 +56,14 @@ class AccuracyTable:
                 return None
         reference = merge.get("merge") == "reference"
         name = f"{reducer.name}_reference" if reference else reducer.name
-        return self._exact.get((name, tokens, precision))
+        try:
+            cell = self._cells.get(name, {}).get(precision, {}).get(str(tokens))
+            exact = None if cell is None else float(cell["exact"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise self._damaged(repr(error)) from error
+        if exact is not None and not 0 <= exact <= 1:
+            raise self._damaged(f"{name}, {precision}, {tokens} tokens: {exact} is not a share")
+        return exact
 
     def _damaged(self, why: str) -> CheckpointError:
         return CheckpointError(

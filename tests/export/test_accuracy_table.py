@@ -14,12 +14,11 @@ from export.reducers import make_reducer, reducer_for_budget
 PATCHES = 256
 TABLE = {
     "schema": 1,
-    "cells": [
-        {"reducer": "none", "tokens": 256, "precision": "fp32", "exact": 0.977},
-        {"reducer": "visionzip", "tokens": 64, "precision": "fp32", "exact": 0.961},
-        {"reducer": "visionzip", "tokens": 64, "precision": "fp16", "exact": 0.96},
-        {"reducer": "visionzip_reference", "tokens": 64, "precision": "fp32", "exact": 0.95},
-    ],
+    "reducers": {
+        "none": {"fp32": {"256": {"exact": 0.977}}},
+        "visionzip": {"fp32": {"64": {"exact": 0.961}}, "fp16": {"64": {"exact": 0.96}}},
+        "visionzip_reference": {"fp32": {"64": {"exact": 0.95}}},
+    },
 }
 
 
@@ -54,23 +53,14 @@ def test_what_was_not_measured_is_unknown(tmp_path: Path) -> None:
     [
         [],
         {"schema": 1},
-        {"cells": [{"reducer": "none", "tokens": 64, "precision": "fp32"}]},
-        {"cells": [{"reducer": "none", "tokens": 64, "precision": "fp32", "exact": "most"}]},
-        {"cells": [{"reducer": "none", "tokens": 64, "precision": "fp32", "exact": 96.1}]},
-        {"cells": 3},
+        {"reducers": {"visionzip": {"fp32": {"64": {"exact": "most"}}}}},
+        {"reducers": {"visionzip": {"fp32": {"64": {}}}}},
+        {"reducers": {"visionzip": {"fp32": {"64": {"exact": 96.1}}}}},
+        {"reducers": {"visionzip": 3}},
     ],
 )
 def test_what_is_no_table_is_refused(tmp_path: Path, content: object) -> None:
     with pytest.raises(CheckpointError, match=r"accuracy_by_budget\.json is not a table"):
-        table_of(tmp_path, content)
-
-
-def test_the_bundled_checkpoint_says_what_a_budget_costs() -> None:
-    """Its table is the one that `benchmarks.accuracy` wrote."""
-    table = AccuracyTable(Path(__file__).parents[2] / "models" / "pocket-llava")
-    shares = [
-        table.accuracy_of(reducer_for_budget("visionzip", tokens, 576), 576, "fp32")
-        for tokens in (32, 64, 128, 192)
-    ]
-    assert shares == sorted(shares)
-    assert 0.5 < shares[0] < shares[-1] < 1
+        table_of(tmp_path, content).accuracy_of(
+            reducer_for_budget("visionzip", 64, PATCHES), PATCHES, "fp32"
+        )
