@@ -144,14 +144,13 @@ def document_from_coverage(coverage: Coverage) -> dict[str, Any]:
 
 
 def lines_from_coverage(coverage: Coverage) -> list[str]:
-    """Return a coverage as lines for people; the warnings come last."""
+    """Return a coverage as lines for people, without its warnings."""
     unreadable = sum(coverage.unreadable.values())
-    lines = [
+    return [
         f"{coverage.frames} distinct frames of {coverage.scenes} views, from {coverage.seen:,} "
         f"frames ({coverage.read:,} read, {coverage.repeated:,} repeated, {unreadable} unreadable)",
         f"brightness {_told(coverage.brightness)}, change between frames {_told(coverage.motion)}",
     ]
-    return lines + [f"Thin: {warning}" for warning in coverage.warnings]
 
 
 def _told(spread: Spread) -> str:

@@ -45,13 +45,13 @@ class FrameOptions:
         view: how the source is looked at, the same as when the robot watches: rotation, crop, most
             frames per second (a live source gives one per second if left out), topic of a bag.
         live_s: seconds after which a live source has given enough.
-        patch_side: pixels along a patch of the tower; smaller frames are unreadable.
+        patch_pixels: pixels along a patch of the tower; smaller frames are unreadable.
     """
 
     max_frames: int = 256
     view: SourceOptions = field(default_factory=SourceOptions)
     live_s: float = 600.0
-    patch_side: int = 14
+    patch_pixels: int = 14
 
     def __post_init__(self) -> None:
         if self.max_frames < 2 or not self.live_s > 0:
@@ -133,8 +133,8 @@ def collect_frames(
         frames = open_things.enter_context(source)
         for frame in _frames_of(frames, sample, options, open_things):
             height, width = frame.image.shape[:2]
-            if min(height, width) < options.patch_side:
-                size = f"{width}x{height} pixels, and a patch alone is {options.patch_side}"
+            if min(height, width) < options.patch_pixels:
+                size = f"{width}x{height} pixels, and a patch alone is {options.patch_pixels}"
                 frames.errors.count(_SMALL, f"a frame has {size}")
                 continue
             sample.add(resize_picture(frame.image, preprocessing))

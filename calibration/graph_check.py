@@ -22,6 +22,7 @@ from onnx_ir.passes import common as passes
 
 from calibration.modules import module_of
 from engines.errors import EngineError, OptionError
+from engines.targets import Target
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _NUMBERS = _FLOATS | {ir.DataType.INT32, ir.DataType.INT64}
@@ -94,6 +95,16 @@ class Refusal:
     def __str__(self) -> str:
         where = f" from {self.module}" if self.module else ""
         return f"{self.op} {self.node!r}{where}: {self.reason}"
+
+
+def oldest_tensorrt(target: Target) -> str | None:
+    """Return the oldest TensorRT that is to take a target's graphs; None where none is to.
+
+    TensorRT takes from version to version more, so the oldest speaks for all.
+    """
+    if not target.needs_cuda:
+        return None
+    return (target.tensorrt_min if target.engine == "tensorrt" else None) or OLDEST_TENSORRT
 
 
 def check_graph(file: Path, tensorrt: str) -> None:

@@ -64,7 +64,7 @@ def write_graph(
         OptionError: the opset is not one of `OPSETS`.
     """
     check_opset(opset)
-    _set_opset(model, opset)
+    set_opset(model, opset)
     size = sum(w.const_value.nbytes for w in model.graph.initializers.values() if w.const_value)
     external = size > _PROTOBUF_LIMIT_BYTES if external_weights is None else external_weights
     own = external and shared is None
@@ -103,7 +103,7 @@ def check_opset(opset: int) -> None:
         )
 
 
-def _set_opset(model: ir.Model, opset: int) -> None:
+def set_opset(model: ir.Model, opset: int) -> None:
     """Move a graph of opset 18 to 17 or 19.
 
     Of the operators used here only the reductions differ: their axes were an attribute until 17.

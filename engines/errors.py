@@ -41,3 +41,7 @@ class SourceError(FoveateError):
 
 class CalibrationError(FoveateError):
     """A calibration that is damaged, was made for another checkpoint, or misses its gate."""
+
+
+class GateError(CalibrationError):
+    """An INT8 graph that agrees less with FP32 than its gate allows; commands end with 1."""

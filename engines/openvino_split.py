@@ -43,7 +43,8 @@ def split_at_selection(openvino: Any, model: Any) -> SplitModel:
         )
     border: dict[tuple[str, int], Any] = {}
     for node in behind.get_ordered_ops():
-        if node.get_friendly_name() not in chosen:
+        # What is handed out leaves by the second half, also where the first has it already.
+        if node.get_friendly_name() not in chosen and node.get_type_name() != "Result":
             continue
         for port in node.inputs():
             source = port.get_source_output()

@@ -6,14 +6,21 @@ would be built.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 
+from calibration.int8_options import Int8Flags
+from calibration.int8_report import (
+    document_from_int8,
+    lines_from_frames,
+    lines_from_int8,
+    tell_interruption,
+    tell_missed_gate,
+)
 from engines import cli
-from engines.errors import OptionError
+from engines.errors import GateError, OptionError
 from engines.manifest import LlmPrecision, Precision
 from engines.progress_bar import show_progress
 from export.build_plan import Budget, BuildOptions, BuildPlan, plan_build
@@ -27,6 +34,7 @@ __all__ = ["BuildOptions", "BuildReport", "build_bundle", "main"]
 _EXAMPLES = (
     "`python -m export.build --model models/pocket-llava --out build/pocket`",
     "`python -m export.build --model llava-hf/llava-1.5-7b-hf --tokens 64,192 --out build/llava`",
+    "`python -m export.build --model DIR --precision int8 --frames drive.mp4 --out build/int8`",
     "`python -m export.build --model DIR --reducer prumerge_plus --tokens 144 --dry-run --out B`",
 )
 
@@ -36,6 +44,7 @@ def main(
         str, typer.Option(help="LLaVA checkpoint: a directory, or a Hugging Face name.")
     ],
     out: Annotated[Path, typer.Option(help="Directory of the bundle.")],
+    int8: Int8Flags,
     target: Annotated[
         str, typer.Option(help="Device; `python -m engines.targets` lists them.")
     ] = "cpu",
@@ -70,7 +79,11 @@ def main(
             help="llama.cpp: q4_k_m, q8_0, f16 or f32; left out, q4_k_m for int4, f16 for fp32."
         ),
     ] = None,
-    opset: Annotated[int, typer.Option(help="ONNX operator set: 17, 18 or 19.")] = 18,
+    threads: cli.ThreadsOption = None,
+    opset: Annotated[
+        int | None,
+        typer.Option(help="ONNX operator set: 17, 18 or 19; left out, 18, or 19 where INT8 needs."),
+    ] = None,
     targets: Annotated[Path | None, typer.Option(help="TOML file of your own targets.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the bundle at --out.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Check everything, write nothing.")] = False,
@@ -80,6 +93,10 @@ def main(
 
     The bundle is written whole or not at all. What it needs of the checkpoint is read part by
     part, so a 7B model needs memory for its largest part only.
+
+    `--precision int8` calibrates on your own frames (--frames): 128 distinct ones or more, by day
+    and night if the robot works by day and night. Every eighth is held out; on these INT8 must keep
+    the patches that FP32 keeps (--gate), or nothing is written and the exit code is 1.
     """
     given = {"dominant": dominant, "contextual": contextual, "merge": merge, "seed": seed}
     reducer_options = {name: value for name, value in given.items() if value is not None}
@@ -100,14 +117,21 @@ def main(
         if gguf_precision
         else None,
         opset=opset,
+        int8=int8.options(threads),
         targets_file=targets,
         overwrite=overwrite,
     )
     if dry_run:
         _tell_plan(plan_build(options), options, as_json)
         return 0
-    with show_progress() as progress:
-        report = build_bundle(options, progress)
+    try:
+        with show_progress() as progress:
+            report = build_bundle(options, progress)
+    except GateError as error:
+        return tell_missed_gate(error, as_json)
+    except KeyboardInterrupt:
+        tell_interruption(out)
+        raise
     _tell_report(report, as_json)
     return 0
 
@@ -173,12 +197,22 @@ def _tell_plan(plan: BuildPlan, options: BuildOptions, as_json: bool) -> None:
 
 def _tell_report(report: BuildReport, as_json: bool) -> None:
     if as_json:
-        cli.print_json({**asdict(report), "bundle": str(report.bundle)})
+        document = {
+            "bundle": str(report.bundle),
+            "bytes": report.bytes,
+            "seconds": report.seconds,
+            "notes": report.notes,
+        }
+        if report.int8 is not None:
+            document["int8"] = document_from_int8(report.int8, report.frames)
+        cli.print_json(document)
         return
     for name, size in report.bytes.items():
         print(f"  {size / 1e6:10.2f} MB  {name}")
     total = sum(report.bytes.values()) / 1e6
     print(f"  {total:10.2f} MB  {report.bundle} in {sum(report.seconds.values()):.0f} s")
+    if report.int8 is not None:
+        print("\n".join(lines_from_frames(report.frames) + lines_from_int8(report.int8)))
     for note in report.notes:
         print(f"Note: {note}")
     print(f'\nNext: python -m runtime.ask {report.bundle} PICTURE "What is in the picture?"')

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from calibration.graph_file import check_opset
+from calibration.int8_graphs import HALF_OPSET
+from calibration.int8_options import Int8Options
+from calibration.record import Calibration
 from engines.bundle import refuse_occupied
 from engines.errors import OptionError
 from engines.manifest import LlmPrecision, Precision
@@ -23,6 +26,8 @@ from export.reducers import Reducer, make_reducer, reducer_for_budget
 
 Budget = int | Literal["all"]
 """Visual tokens to leave; ``"all"`` means no reduction."""
+
+USUAL_OPSET = 18
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class BuildOptions:
         llm_backends: language backends that get a decoder; the first is the bundle's default.
         llm_precision: of the language model.
         gguf_precision: of llama.cpp's decoder; None takes what is like `llm_precision`.
-        opset: of the vision graph.
+        opset: of the vision graph; None takes 18, or 19 where float16 is quantized.
+        int8: frames or a calibration, for the precisions ``int8`` and ``mixed``.
         targets_file: a TOML file of the user's own targets.
         overwrite: replace a bundle that is already there.
     """
@@ -55,7 +61,8 @@ class BuildOptions:
     llm_backends: tuple[DecoderBackend, ...] = ("ort",)
     llm_precision: LlmPrecision = "int4"
     gguf_precision: GgufPrecision | None = None
-    opset: int = 18
+    opset: int | None = None
+    int8: Int8Options = field(default_factory=Int8Options)
     targets_file: Path | None = None
     overwrite: bool = False
 
@@ -67,12 +74,23 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What will be built, checked before anything slow starts."""
+    """What will be built, checked before anything slow starts.
+
+    Attributes:
+        checkpoint: opened.
+        target: the device.
+        precision: of the vision graphs.
+        reducers: a graph is built for each.
+        opset: of the graphs.
+        record: the calibration to be used again, if one is.
+    """
 
     checkpoint: Checkpoint
     target: Target
     precision: Precision
     reducers: tuple[Reducer, ...]
+    opset: int
+    record: Calibration | None = None
 
     @property
     def patches(self) -> int:
@@ -88,19 +106,28 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     """
     target = find_target(options.target, options.targets_file)
     precision = target.check_precision(options.precision or target.default_precision)
-    if precision not in ("fp32", "fp16"):
-        raise OptionError(
-            f"--precision {precision} needs your own frames to calibrate with, which this version "
-            "cannot do while it builds. Use --precision fp16 or fp32."
-        )
-    check_opset(options.opset)
+    record = options.int8.check(precision)
+    opset = _choose_opset(options.opset, precision, target)
     refuse_occupied(options.out, options.overwrite)
     checkpoint = open_checkpoint(options.model)
     check_language_models(checkpoint, options.decoders)
     reducers = tuple(
         _choose_reducer(options, budget, checkpoint) for budget in options.tokens or (None,)
     )
-    return BuildPlan(checkpoint, target, precision, reducers)
+    return BuildPlan(checkpoint, target, precision, reducers, opset, record)
+
+
+def _choose_opset(given: int | None, precision: Precision, target: Target) -> int:
+    """Return the operator set: where float16 is quantized, the first that can."""
+    quantized_half = target.needs_cuda and precision in ("int8", "mixed")
+    opset = given or (HALF_OPSET if quantized_half else USUAL_OPSET)
+    check_opset(opset)
+    if quantized_half and opset < HALF_OPSET:
+        raise OptionError(
+            f"--opset {opset}: {target.name} runs what is not INT8 in float16, which ONNX "
+            f"quantizes from opset {HALF_OPSET} on. Leave --opset out to get that."
+        )
+    return opset
 
 
 def _choose_reducer(

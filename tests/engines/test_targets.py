@@ -61,7 +61,11 @@ def test_numbers_inherited_from_another_device_keep_their_own_source() -> None:
 
 def test_cpu_target_is_what_the_exporter_relies_on() -> None:
     cpu = find_target("cpu")
-    assert (cpu.engine, cpu.precisions, cpu.default_precision) == ("ort", ("fp32",), "fp32")
+    assert (cpu.engine, cpu.precisions, cpu.default_precision) == (
+        "ort",
+        ("fp32", "int8", "mixed"),
+        "fp32",
+    )
     assert not cpu.needs_cuda and cpu.compute_capability is None
 
 

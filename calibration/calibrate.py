@@ -1,0 +1,89 @@
+"""`python -m calibration.calibrate`: an FP32 bundle becomes an INT8 bundle, on the user's frames.
+
+Enters: a bundle and frames, or a calibration made before. Leaves: a new bundle, or exit code 1 and
+nothing where INT8 says something else than FP32. PyTorch is not needed, so this runs on the robot.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from calibration.int8_bundle import calibrate_bundle
+from calibration.int8_options import Int8Flags, int8_precision
+from calibration.int8_report import (
+    document_from_int8,
+    lines_from_frames,
+    lines_from_int8,
+    tell_interruption,
+    tell_missed_gate,
+)
+from engines import cli
+from engines.bundle import open_bundle
+from engines.errors import GateError
+from engines.progress_bar import show_progress
+
+_EXAMPLES = (
+    "`python -m calibration.calibrate build/pocket --frames drive.mp4 --out build/pocket-int8`",
+    "`python -m calibration.calibrate B --frames log.mcap --topic /front --out B-int8`",
+    "`python -m calibration.calibrate B --frames pictures/ --precision mixed --out B-mixed`",
+    "`python -m calibration.calibrate B --calibration B-int8/vision/calibration.json --out B2`",
+)
+
+
+def main(
+    bundle: Annotated[Path, typer.Argument(help="An FP32 bundle that `export.build` wrote.")],
+    out: Annotated[Path, typer.Option(help="Directory of the INT8 bundle.")],
+    flags: Int8Flags,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="int8: every layer of the tower that gains by it. mixed: all but the layers that "
+            "cost most, until the gate holds (it tries many, so it takes longer)."
+        ),
+    ] = "int8",
+    targets: Annotated[Path | None, typer.Option(help="TOML file of your own targets.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the bundle at --out.")] = False,
+    verify: cli.VerifyOption = True,
+    threads: cli.ThreadsOption = None,
+    as_json: cli.JsonOption = False,
+) -> int:
+    """Make an INT8 bundle from an FP32 one, calibrated on your own frames.
+
+    Frames are taken evenly from the whole of the source, without repeats; 128 distinct ones or
+    more, by day and night if the robot works by day and night. What they lack is told with numbers.
+    Every eighth frame is held out: on these INT8 must keep the patches that FP32 keeps and give
+    nearly the same tokens (--gate), or nothing is written and the exit code is 1. After Ctrl-C the
+    same command goes on where it was.
+    """
+    opened = open_bundle(bundle, verify=verify)
+    try:
+        with show_progress() as progress:
+            result = calibrate_bundle(
+                opened,
+                out,
+                flags.options(threads),
+                precision=int8_precision(precision),
+                overwrite=overwrite,
+                targets_file=targets,
+                progress=progress,
+            )
+    except GateError as error:
+        return tell_missed_gate(error, as_json)
+    except KeyboardInterrupt:
+        tell_interruption(out)
+        raise
+    if as_json:
+        cli.print_json(
+            {"bundle": str(out), "passed": True, **document_from_int8(result.made, result.frames)}
+        )
+        return 0
+    print("\n".join(lines_from_frames(result.frames) + lines_from_int8(result.made)))
+    print(f'\nNext: python -m runtime.ask {out} PICTURE "What is in the picture?"')
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main, _EXAMPLES)
