@@ -7,14 +7,13 @@ stages that add most to the error, for the message when the gate is missed.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from calibration.agreement import compare_visual_tokens
-from calibration.sensitivity import Agreement
+from calibration.sensitivity import Agreement, Outputs, measure_agreement
 from calibration.stages import StageError, measure_stages, read_stages, tap_graph
 from calibration.statistics import Frames
 from engines.ort import OrtSession
@@ -24,27 +23,22 @@ from runtime.preprocess import PixelValues
 from runtime.vision import VisualTokens
 
 
-def measure_agreement(
+def compare_graphs(
     reference: Path,
     candidate: Path,
     frames: Frames,
     threads: int | None = None,
     progress: Progress = lambda line, done: None,
 ) -> Agreement:
-    """Return how alike two graphs are: the means over frames of overlap and of cosine."""
-    overlaps, cosines = [], []
-    with (
-        OrtSession(reference, threads=threads) as fp32,
-        OrtSession(candidate, threads=threads) as int8,
-    ):
-        name = fp32.input_names[0]
-        for at, pixels in enumerate(frames):
-            progress(f"{candidate.name}: check of frame {at + 1}", at / len(frames))
-            theirs, ours = (tokens_of(one.run({name: pixels})) for one in (fp32, int8))
-            found = compare_visual_tokens(theirs, ours)
-            overlaps.append(found.overlap)
-            cosines.append(found.cosine_mean)
-    return Agreement(float(np.mean(overlaps)), float(np.mean(cosines)))
+    """Return how alike two graphs are over frames, as `calibration.sensitivity` measures it."""
+
+    def run(file: Path) -> Iterator[Outputs]:
+        with OrtSession(file, threads=threads) as session:
+            for at, pixels in enumerate(frames):
+                progress(f"{candidate.name}: check of frame {at + 1}", at / len(frames))
+                yield session.run({session.input_names[0]: pixels})
+
+    return measure_agreement(run(reference), run(candidate))
 
 
 def rank_stages(

@@ -16,7 +16,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from calibration.dataset import CalibrationSet
-from calibration.graph_agreement import measure_agreement, rank_stages
+from calibration.graph_agreement import compare_graphs, rank_stages
 from calibration.graph_check import check_graph
 from calibration.graph_file import ExportedGraph, set_opset, write_graph
 from calibration.half_precision import convert_to_fp16
@@ -132,7 +132,7 @@ def make_int8_graphs(task: Int8Task, progress: Progress = lambda line, done: Non
         part = _part(progress, 0.9, 1.0)
         threads = task.options.how.threads
         agreements = {
-            name: measure_agreement(task.sources[name], exported.file, held_out, threads, part)
+            name: compare_graphs(task.sources[name], exported.file, held_out, threads, part)
             for name, exported in written.items()
         }
         _refuse_below_gate(task, calibration, agreements, held_out)

@@ -23,7 +23,7 @@ from calibration.layers import find_sites
 from calibration.quantize import apply_calibration
 from calibration.record import Calibration
 from calibration.statistics import Frames, Progress
-from engines.errors import CalibrationError
+from engines.errors import CalibrationError, GateError
 from engines.ort import OrtSession
 
 Outputs = dict[str, NDArray[Any]]
@@ -123,8 +123,8 @@ def search_exclusions(
         progress: told of every trial.
 
     Raises:
-        CalibrationError: the calibration is not of this graph, there are no frames, or the gate
-            cannot be reached; the costliest sites are named.
+        GateError: the gate cannot be reached; the costliest sites are named.
+        CalibrationError: the calibration is not of this graph, or there are no frames.
     """
     with TemporaryDirectory() as folder:
         bench = _Bench(graph_file, calibration, frames, threads, Path(folder))
@@ -236,12 +236,12 @@ def _choose_exclusions(
 
 def _gate_error(
     costs: Sequence[SiteCost], gate: Gate, before: Agreement, after: Agreement
-) -> CalibrationError:
+) -> GateError:
     worst = ", ".join(
         f"{cost.site} (overlap {cost.alone.overlap:.3f}, cosine {cost.alone.cosine:.4f} alone)"
         for cost in sorted(costs, key=lambda cost: cost.cost, reverse=True)[:3]
     )
-    return CalibrationError(
+    return GateError(
         f"The gate (overlap {gate.overlap:g}, cosine {gate.cosine:g}) cannot be reached: overlap "
         f"{before.overlap:.4f} and cosine {before.cosine:.5f} with INT8, {after.overlap:.4f} and "
         f"{after.cosine:.5f} with every layer back in floating point. The costliest are {worst}. "

@@ -105,7 +105,7 @@ class Recorder:
                     f"lowest/{site.name}": rows.min(axis=0),
                     f"highest/{site.name}": rows.max(axis=0),
                     f"sum/{site.name}": rows.sum(axis=0, dtype=np.float64),
-                    f"rows/{site.name}": np.array(len(rows)),
+                    f"rows/{site.name}": np.array([len(rows)]),
                     f"sample/{site.name}": rows[chosen],
                 }
 
