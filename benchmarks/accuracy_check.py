@@ -77,13 +77,14 @@ def compare(out: Path, examination: Examination, count: int, threads: int) -> di
             packed = examination.right_answers_about(picture, visual.tokens, visual.valid)
             is_right = answer.text.strip() == question.answer
             same_text += answer.token_ids == tuple(ids)
-            same_verdict += is_right == packed[examination.questions[picture].index(question)]
+            verdict = bool(packed[examination.questions[picture].index(question)])
+            same_verdict += is_right == verdict
             right += is_right
     return {
         "questions": len(chosen),
-        "right": int(right),
-        "same_text": int(same_text),
-        "same_verdict": int(same_verdict),
+        "right": right,
+        "same_text": same_text,
+        "same_verdict": same_verdict,
         "met": same_text == len(chosen) and same_verdict == len(chosen),
     }
 

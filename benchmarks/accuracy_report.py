@@ -186,24 +186,17 @@ def table_from_results(results: Sequence[Result], examination: Examination) -> s
 
 
 def chart_from_results(results: Sequence[Result]) -> str:
-    """Draw exact match over the budget, float32 solid and INT8 dashed."""
-    lines = []
-    everything = {one.precision: one for one in results if one.reducer == "none"}
+    """Draw exact match over the budget in float32; other precisions would lie on top of it."""
+    full = sorted((one for one in results if one.precision == "fp32"), key=lambda one: one.tokens)
     names = dict.fromkeys(one.reducer for one in results if one.reducer != "none")
-    for precision in ("fp32", "int8"):
-        for name in names:
-            mine = [one for one in results if (one.reducer, one.precision) == (name, precision)]
-            mine = sorted([*mine, everything[precision]] if mine else [], key=lambda r: r.tokens)
-            if mine:
-                lines.append(_line(name, mine, dashed=precision != "fp32"))
+    lines = []
+    for name in names:
+        cells = [one for one in full if one.reducer in (name, "none")]
+        points = [(float(one.tokens), 100 * one.exact) for one in cells]
+        whiskers = [(100 * low, 100 * high) for low, high in (one.interval for one in cells)]
+        lines.append(Line(name, points, whiskers))
     axes = Axes("visual tokens (budget)", "exact match, %", logarithmic=True)
-    return line_chart("Right answers against visual tokens (solid fp32, dashed int8)", axes, lines)
-
-
-def _line(name: str, cells: Sequence[Result], dashed: bool) -> Line:
-    points = [(float(one.tokens), 100 * one.exact) for one in cells]
-    whiskers = () if dashed else [(100 * a, 100 * b) for a, b in (one.interval for one in cells)]
-    return Line(name, points, whiskers, dashed)
+    return line_chart("Right answers against visual tokens, float32", axes, lines)
 
 
 def write_report(page: Path, results: Sequence[Result], examination: Examination) -> None:

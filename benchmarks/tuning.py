@@ -30,7 +30,8 @@ from benchmarks.accuracy import Bench, Setting
 from benchmarks.accuracy_report import Result, replace_between
 from benchmarks.packed_answers import POCKET, Examination
 from export.checkpoint import open_checkpoint
-from export.tune import RECORD_FILE, TuneOptions, show_tracks, show_training, tune_checkpoint
+from export.tune import show_tracks, show_training
+from export.tuning.run import RECORD_FILE, TuneOptions, tune_checkpoint
 from export.tuning.student import Lora
 from export.tuning.training import Recipe
 

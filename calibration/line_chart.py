@@ -6,7 +6,7 @@ Enters: named lines of points. Leaves: the text of an SVG file.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from math import ceil, floor, log2
 
@@ -23,13 +23,11 @@ class Line:
         name: what the legend calls it.
         points: (x, y), x ascending.
         whiskers: (lowest, highest) y of each point; none are drawn where there are none.
-        dashed: draw it dashed, in the colour of the line of the same name before it, if any.
     """
 
     name: str
     points: Sequence[tuple[float, float]]
-    whiskers: Sequence[tuple[float, float]] = field(default=())
-    dashed: bool = False
+    whiskers: Sequence[tuple[float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -97,9 +95,8 @@ def line_chart(title: str, axes: Axes, lines: Sequence[Line]) -> str:
         f'<text transform="translate(16 {(_HEIGHT - _BOTTOM + _TOP) / 2:.0f}) rotate(-90)" '
         f'text-anchor="middle">{escape(axes.y)}</text>'
     )
-    colours: dict[str, str] = {}
     for number, line in enumerate(lines):
-        colour = colours.setdefault(line.name, _COLOURS[len(colours) % len(_COLOURS)])
+        colour = _COLOURS[number % len(_COLOURS)]
         parts += _draw(line, colour, [(across(x), up(y)) for x, y in line.points])
         for (x, _), (bottom, top) in zip(line.points, line.whiskers, strict=False):
             parts.append(
@@ -110,19 +107,17 @@ def line_chart(title: str, axes: Axes, lines: Sequence[Line]) -> str:
 
 
 def _draw(line: Line, colour: str, points: Sequence[tuple[float, float]]) -> list[str]:
-    dash = ' stroke-dasharray="5 4"' if line.dashed else ""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    drawn = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"{dash}/>']
+    drawn = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>']
     if len(points) <= 12:
         drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
     return drawn
 
 
 def _legend(line: Line, colour: str, number: int) -> str:
-    dash = ' stroke-dasharray="5 4"' if line.dashed else ""
     x, y = _WIDTH - _RIGHT + 16, _TOP + 8 + 18 * number
     return (
-        f'<path d="M{x} {y}h22" stroke="{colour}" stroke-width="1.8"{dash}/>'
+        f'<path d="M{x} {y}h22" stroke="{colour}" stroke-width="1.8"/>'
         f'<text x="{x + 28}" y="{y + 4}">{escape(line.name)}</text>'
     )
 

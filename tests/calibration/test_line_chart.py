@@ -18,20 +18,19 @@ def points(line: ElementTree.Element) -> list[tuple[float, float]]:
 def test_points_lie_on_their_scales() -> None:
     lines = [
         Line("a < b", [(32, 10.0), (64, 20.0), (128, 30.0)], [(9, 11), (19, 21), (29, 31)]),
-        Line("a < b", [(32, 20.0), (128, 20.0)], dashed=True),
+        Line("flat", [(32, 20.0), (128, 20.0)]),
     ]
     root = ElementTree.fromstring(line_chart("t & u", Axes("x", "y", logarithmic=True), lines))
-    solid, dashed = root.findall(f"{SVG}polyline")
-    (x0, y0), (x1, y1), (x2, y2) = points(solid)
+    rising, flat = root.findall(f"{SVG}polyline")
+    (x0, y0), (x1, y1), (x2, y2) = points(rising)
     assert x1 - x0 == pytest.approx(x2 - x1)  # a doubling is a doubling
     assert y0 - y1 == pytest.approx(y1 - y2)
     assert y0 > y2  # the page's y points downwards
-    assert points(dashed)[0] == (x0, y1)
-    assert solid.attrib["stroke"] == dashed.attrib["stroke"]
-    assert "stroke-dasharray" in dashed.attrib
+    assert points(flat)[0] == (x0, y1)
+    assert rising.attrib["stroke"] != flat.attrib["stroke"]
     texts = [text.text for text in root.findall(f"{SVG}text")]
     assert "t & u" in texts
-    assert texts.count("a < b") == 2
+    assert "a < b" in texts
 
 
 def test_one_point_and_a_flat_line() -> None:

@@ -20,8 +20,8 @@ from engines.errors import CheckpointError, OptionError
 from export import tune
 from export.checkpoint import open_checkpoint
 from export.reducers import make_reducer
-from export.tune import TuneOptions, tune_checkpoint
 from export.tuning.features import reduce_pictures
+from export.tuning.run import TuneOptions, tune_checkpoint
 from export.tuning.student import Lora, Student, make_batch
 from export.tuning.training import STATE_FILE, Recipe, train
 from export.tuning.training_text import group_rows, write_text
