@@ -30,7 +30,12 @@ _log = logging.getLogger(__name__)
 
 
 class BudgetedEncoder(Closeable):
-    """Every vision graph of a bundle behind one door; the controller says which one runs."""
+    """Every vision graph of a bundle behind one door; the controller says which one runs.
+
+    Attributes:
+        budgets: numbers of visual tokens, smallest first.
+        controller: chooses among them; None until it was calibrated.
+    """
 
     def __init__(
         self, bundle: Bundle, *, engine: str | None = None, threads: int | None = None
@@ -43,9 +48,10 @@ class BudgetedEncoder(Closeable):
         self._pool = GraphPool(bundle, engine=engine, threads=threads)
         self._bundle = bundle
         self.controller: BudgetController | None = None
-        if len(self._pool.budgets) < 2:
+        self.budgets = self._pool.budgets
+        if len(self.budgets) < 2:
             raise OptionError(
-                f"{bundle.root} holds one vision graph, with {self._pool.budgets[0]} visual "
+                f"{bundle.root} holds one vision graph, with {self.budgets[0]} visual "
                 "tokens: nothing to choose from for a goal. Build it with several, for example "
                 "`python -m export.build --tokens 32,64,128`."
             )
@@ -66,10 +72,9 @@ class BudgetedEncoder(Closeable):
             EngineError: a graph cannot be loaded.
         """
         baseline = {
-            tokens: self._measure(tokens, answerer, question, meter)
-            for tokens in self._pool.budgets
+            tokens: self._measure(tokens, answerer, question, meter) for tokens in self.budgets
         }
-        accuracy = {tokens: self._bundle.vision(tokens).accuracy for tokens in self._pool.budgets}
+        accuracy = {tokens: self._bundle.vision(tokens).accuracy for tokens in self.budgets}
         self.controller = BudgetController(baseline, goal, accuracy)
         measured = ", ".join(
             f"{tokens}: {goal.tell(self.controller.predicted(tokens))} "
@@ -114,7 +119,7 @@ class BudgetedEncoder(Closeable):
         return self._encoder_now().encode(list(images)).split()
 
     def _encoder_now(self) -> VisionEncoder:
-        tokens = self.controller.tokens if self.controller else self._pool.budgets[0]
+        tokens = self.controller.tokens if self.controller else self.budgets[0]
         return self._pool.encoder(tokens)
 
     def close(self) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -14,9 +16,13 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from engines.bundle import open_bundle
 from export.build import build_bundle
 from export.build_plan import BuildOptions
+from runtime.answering import FrameAnswerer, FrameEncoder
+from runtime.camera import CameraLoop, CameraOptions
 from runtime.generate import GenerationOptions
 from runtime.model import Model, open_model
 from runtime.pictures import load_picture
+from runtime.stillness import StillnessOptions
+from tests.runtime.camera_doubles import source_of
 
 POCKET = Path(__file__).parents[2] / "models" / "pocket-llava"
 PICTURES = 50
@@ -94,3 +100,28 @@ def test_answers_equal_transformers_on_held_out_pictures(
         if ours != theirs:
             different.append(f"{file.name} {question!r}: {ours!r}, transformers {theirs!r}")
     assert not different, "\n".join(different)
+
+
+def test_answers_of_a_still_scene_are_those_of_a_fresh_look(pocket: Model) -> None:
+    """Sensor noise does not change what is said: keeping the tokens says the same for nothing."""
+    rng = np.random.default_rng(0)
+    camera = CameraOptions(
+        "?", every_frame=True, stillness=StillnessOptions(learn_s=0.0, refresh_s=600.0)
+    )
+    for file, question in questions()[:6]:
+        scene = load_picture(file).astype(np.float64)
+        frames = [np.clip(scene + rng.normal(0, 3, scene.shape), 0, 255) for _ in range(3)]
+        answers = {}
+        for reuse in (True, False):
+            source = source_of((frame.astype(np.uint8) for frame in frames), live=False)
+            loop = CameraLoop(
+                source,
+                FrameEncoder(pocket.encoder),
+                FrameAnswerer(pocket, GenerationOptions(max_tokens=16)),
+                replace(camera, question=question, reuse=reuse),
+            )
+            answers[reuse] = list(loop.answers())
+        assert [answer.reused for answer in answers[True]] == [False, True, True]
+        assert [answer.said.text for answer in answers[True]] == [
+            answer.said.text for answer in answers[False]
+        ]
