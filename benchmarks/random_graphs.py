@@ -9,12 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from calibration.half_precision import write_fp16_graph
+from calibration import graph_file
+from calibration.half_precision import convert_to_fp16, write_fp16_graph
+from calibration.quantize import CalibrationOptions, apply_calibration, calibrate
+from calibration.record import Calibration
 from engines.manifest import TensorSpec
 from export.reducers import REDUCERS, reducer_for_budget
 from export.to_onnx import export_onnx
@@ -63,51 +66,27 @@ def write_graph(
 
 
 def write_typed_graph(fp32: Path, precision: str) -> Path:
-    """Give a graph the types of a precision: FP16 by our converter, INT8 by ONNX Runtime's own.
+    """Give a graph the types of a precision, as a build does: FP16, INT8, or both (``mixed``).
 
-    The INT8 graph is for parsers and builders only: its scales come from two frames of noise.
+    Parsers and builders do not judge scales, so two frames of noise are calibrated on.
     """
     if precision == "fp32":
         return fp32
     typed = fp32.with_name(f"{precision}.onnx")
     if precision == "fp16":
         return write_fp16_graph(fp32, typed).file
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
-
-    model = onnx.load(fp32)
-    kept = [node.name for node in model.graph.node if _stays_fp32(node.name)]
-    height = model.graph.input[0].type.tensor_type.shape.dim[2].dim_value
-
-    class Noise(CalibrationDataReader):
-        def __init__(self) -> None:
-            random = np.random.default_rng(0)
-            frames = random.standard_normal((2, 1, 3, height, height)).astype(np.float32)
-            self.frames = iter([{"pixel_values": frame} for frame in frames])
-
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.frames, None)
-
-    quantize_static(
-        fp32,
-        typed,
-        Noise(),
-        quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=["Conv", "MatMul", "Gemm"],
-        nodes_to_exclude=[*kept, *_attention_matmuls(model)],
-        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
-    )
-    return typed
+    model = ir.load(fp32)
+    apply_calibration(model, calibrate_on_noise(fp32))
+    if precision == "int8":
+        return graph_file.write_graph(model, typed).file
+    model.opset_imports[""] = 19  # the first whose Q/DQ take float16
+    convert_to_fp16(model)
+    return graph_file.write_graph(model, typed, opset=19).file
 
 
-def _stays_fp32(name: str) -> bool:
-    return name.startswith(("reducer", "Shape")) or "scores" in name.split("/", maxsplit=1)[0]
-
-
-def _attention_matmuls(model: onnx.ModelProto) -> list[str]:
-    """MatMuls of two activations: attention itself, which stays in floating point."""
-    weights = {item.name for item in model.graph.initializer}
-    return [
-        node.name
-        for node in model.graph.node
-        if node.op_type == "MatMul" and not weights & set(node.input)
-    ]
+def calibrate_on_noise(fp32: Path) -> Calibration:
+    """Return a calibration that costs little and means nothing."""
+    shape = (2, 1, *ir.load(fp32).graph.inputs[0].shape[1:])
+    frames = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    options = CalibrationOptions(method="max", alphas=(0.5,), sample_rows=16)
+    return calibrate(fp32, list(frames), options)

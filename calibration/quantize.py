@@ -26,8 +26,9 @@ from calibration.record import Calibration, FramesRecord, LayerRecord, SiteRecor
 from calibration.resume import State, StateFile
 from calibration.rewrite import quantize_site, smooth_site
 from calibration.smooth import Channels, try_smoothing
-from calibration.statistics import Frames, Progress, Recorder
+from calibration.statistics import Frames, Recorder
 from engines.errors import CalibrationError
+from engines.progress_bar import Progress
 
 CALIBRATION_KEY = "foveate.calibration"
 """Metadata of the model: digest of the calibration that was applied."""
@@ -216,7 +217,10 @@ def _refuse_not_finite(sites: Sequence[Site], graph_file: Path) -> None:
 
 def _refuse_other_weights(sites: Sequence[Site], calibration: Calibration) -> None:
     layers = [layer for site in sites for layer in site.layers]
-    unknown = [layer.name for layer in layers if layer.name not in calibration.layers]
+    known = {name: record.site for name, record in calibration.layers.items()}
+    unknown = [
+        layer.name for site in sites for layer in site.layers if known.get(layer.name) != site.name
+    ]
     if unknown:
         raise CalibrationError(
             f"The graph has {len(unknown)} layers that were not calibrated, the first is "

@@ -73,7 +73,8 @@ def _least_divergence(counts: Counts, largest: float) -> float:
     """
     best, chosen = np.inf, len(counts)
     tail = np.cumsum(counts[::-1])[::-1]
-    for end in range(_ENTROPY_LEVELS, len(counts) + 1):
+    step = max(1, len(counts) // _CANDIDATES)
+    for end in range(_ENTROPY_LEVELS, len(counts) + 1, step):
         kept = counts[:end].astype(np.float64)
         level = np.arange(end) * _ENTROPY_LEVELS // end
         filled = kept > 0

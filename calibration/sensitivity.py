@@ -22,9 +22,10 @@ from calibration.agreement import kept_overlap, match_tokens, measure_cosine
 from calibration.layers import find_sites
 from calibration.quantize import apply_calibration
 from calibration.record import Calibration
-from calibration.statistics import Frames, Progress
+from calibration.statistics import Frames
 from engines.errors import CalibrationError, GateError
 from engines.ort import OrtSession
+from engines.progress_bar import Progress
 
 Outputs = dict[str, NDArray[Any]]
 

@@ -26,6 +26,7 @@ from calibration.ranges import count_magnitudes
 from calibration.resume import State, StateFile
 from engines.errors import CalibrationError
 from engines.ort import OrtSession
+from engines.progress_bar import Progress
 
 Pixels = NDArray[np.float32]
 Rows = NDArray[np.float32]
@@ -52,13 +53,6 @@ class Frames(Protocol):
 
     def __iter__(self) -> Iterator[Pixels]:
         """Yield float32[1, 3, H, W], what the bundle's preprocessing makes of a picture."""
-
-
-class Progress(Protocol):
-    """What a calibration tells while it runs."""
-
-    def __call__(self, line: str, done: float) -> None:
-        """Say what is being done, and the share of the whole that is behind, 0 to 1."""
 
 
 @dataclass(frozen=True)
