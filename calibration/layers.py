@@ -162,7 +162,8 @@ def _find_values(source: ir.Value, layers: Mapping[ir.Node, Layer]) -> Layer | N
     added = _behind(attended.inputs[1], ("Reshape", "Transpose"))
     if weights is None or weights.op_type != "Softmax" or added is None or added.op_type != "Add":
         return None
-    return next((layers[node] for node in added.predecessors() if node in layers), None)
+    made = [layers[node] for node in added.predecessors() if node in layers]
+    return next((layer for layer in made if len(layer.node.outputs[0].uses()) == 1), None)
 
 
 def _behind(value: ir.Value | None, passed: tuple[str, ...]) -> ir.Node | None:

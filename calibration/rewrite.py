@@ -73,7 +73,7 @@ def half_exact(scale: NDArray[np.float32] | np.float32) -> NDArray[np.float32]:
     """Round scales up to a float16, so that a graph in float16 has the same integers; 0 becomes 1.
 
     Args:
-        scale: float32 of any shape.
+        scale: float32 of any shape, 65504 at most.
     """
     half = np.asarray(scale).astype(np.float16)
     half = np.where(half < scale, np.nextafter(half, np.float16(np.inf)), half)

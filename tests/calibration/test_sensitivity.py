@@ -22,7 +22,7 @@ from calibration.sensitivity import (
     search_exclusions,
 )
 from calibration.sensitivity_report import json_from_report, svg_from_report, table_from_report
-from engines.errors import CalibrationError
+from engines.errors import CalibrationError, FoveateError
 from engines.ort import OrtSession
 from export.checkpoint import open_checkpoint
 from export.reducers import reducer_for_budget
@@ -91,7 +91,7 @@ def test_what_is_excluded_already_stays_so(report, graph, frames) -> None:
 
 
 def test_a_gate_out_of_reach_names_the_worst_layers(graph, calibration, frames) -> None:
-    with pytest.raises(CalibrationError) as caught:
+    with pytest.raises(FoveateError) as caught:
         search_exclusions(graph, calibration, frames[4:5], Gate(0.97, 1.1), threads=1)
     assert "cannot be reached" in str(caught.value)
     assert str(caught.value).count(" alone)") == 3
