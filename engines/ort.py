@@ -66,6 +66,8 @@ def create_inference_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
+    # Without VNNI the fast INT8 product of x86 saturates silently; take the exact one there.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     options.graph_optimization_level = getattr(
         onnxruntime.GraphOptimizationLevel,
         "ORT_DISABLE_ALL" if optimization == "none" else f"ORT_ENABLE_{optimization.upper()}",
