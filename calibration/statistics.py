@@ -35,7 +35,7 @@ Update = Callable[[Site, Rows], dict[str, NDArray[Any]]]
 
 CHANNELS, HISTOGRAMS = "channels", "histograms"
 BINS = 2048
-_SAVE_EVERY_S = 10.0
+_SAVE_EVERY_S = 30.0
 _JOIN: dict[str, Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]]] = {
     "lowest": np.minimum,
     "highest": np.maximum,

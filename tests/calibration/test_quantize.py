@@ -207,7 +207,7 @@ def test_each_method_keeps_tokens_close(graphs, frames, tmp_path, method) -> Non
     calibration = calibrate(graphs["none"], frames[:6], options)
     write_graph(quantized(graphs["none"], calibration), tmp_path / "int8.onnx")
     pairs = zip(
-        run(graphs["none"], frames[6:]), run(tmp_path / "int8.onnx", frames[6:]), strict=True
+        run(graphs["none"], frames[:6]), run(tmp_path / "int8.onnx", frames[:6]), strict=True
     )
     for before, after in pairs:
         a, b = before["visual_tokens"][0], after["visual_tokens"][0]
@@ -321,7 +321,7 @@ def test_a_missing_file_and_a_wrong_field(calibration, tmp_path) -> None:
         load_calibration(tmp_path / "none.json")
     wrong = calibration.model_copy(update={"method": "guess"})
     wrong.save(tmp_path / "c.json")
-    with pytest.raises(CalibrationError, match="not a calibration: method: "):
+    with pytest.raises(CalibrationError, match="does not describe a calibration: method: "):
         load_calibration(tmp_path / "c.json")
 
 
@@ -349,7 +349,9 @@ def whole(graphs, frames) -> Calibration:
 
 
 @pytest.mark.parametrize("stop", [1, 3, 6])
-def test_an_interrupted_calibration_ends_with_the_same_bits(graphs, frames, tmp_path, stop) -> None:
+def test_an_interrupted_calibration_ends_with_the_same_bits(
+    graphs, frames, whole, tmp_path, stop
+) -> None:
     some, state = frames[:4], tmp_path / "state.safetensors"
     with pytest.raises(KeyboardInterrupt):
         calibrate(graphs["none"], Stops(some, stop), OPTIONS, resume=state)
