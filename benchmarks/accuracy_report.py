@@ -90,7 +90,8 @@ class Loss:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.points:.1f} ({self.low:.1f} to {self.high:.1f})"
+        points, low, high = (round(x, 1) + 0.0 for x in (self.points, self.low, self.high))
+        return f"{points} ({low} to {high})"  # + 0.0: no -0.0
 
 
 def measure_loss(reference: Result, candidate: Result, picture_of: NDArray[np.int64]) -> Loss:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from engines.errors import OptionError
 
@@ -164,7 +164,7 @@ def _conversation_from(entry: Any, number: int) -> Conversation | None:
         ValueError: what is wrong with it.
     """
     try:
-        checked = TypeAdapter(_Entry).validate_python(entry)
+        checked = _Entry.model_validate(entry)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

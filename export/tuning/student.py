@@ -137,7 +137,7 @@ class Student(nn.Module):
 
     def score(self, batch: Batch) -> Score:
         """Answer a batch, each id behind the right ones before it."""
-        with torch.autocast(self._device, torch.bfloat16, enabled=self._bf16):
+        with torch.autocast(torch.device(self._device).type, torch.bfloat16, enabled=self._bf16):
             logits, targets, answer = self._logits(batch)
         loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
         wrong = torch.zeros(int(answer[-1]) + 1, device=answer.device)

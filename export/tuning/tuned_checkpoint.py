@@ -7,7 +7,6 @@ that did not learn keep their bits.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,8 +85,3 @@ def _write_shard(source: Path, destination: Path, changed: Mapping[str, Tensor])
                 "lower --learning-rate, or begin with a checkpoint in float32."
             )
     save_file(tensors, destination, metadata=metadata)
-
-
-def describe_run(fields: Mapping[str, Any]) -> str:
-    """Return the record of a run that lies beside its weights, as JSON."""
-    return json.dumps(dict(fields), indent=2) + "\n"

@@ -14,18 +14,24 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
+from typer.testing import CliRunner
 
 from engines.cli import make_app
 from engines.errors import CheckpointError, OptionError
 from export import tune
 from export.checkpoint import open_checkpoint
 from export.reducers import make_reducer
+from export.tuning.conversations import read_conversations
 from export.tuning.features import reduce_pictures
 from export.tuning.run import TuneOptions, tune_checkpoint
 from export.tuning.student import Lora, Student, make_batch
-from export.tuning.training import STATE_FILE, Recipe, train
+from export.tuning.training import STATE_FILE, Recipe, load_state, train
 from export.tuning.training_text import group_rows, write_text
+from export.tuning.tuned_checkpoint import write_tuned_checkpoint
+from runtime.pictures import load_picture
+from runtime.preprocess import preprocess_batch
 from runtime.prompt import PromptWriter
+from tests.export import conftest as sharded
 
 COLOURS = ("red", "green", "blue", "white")
 RGB = ((200, 20, 20), (20, 180, 20), (20, 20, 200), (240, 240, 240))
@@ -145,8 +151,6 @@ def test_merged_adapters_answer_as_they_did_beside_the_weights(
     student = Student(checkpoint, Lora(4, 8))
     work = adapted.with_name("lora.tuning")
     optimizer = torch.optim.AdamW(student.tuned.values())
-    from export.tuning.training import load_state
-
     assert load_state(work / STATE_FILE, student.tuned, optimizer) == 30
     ids = torch.arange(5, 40)[None]
     plain = checkpoint.language_model(torch.float32)(ids).logits
@@ -171,8 +175,6 @@ def prepared(options: TuneOptions, work: Path, reducer: Any = None) -> tuple[Any
     writer = PromptWriter.from_prompt(
         checkpoint.prompt("tokenizer.json"), checkpoint.root / "tokenizer.json"
     )
-    from export.tuning.conversations import read_conversations
-
     read = read_conversations(options.data, options.images).conversations
     rows = group_rows([(one.image, write_text(writer, one)) for one in read], 200)
     return checkpoint, rows, pictures
@@ -182,9 +184,6 @@ def test_packed_loss_is_that_of_transformers(options: TuneOptions, tmp_path: Pat
     checkpoint, rows, pictures = prepared(options, tmp_path, make_reducer("none"))
     score = Student(checkpoint, None).score(make_batch(rows[:3], pictures))
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint.root, dtype=torch.float32)
-    from runtime.pictures import load_picture
-    from runtime.preprocess import preprocess_batch
-
     total, count = 0.0, 0
     for row in rows[:3]:
         assert len(row.texts) == 2
@@ -314,8 +313,6 @@ def test_unreadable_pictures_are_counted_and_then_too_many(
 
 
 def test_a_weight_that_leaves_its_dtype_is_refused(options: TuneOptions, tmp_path: Path) -> None:
-    from export.tuning.tuned_checkpoint import write_tuned_checkpoint
-
     checkpoint = open_checkpoint(options.model)
     student = Student(checkpoint, None)
     student.projector.linear_1.weight.data[0, 0] = 1e6
@@ -324,9 +321,20 @@ def test_a_weight_that_leaves_its_dtype_is_refused(options: TuneOptions, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command(options: TuneOptions, tmp_path: Path) -> None:
-    from typer.testing import CliRunner
+def test_a_checkpoint_in_shards_keeps_them(tmp_path: Path) -> None:
+    root = sharded.write_checkpoint(tmp_path / "old", sharded.tiny_llava(), shards=3)
+    student = Student(open_checkpoint(root), None)
+    student.projector.linear_1.bias.data += 1
+    write_tuned_checkpoint(open_checkpoint(root), student, tmp_path / "new", {"note": "hello"})
+    files = sorted(root.glob("*.safetensors"))
+    same = [one.read_bytes() == (tmp_path / "new" / one.name).read_bytes() for one in files]
+    assert same.count(False) == 1
+    again = open_checkpoint(tmp_path / "new").projector().linear_1.bias
+    assert torch.equal(again, student.projector.linear_1.bias)
+    assert (tmp_path / "new" / "note").read_text() == "hello"
 
+
+def test_the_command(options: TuneOptions, tmp_path: Path) -> None:
     line = [
         "--model", options.model, "--data", str(options.data), "--images", str(options.images),
         "--tokens", "6", "--batch", "4", "--steps", "2", "--out", str(tmp_path / "out"), "--json",
