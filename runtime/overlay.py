@@ -8,6 +8,7 @@ outlined; a target and the patches merged into it share one colour; what no toke
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ _SHORTEST, _LONGEST = 768, 1600  # pixels along the longer side: small enough to
 _NARROWEST = 360  # the legend must fit
 _PAPER, _INK = (18, 20, 24), (235, 238, 242)
 _KEPT_LINE = (255, 255, 255)
+_MARK = (255, 45, 45)
 _DIM = np.array([0.30, 0.33, 0.38])  # what is left of the light of a dropped patch
 _UNSEEN = np.array([0.10, 0.11, 0.13])  # and of what lies outside the crop
 
@@ -90,7 +92,14 @@ def save_overlay(
         image.save(staged, "PNG")
 
 
-def draw_overlay(picture: Pixels, seen: VisualTokens, bundle: Bundle, at: int = 0) -> Pixels:
+def draw_overlay(
+    picture: Pixels,
+    seen: VisualTokens,
+    bundle: Bundle,
+    at: int = 0,
+    *,
+    marked: Collection[int] = (),
+) -> Pixels:
     """Draw the patches of one picture over it.
 
     Args:
@@ -98,6 +107,7 @@ def draw_overlay(picture: Pixels, seen: VisualTokens, bundle: Bundle, at: int = 
         seen: what became of it.
         bundle: whose graph encoded it.
         at: which picture of the batch.
+        marked: patches to cross out in red, such as those that another engine keeps instead.
 
     Returns:
         RGB, uint8[H', W', 3], of the picture's proportions with a legend below.
@@ -108,6 +118,7 @@ def draw_overlay(picture: Pixels, seen: VisualTokens, bundle: Bundle, at: int = 
     drawn = _shaded(canvas, grid, fates)
     line = max(2, round(max(canvas.shape[:2]) / 400))
     _outline(drawn, grid, fates, line)
+    _mark(drawn, grid, marked, line)
     legend = _legend(max(drawn.width, _NARROWEST), fates, tokens=int(seen.valid[at]))
     page = Image.new("RGB", (legend.width, drawn.height + legend.height), _PAPER)
     page.paste(drawn, ((page.width - drawn.width) // 2, 0))
@@ -216,6 +227,18 @@ def _outline(image: Image.Image, grid: _Grid, fates: PatchFates, line: int) -> N
         ):
             if not side:
                 pen.rectangle(box, fill=_KEPT_LINE)
+
+
+def _mark(image: Image.Image, grid: _Grid, patches: Collection[int], line: int) -> None:
+    pen = ImageDraw.Draw(image)
+    for patch in patches:
+        row, column = divmod(patch, len(grid.columns) - 1)
+        left, right = int(grid.columns[column]), int(grid.columns[column + 1]) - 1
+        top, bottom = int(grid.rows[row]), int(grid.rows[row + 1]) - 1
+        if top <= bottom and left <= right:
+            pen.rectangle((left, top, right, bottom), outline=_MARK, width=line + 1)
+            pen.line((left, top, right, bottom), fill=_MARK, width=line)
+            pen.line((left, bottom, right, top), fill=_MARK, width=line)
 
 
 def _legend(width: int, fates: PatchFates, tokens: int) -> Image.Image:

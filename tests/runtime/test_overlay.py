@@ -109,3 +109,13 @@ def test_reducers_without_groups_or_without_kept_patches(
     assert draw_overlay(picture(800, 800), everything, bundle)[200, 200].tolist() == [GREY] * 3
     pooled = replace(seen, origin=np.array([[-1, -1]]), assignment=np.array([[-2, -2, -3, -3]]))
     assert np.ptp(draw_overlay(picture(800, 800), pooled, bundle)[200, 200].astype(int)) > 40
+
+
+def test_marked_patches_are_crossed_out(bundle: Bundle, seen: VisualTokens) -> None:
+    plain = draw_overlay(picture(800, 800), seen, bundle)
+    marked = draw_overlay(picture(800, 800), seen, bundle, marked=(3,))
+    changed = (plain != marked).any(axis=2)
+    assert not changed[:400].any()
+    assert not changed[:, :400].any()
+    red, green, blue = marked[600, 600].tolist()
+    assert red > 200 > green + blue
