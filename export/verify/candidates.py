@@ -102,6 +102,8 @@ def open_candidates(
             stages = _open_stages(stack, bundle, graph, engine, threads) if with_stages else None
             if with_stages and stages is None:
                 note(f"{name}: its stages cannot be told apart, only what comes out.")
+            if engine == "openvino" and graph.precision == "fp16":
+                note(f"{name}: OpenVINO computes float16 graphs in float32 here; see ort for fp16.")
             encoder = VisionEncoder(bundle, session, tokens=graph.reducer.tokens)
             found.append(Candidate(name, bundle, graph, engine, encoder, stages))
     return found

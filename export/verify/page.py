@@ -106,7 +106,8 @@ class PageMaker:
             if _fates(one.ours) == fates:
                 alike.append(view)
             else:
-                drawn = draw_overlay(picture, one.ours, one.candidate.bundle)
+                flips = row.visual_tokens.only_reference + row.visual_tokens.only_candidate
+                drawn = draw_overlay(picture, one.ours, one.candidate.bundle, marked=flips)
                 views.append({**view, "image": _data_uri(drawn)})
         return {"file": name, "expected": list(expected.values()), "views": views, "alike": alike}
 
