@@ -38,10 +38,12 @@ class TokenAgreement:
     Attributes:
         overlap: intersection over union of the kept patches.
         assignment: share of the patches kept by neither that went the same way.
-        cosine: the lowest of the tokens that both sides have.
+        cosine: the lowest of the tokens made of the same on both sides; see `match_equals`.
         cosine_mean: their mean.
-        difference: of the tokens that both sides have.
+        difference: of those tokens.
         matched: how many those are.
+        merged_cosine: mean of the tokens that stand for no single patch, paired in their order
+            whatever they are made of; 1 where there are none.
         only_reference: patches that only the reference keeps.
         only_candidate: patches that only the other keeps.
     """
@@ -52,6 +54,7 @@ class TokenAgreement:
     cosine_mean: float
     difference: Difference
     matched: int
+    merged_cosine: float
     only_reference: tuple[int, ...]
     only_candidate: tuple[int, ...]
 
@@ -71,8 +74,10 @@ def compare_visual_tokens(
         reference.origin[at, : len(theirs)],
         candidate.origin[at, : len(ours)],
     )
-    at_theirs, at_ours = match_tokens(their_origin, our_origin)
+    at_theirs, at_ours = match_equals(their_origin, our_origin)
     cosine = measure_cosine(theirs[at_theirs], ours[at_ours])
+    merged = min(int((their_origin < 0).sum()), int((our_origin < 0).sum()))
+    merged_cosine = measure_cosine(theirs[their_origin < 0][:merged], ours[our_origin < 0][:merged])
     their_patches, our_patches = _patches(their_origin), _patches(our_origin)
     return TokenAgreement(
         overlap=kept_overlap(their_origin, our_origin),
@@ -83,6 +88,7 @@ def compare_visual_tokens(
         cosine_mean=float(cosine.mean()) if len(cosine) else 0.0,
         difference=measure_difference(theirs[at_theirs], ours[at_ours]),
         matched=len(cosine),
+        merged_cosine=float(merged_cosine.mean()) if merged else 1.0,
         only_reference=tuple(sorted(their_patches - our_patches)),
         only_candidate=tuple(sorted(our_patches - their_patches)),
     )
@@ -162,6 +168,30 @@ def match_tokens(reference: Array, candidate: Array) -> tuple[Array, Array]:
     pairs = [(at, places[key]) for key, at in _places(reference).items() if key in places]
     paired = np.array(pairs, np.int64).reshape(-1, 2)
     return paired[:, 0], paired[:, 1]
+
+
+def match_equals(reference: Array, candidate: Array) -> tuple[Array, Array]:
+    """Pair the tokens that are made of the same.
+
+    Those that stand for one patch are. Others are made of what was not kept, so they are paired
+    only where both sides keep the same patches: one kept instead of another moves the targets of
+    all merges behind it, and their difference would say nothing of how exact the numbers are.
+
+    Args:
+        reference: as for `match_tokens`.
+        candidate: as for `match_tokens`.
+
+    Returns:
+        As `match_tokens`.
+    """
+    at_reference, at_candidate = match_tokens(reference, candidate)
+    if _patches(reference) != _patches(candidate):
+        stands_for_a_patch = reference[at_reference] >= 0
+        at_reference, at_candidate = (
+            at_reference[stands_for_a_patch],
+            at_candidate[stands_for_a_patch],
+        )
+    return at_reference, at_candidate
 
 
 def measure_cosine(reference: Array, candidate: Array) -> NDArray[np.float64]:

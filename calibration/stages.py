@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from calibration.agreement import Array, kept_overlap, match_tokens, relative_error
+from calibration.agreement import Array, kept_overlap, match_equals, relative_error
 from calibration.modules import is_inside, module_of
 from engines.session import Session
 from runtime.vision import VisualTokens
@@ -149,9 +149,8 @@ def measure_stages(
 ) -> list[StageError]:
     """Compare the stages of one picture, in the order they are computed.
 
-    After the selection those tokens are compared that stand for a patch which both sides keep; the
-    others too where both keep the same patches, for only then they are made of the same. What only
-    one side hands out is left out; the selection and the projector are always there.
+    After the selection those tokens are compared that are made of the same (`match_equals`). What
+    only one side hands out is left out; the selection and the projector are always there.
 
     Args:
         reference: values by stage, in order.
@@ -160,11 +159,7 @@ def measure_stages(
         candidate_tokens: the same of the other.
     """
     theirs, ours = (one.origin[0, : one.valid[0]] for one in (reference_tokens, candidate_tokens))
-    overlap = kept_overlap(theirs, ours)
-    at_theirs, at_ours = match_tokens(theirs, ours)
-    if overlap < 1.0:
-        stands_for_a_patch = theirs[at_theirs] >= 0
-        at_theirs, at_ours = at_theirs[stands_for_a_patch], at_ours[stands_for_a_patch]
+    at_theirs, at_ours = match_equals(theirs, ours)
     measured: list[StageError] = []
     error_of: dict[str, float] = {}
 
@@ -182,7 +177,7 @@ def measure_stages(
         if stage not in (SCORES, KEYS):
             tower_end = stage
         add(stage, value, candidate[stage], before)
-    measured.append(StageError(SELECTION, 1.0 - overlap, 0.0))
+    measured.append(StageError(SELECTION, 1.0 - kept_overlap(theirs, ours), 0.0))
     if MERGING in reference and MERGING in candidate:
         add(MERGING, reference[MERGING][at_theirs], candidate[MERGING][at_ours], tower_end)
     ends = reference_tokens.tokens[0][at_theirs], candidate_tokens.tokens[0][at_ours]

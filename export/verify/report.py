@@ -149,6 +149,7 @@ def summarize(pictures: Sequence[PictureAgreement]) -> dict[str, float]:
         "assignment_mean": float(np.mean([one.assignment for one in seen])),
         "cosine": float(np.min([one.cosine for one in seen])),
         "cosine_mean": float(np.mean([one.cosine_mean for one in seen])),
+        "merged_cosine_mean": float(np.mean([one.merged_cosine for one in seen])),
     }
     answers = [picture.answer for picture in pictures if picture.answer is not None]
     if answers:

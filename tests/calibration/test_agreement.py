@@ -9,6 +9,7 @@ from calibration.agreement import (
     assignment_agreement,
     compare_visual_tokens,
     kept_overlap,
+    match_equals,
     match_tokens,
     measure_cosine,
     measure_difference,
@@ -109,7 +110,18 @@ def test_another_patch_kept_is_named():
     assert agreement.overlap == pytest.approx(1 / 3)
     assert (agreement.only_reference, agreement.only_candidate) == ((4,), (5,))
     assert agreement.assignment == 1.0  # patches 0, 2 and 3, which neither keeps
-    assert agreement.matched == 4
+    assert agreement.matched == 1  # patch 1; what is merged is made of others
+    assert agreement.cosine == agreement.merged_cosine == 1.0
+    theirs, ours = match_equals(np.array(ORIGIN), np.array([-1, 4, 1, -1, -1]))
+    assert len(theirs) == len(ours) == 5
+
+
+def test_merged_tokens_are_followed_whatever_they_are_made_of():
+    rows = np.eye(8)[[0, 1, 2, 5, 6]]
+    other = tokens([-1, 1, 5, -1, -1], [3, 1, -5, 4, -6, 2], rows)
+    agreement = compare_visual_tokens(tokens(ORIGIN, ASSIGNMENT), other)
+    assert agreement.cosine == 1.0
+    assert agreement.merged_cosine == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,11 @@ def _problems(
     theirs, ours = _places(reference["origin"]), _places(candidate["origin"])
     kept, also = ({patch for patch, _ in places if patch >= 0} for places in (theirs, ours))
     overlap = len(kept & also) / len(kept | also) if kept | also else 1.0
-    pairs = [(at, ours[key]) for key, at in theirs.items() if key in ours]
+    # Tokens that stand for no single patch are made of the same only where the same is kept.
+    alike = kept == also
+    pairs = [
+        (at, ours[key]) for key, at in theirs.items() if key in ours and (alike or key[0] >= 0)
+    ]
     a = reference["tokens"][[at for at, _ in pairs]]
     b = candidate["tokens"][[at for _, at in pairs]]
     measures = [
