@@ -142,12 +142,12 @@ class BudgetController:
 
     def predicted(self, tokens: int) -> float:
         """Return what a budget is expected to cost under the load of the moment."""
-        load = self._load.seconds if self._load.known else 1.0
+        load = self._load.mean if self._load.known else 1.0
         return load * self._goal.cost_of(self._baseline[tokens], self._length)
 
     @property
     def _length(self) -> float:
-        return self._answer_tokens.seconds if self._answer_tokens.known else _ANSWER_TOKENS
+        return self._answer_tokens.mean if self._answer_tokens.known else _ANSWER_TOKENS
 
     def observe(self, tokens: int, cost: Cost, answer_tokens: int = 1) -> Decision | None:
         """Take one measurement and return the change it led to, if any.
@@ -187,7 +187,7 @@ class BudgetController:
         goal = self._goal
         reason = (
             f"{why}: {goal.tell(self.predicted(self.tokens))} with {self.tokens} visual tokens "
-            f"(goal {goal.tell(goal.limit)}, load {self._load.seconds:.2f}); now {tokens}, "
+            f"(goal {goal.tell(goal.limit)}, load {self._load.mean:.2f}); now {tokens}, "
             f"accuracy {self._tell_accuracy(self.tokens)} -> {self._tell_accuracy(tokens)}"
         )
         decision = Decision(tokens, self.tokens, reason)

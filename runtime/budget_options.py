@@ -21,7 +21,8 @@ class BudgetOptions:
         str | None,
         typer.Option(
             help="Longest time to the first token, as 200ms: chooses among the bundle's token "
-            "budgets so that it is kept, and logs what each choice costs in accuracy."
+            "budgets so that it is kept, and logs what each choice costs in accuracy. Of several "
+            "cameras, the share of each in a batch counts."
         ),
     ] = None
     tokens_per_second: Annotated[

@@ -38,14 +38,25 @@ class BudgetedEncoder(Closeable):
     """
 
     def __init__(
-        self, bundle: Bundle, *, engine: str | None = None, threads: int | None = None
+        self,
+        bundle: Bundle,
+        *,
+        engine: str | None = None,
+        threads: int | None = None,
+        opened: VisionEncoder | None = None,
     ) -> None:
         """Look which budgets there are.
+
+        Args:
+            bundle: from `open_bundle`.
+            engine: what runs the graphs; left out, what the bundle's target says.
+            threads: CPU threads; left out, one per physical core.
+            opened: one that is loaded already; it stays the caller's to close.
 
         Raises:
             OptionError: the bundle has only one.
         """
-        self._pool = GraphPool(bundle, engine=engine, threads=threads)
+        self._pool = GraphPool(bundle, engine=engine, threads=threads, opened=opened)
         self._bundle = bundle
         self.controller: BudgetController | None = None
         self.budgets = self._pool.budgets

@@ -209,7 +209,7 @@ class CameraLoop(AnswerStream):
         def prefilled() -> None:
             nonlocal age_ms
             age_ms = seen.arrival.age_s() * 1e3
-            self._expect_free(self._timing.decode.seconds)
+            self._expect_free(self._timing.decode.mean)
 
         self._asked_s = time.monotonic()
         said = self._answerer.answer(seen.visual, question, prefilled, lambda: self._stopping)

@@ -170,12 +170,17 @@ class Stall:
 
 @dataclass
 class Estimate:
-    """A running mean of a duration; the newest fifth counts as much as the rest."""
+    """A running mean of which the newest value is a fifth.
 
-    seconds: float = 0.0
+    Attributes:
+        mean: 0 until something is known.
+        known: whether anything is.
+    """
+
+    mean: float = 0.0
     known: bool = False
 
-    def add(self, seconds: float) -> None:
-        """Take one more measurement."""
-        self.seconds = 0.8 * self.seconds + 0.2 * seconds if self.known else seconds
+    def add(self, value: float) -> None:
+        """Take one more value."""
+        self.mean = 0.8 * self.mean + 0.2 * value if self.known else value
         self.known = True

@@ -37,18 +37,18 @@ class Timing:
     @property
     def slack_s(self) -> float:
         """How long a frame, or its tokens, may wait before it counts as old."""
-        return max(_SLACK * (self.encode.seconds + self.prefill.seconds), _LEAST_SLACK_S)
+        return max(_SLACK * (self.encode.mean + self.prefill.mean), _LEAST_SLACK_S)
 
     def encode_in_s(self, now_s: float) -> float:
         """Return how long to wait before encoding, so that the tokens are ready when wanted."""
-        return self.wanted_s - self.encode.seconds - now_s
+        return self.wanted_s - self.encode.mean - now_s
 
     def is_fresher_soon(self, age_s: float) -> bool:
         """Say whether to wait for the next frame because this one is old already."""
         if not self.period.known:
             return False
-        period_s = self.period.seconds
-        if period_s > self.encode.seconds + self.prefill.seconds:
+        period_s = self.period.mean
+        if period_s > self.encode.mean + self.prefill.mean:
             return False
         return self.slack_s < age_s < 2 * period_s
 

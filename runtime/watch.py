@@ -173,7 +173,9 @@ def _budgeted(
             "--visual-tokens fixes the budget, and a target chooses it. Leave one out."
         )
     given = options.model
-    encoder = BudgetedEncoder(model.bundle, engine=given.engine, threads=given.threads)
+    encoder = BudgetedEncoder(
+        model.bundle, engine=given.engine, threads=given.threads, opened=model.encoder
+    )
     meter = open_things.enter_context(Tegrastats()) if goal.kind == "power" else None
     controller = encoder.calibrate(answerer, options.camera.question, goal, meter)
     return encoder, ObservedAnswerer(answerer, controller, meter)

@@ -88,7 +88,7 @@ def ages_over_cost(
         first_s = taken_s + prefill_s * rng.uniform(0.97, 1.03)
         timing.prefill.add(first_s - taken_s)
         ratios.append((first_s - frame_s) / (encode_s + prefill_s))
-        timing.expect_free(first_s, timing.decode.seconds)
+        timing.expect_free(first_s, timing.decode.mean)
         spent_s = decode_s * rng.uniform(0.9, 1.1)
         timing.decode.add(spent_s)
         now_s, free_s = first_s, first_s + spent_s
