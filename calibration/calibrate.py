@@ -6,20 +6,32 @@ nothing where INT8 says something else than FP32. PyTorch is not needed, so this
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from calibration.int8_bundle import calibrate_bundle
-from calibration.int8_options import Int8Flags, int8_precision
-from calibration.int8_report import (
-    document_from_int8,
-    lines_from_frames,
-    lines_from_int8,
-    tell_interruption,
-    tell_missed_gate,
-)
+try:
+    from calibration.int8_bundle import calibrate_bundle
+    from calibration.int8_options import Int8Flags, int8_precision
+    from calibration.int8_report import (
+        document_from_int8,
+        lines_from_frames,
+        lines_from_int8,
+        print_searches,
+        tell_interruption,
+        tell_missed_gate,
+    )
+except ModuleNotFoundError as absent:
+    if absent.name not in ("onnx", "onnx_ir"):
+        raise
+    print(
+        f"error: calibrating needs {absent.name}, which a robot that only watches does not. Run: "
+        "pip install 'foveate[calibration]'",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from absent
 from engines import cli
 from engines.bundle import open_bundle
 from engines.errors import GateError
@@ -80,6 +92,7 @@ def main(
             {"bundle": str(out), "passed": True, **document_from_int8(result.made, result.frames)}
         )
         return 0
+    print_searches(result.made)
     print("\n".join(lines_from_frames(result.frames) + lines_from_int8(result.made)))
     print(f'\nNext: python -m runtime.ask {out} PICTURE "What is in the picture?"')
     return 0

@@ -14,7 +14,7 @@ from calibration.coverage import document_from_coverage, lines_from_coverage
 from calibration.dataset import CalibrationSet
 from calibration.int8_bundle import resume_file
 from calibration.int8_graphs import RECORD_NAME, Int8Graphs
-from calibration.sensitivity import SensitivityReport
+from calibration.sensitivity_report import json_from_report, table_from_report
 from engines import cli
 from engines.errors import GateError
 
@@ -31,7 +31,7 @@ def document_from_int8(made: Int8Graphs, frames: CalibrationSet | None) -> dict[
         "agreement": {name: asdict(one) for name, one in made.agreements.items()},
         "quantized_layers": len(calibration.quantized),
         "excluded_layers": list(calibration.excluded),
-        "sensitivity": {name: _costs(search) for name, search in made.searches.items()},
+        "sensitivity": {name: json_from_report(search) for name, search in made.searches.items()},
     }
 
 
@@ -51,6 +51,15 @@ def lines_from_int8(made: Int8Graphs) -> list[str]:
     if not made.agreements:
         lines.append("  not checked: there were no frames to check on (--frames)")
     return lines
+
+
+def print_searches(made: Int8Graphs) -> None:
+    """Print what `--precision mixed` found, a table for each graph that needed a search."""
+    from rich.console import Console
+
+    for search in made.searches.values():
+        if search.sites:
+            Console().print(table_from_report(search))
 
 
 def lines_from_frames(frames: CalibrationSet | None) -> list[str]:
@@ -75,7 +84,3 @@ def tell_interruption(out: Path) -> None:
             "from there.",
             file=sys.stderr,
         )
-
-
-def _costs(search: SensitivityReport) -> list[dict[str, Any]]:
-    return [asdict(site) for site in search.sites]

@@ -47,6 +47,8 @@ def _page(bundle: Bundle, verified: str) -> str:
     total = sum(record.bytes for record in manifest.files.values())
     lines = [f"{manifest.model}, built for {manifest.target} ({total / 1e6:,.1f} MB)", "", "Vision"]
     lines += [_graph_line(graph) for graph in manifest.vision]
+    if manifest.calibration_digest:
+        lines.append(f"  calibrated on the frames {manifest.calibration_digest[:12]}...")
     lines += ["", "Language model"]
     lines += [
         f"  {model.file}  {model.precision}, backend {model.backend}, "

@@ -16,6 +16,7 @@ from calibration.int8_report import (
     document_from_int8,
     lines_from_frames,
     lines_from_int8,
+    print_searches,
     tell_interruption,
     tell_missed_gate,
 )
@@ -212,6 +213,7 @@ def _tell_report(report: BuildReport, as_json: bool) -> None:
     total = sum(report.bytes.values()) / 1e6
     print(f"  {total:10.2f} MB  {report.bundle} in {sum(report.seconds.values()):.0f} s")
     if report.int8 is not None:
+        print_searches(report.int8)
         print("\n".join(lines_from_frames(report.frames) + lines_from_int8(report.int8)))
     for note in report.notes:
         print(f"Note: {note}")

@@ -196,14 +196,30 @@ def test_a_missed_gate_ends_the_command_with_one(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_onnx_it_says_what_to_install() -> None:
+    done = run_without("onnx_ir")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "pip install 'foveate[calibration]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def run_without_pytorch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_without("torch", "transformers", arguments=arguments)
+
+
+def run_without(*packages: str, arguments: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """Run `calibration.calibrate` as if packages were not installed."""
     program = (
-        "import runpy, sys\n"
-        "sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "import importlib.abc, runpy, sys\n"
+        "class Absent(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name.split('.')[0] in {packages!r}:\n"
+        "            raise ModuleNotFoundError(name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
         f"sys.argv = ['calibrate', *{list(arguments)!r}]\n"
         "runpy.run_module('calibration.calibrate', run_name='__main__')\n"
     )
-    command: Sequence[str] = [sys.executable, "-c", program]
+    command = [sys.executable, "-c", program]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -248,6 +264,29 @@ def test_an_interrupted_calibration_goes_on(
     assert not any(line.endswith("channels of frame 5") for line in lines)
     record = open_bundle(out).path(RECORD_NAME)
     assert record.read_bytes() == bundle.path(RECORD_NAME).read_bytes()
+
+
+def test_mixed_gives_layers_back_until_the_gate_holds(
+    fp32: Bundle, folder: Path, tmp_path: Path
+) -> None:
+    strict = Gate(overlap=0.0, cosine=0.99999)
+    options = Int8Options(frames=str(folder), gate=strict)
+    result = calibrate_bundle(fp32, tmp_path / "mixed", options, precision="mixed")
+    made = open_bundle(tmp_path / "mixed")
+    excluded = result.made.calibration.excluded
+    assert 0 < len(excluded) < len(result.made.calibration.layers)
+    assert {graph.precision for graph in made.manifest.vision} == {"mixed"}
+    assert all(strict.holds(one) for one in result.made.agreements.values())
+    for graph in made.manifest.vision:
+        assert not quantized_layers(made.path(graph.file)) & set(excluded)
+    record = made.path(RECORD_NAME)
+    with pytest.raises(OptionError, match=r"leaves \d+ layers in floating point.*mixed"):
+        Int8Options(record=record).check("int8")
+    again = calibrate_bundle(
+        fp32, tmp_path / "again", Int8Options(record=record), precision="mixed"
+    )
+    for name in again.made.written:
+        assert (tmp_path / "again" / name).read_bytes() == made.path(name).read_bytes()
 
 
 def test_only_a_float32_bundle_is_calibrated(
