@@ -26,8 +26,8 @@ _METHODS = get_args(Method)
 
 GATES: dict[Precision, Gate] = {"int8": Gate(overlap=0.9, cosine=0.99), "mixed": Gate()}
 """Least agreement unless the user asks for another. Patches of a plain background have nearly equal
-scores, and any rounding exchanges some: one exchanged of 53 is an overlap of 0.963. So all INT8 is asked to
-keep to nine patches in ten, and the search of ``mixed`` to give back layers until it is better."""
+scores, and any rounding exchanges some: one exchanged of 53 is an overlap of 0.963. So INT8 in all
+layers is asked for less, and the search of ``mixed`` gives back layers until it is better."""
 
 _PRECISIONS = tuple(GATES)
 
