@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from runtime.camera_parts import Estimate
 
-_SLACK = 0.2
-"""A frame, or its tokens, may wait this share of encode + prefill before it counts as old."""
+_SLACK = 0.1
+"""A frame, and its tokens once more, may wait this share of encode + prefill before it counts as
+old: together they keep its age within 1.2 times what cannot be avoided."""
 _LEAST_SLACK_S = 0.005
 """Threads do not wake up faster than that."""
 

@@ -41,17 +41,17 @@ def test_an_answer_that_is_due_later_is_encoded_later() -> None:
     assert timing.encode_in_s(now_s=10.3) == pytest.approx(1.6)
 
 
-def test_tokens_may_wait_a_fifth_of_what_they_cost() -> None:
+def test_tokens_may_wait_a_tenth_of_what_they_cost() -> None:
     timing = learned(0.1, 0.1, 0.5)
-    assert timing.slack_s == pytest.approx(0.04)
-    assert not timing.is_stale(done_s=5.0, now_s=5.039)
-    assert timing.is_stale(done_s=5.0, now_s=5.041)
+    assert timing.slack_s == pytest.approx(0.02)
+    assert not timing.is_stale(done_s=5.0, now_s=5.019)
+    assert timing.is_stale(done_s=5.0, now_s=5.021)
     assert Timing().slack_s == 0.005  # nothing known: no less than a thread takes to wake up
 
 
 def test_an_old_frame_gives_way_to_one_that_is_about_to_come() -> None:
     timing = learned(0.1, 0.1, 0.5, period_s=0.05)
-    assert not timing.is_fresher_soon(age_s=0.03)  # fresh enough
+    assert not timing.is_fresher_soon(age_s=0.015)  # fresh enough
     assert timing.is_fresher_soon(age_s=0.045)
     assert not timing.is_fresher_soon(age_s=0.11)  # the camera seems to have stopped
     assert not learned(0.1, 0.1, 0.5, period_s=0.3).is_fresher_soon(age_s=0.1)  # not worth it
@@ -110,6 +110,5 @@ def test_answers_are_about_now(
     """The frame's age at the first token stays near what cannot be avoided."""
     ratios = ages_over_cost(encode_s, prefill_s, decode_s, fps)[3:]  # the first ones learn
     assert len(ratios) > 10
-    # A frame may wait a fifth of the cost, and its tokens another: an early end is not foreseen.
-    assert np.percentile(ratios, 50) <= 1.25
-    assert np.percentile(ratios, 99) <= 1.45
+    assert np.percentile(ratios, 50) <= 1.1
+    assert np.percentile(ratios, 99) <= 1.2
