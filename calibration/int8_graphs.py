@@ -24,6 +24,7 @@ from calibration.int8_options import Int8Options
 from calibration.quantize import apply_calibration, calibrate
 from calibration.record import Calibration
 from calibration.sensitivity import Agreement, Gate, SensitivityReport, search_exclusions
+from calibration.sensitivity_report import svg_from_report
 from calibration.shared_weights import SharedWeights
 from engines.errors import GateError
 from engines.manifest import Precision, VisionGraph
@@ -137,6 +138,10 @@ def make_int8_graphs(task: Int8Task, progress: Progress = lambda line, done: Non
         }
         _refuse_below_gate(task, calibration, agreements, held_out)
     calibration.save(task.root / RECORD_NAME)
+    for name, search in searches.items():
+        if search.sites:
+            chart = (task.root / name).with_suffix(".sensitivity.svg")
+            chart.write_text(svg_from_report(search), encoding="utf-8")
     return Int8Graphs(written, calibration, agreements, len(held_out or ()), searches)
 
 

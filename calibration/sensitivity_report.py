@@ -8,6 +8,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from calibration.sensitivity import SensitivityReport, SiteCost
@@ -20,6 +21,7 @@ def table_from_report(report: SensitivityReport) -> Table:
     """Return one row per site, the costliest for its weights first."""
     gate = report.gate
     table = Table(
+        box=SIMPLE,
         title=f"INT8, one activation at a time (gate: overlap {gate.overlap:g}, "
         f"cosine {gate.cosine:g})",
         caption=_summary(report),
