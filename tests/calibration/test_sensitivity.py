@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -104,7 +105,7 @@ def test_no_frames_to_search_on(graph, calibration) -> None:
 
 def test_table_chart_and_json_tell_the_same(report) -> None:
     excluded = report.calibration.excluded
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(width=140, record=True, file=StringIO())
     console.print(table_from_report(report))
     text = console.export_text()
     chart = ElementTree.fromstring(svg_from_report(report))
