@@ -31,6 +31,15 @@ class ModelOptions:
             help="Which vision graph, of a bundle with several; left out, the first.",
         ),
     ] = None
+    context_length: Annotated[
+        int | None,
+        typer.Option(
+            "--context-length",
+            min=1,
+            help="Positions the KV cache holds; left out, all the model was trained for (4096 at "
+            "most where memory is taken at once).",
+        ),
+    ] = None
     verify: VerifyOption = True
     llm_url: Annotated[
         str | None,
@@ -75,6 +84,7 @@ class ModelOptions:
             engine=self.engine,
             threads=self.threads,
             visual_tokens=self.visual_tokens,
+            context_length=self.context_length,
             server=self.server(),
         )
 

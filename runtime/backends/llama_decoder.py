@@ -105,7 +105,8 @@ class LlamaDecoder:
         if status != 0:
             raise BackendError(
                 f"llama.cpp failed on {count} positions after {position} (status {status}: "
-                f"{take_log()}). If memory ran out, open the backend with a smaller context_length."
+                f"{take_log()}). If memory ran out, open the backend with a smaller context "
+                "(--context-length)."
             )
 
     def last_logits(self) -> Logits:
@@ -196,7 +197,7 @@ class LlamaDecoder:
             raise BackendError(
                 f"A cache of {self.context_length} positions takes {needed / 1e9:.1f} GB, and this "
                 f"machine has {available / 1e9:.1f} GB free. Open the backend with a smaller "
-                "context_length."
+                "context (--context-length)."
             )
 
     def _describe(self, key: str) -> str:
@@ -221,7 +222,7 @@ class LlamaDecoder:
         if not context:
             raise BackendError(
                 f"llama.cpp cannot allocate a cache of {self.context_length} positions "
-                f"({take_log()}). Open the backend with a smaller context_length."
+                f"({take_log()}). Open the backend with a smaller context (--context-length)."
             )
         return context
 

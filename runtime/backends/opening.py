@@ -34,8 +34,8 @@ def open_text_backend(
         server: how to reach the server that runs the language model.
 
     Raises:
-        OptionError: no such backend, the bundle holds no decoder for it, or a server's address is
-            missing or given in vain.
+        OptionError: no such backend, the bundle holds no decoder for it, or options of a server
+            and of this process that do not go together.
         EngineError: this machine cannot load it.
         BackendError: it cannot be started, or the server does not answer.
     """
@@ -44,6 +44,11 @@ def open_text_backend(
             raise OptionError(
                 'The backend "vllm" is a server, and its address is missing. Give it with '
                 "--llm-url, for example --llm-url http://127.0.0.1:8000/v1."
+            )
+        if context_length is not None:
+            raise OptionError(
+                "--context-length has no meaning for a server, which has a context of its own. "
+                "Leave it out, or start the server with --max-model-len."
             )
         from runtime.backends.vllm import open_vllm_backend
 

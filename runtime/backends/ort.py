@@ -73,12 +73,8 @@ class OrtBackend:
         self.hidden_size = decoder.table.hidden_size
         self._decoder: Decoder | None = decoder
         self._position = 0
-        self._mask = np.ones((1, context_length), np.int64)
         self._logits = np.zeros((1, 1, decoder.padded_vocabulary), decoder.dtype)
-        heads, head_size = decoder.cache_shape
-        shape = (1, heads, context_length, head_size)
-        # Zeros from the operating system: no memory is taken until a position is written.
-        self._cache = {name: np.zeros(shape, decoder.dtype) for name in decoder.caches}
+        self._mask, self._cache = _allocate(decoder, context_length)
         self._binding, self._device_cache = _bind(decoder, self._cache, self._logits)
 
     @property
@@ -151,7 +147,7 @@ class OrtBackend:
             raise BackendError(
                 f"ONNX Runtime failed on {len(rows)} positions after {self._position} "
                 f"({_first_line(error)}). If memory ran out, open the backend with a smaller "
-                "context_length."
+                "context (--context-length)."
             ) from error
         self._position = end
 
@@ -230,6 +226,29 @@ def _read_decoder(
         cache_shape=(int(shape[0]), int(shape[1])),
         padded_vocabulary=int(outputs["logits"].shape[-1]),
     )
+
+
+def _allocate(
+    decoder: Decoder, context_length: int
+) -> tuple[NDArray[np.int64], dict[str, NDArray[Any]]]:
+    """Return an attention mask and a cache of ``context_length`` positions.
+
+    Zeros come from the operating system: no memory is taken until a position is written.
+
+    Raises:
+        BackendError: they are more than the system can ever give.
+    """
+    heads, head_size = decoder.cache_shape
+    shape = (1, heads, context_length, head_size)
+    try:
+        cache = {name: np.zeros(shape, decoder.dtype) for name in decoder.caches}
+        return np.ones((1, context_length), np.int64), cache
+    except (MemoryError, ValueError) as error:  # ValueError: more than an address can count
+        needed = len(decoder.caches) * context_length * heads * head_size * decoder.dtype.itemsize
+        raise BackendError(
+            f"A cache of {context_length} positions takes {needed / 1e9:.1f} GB, which this "
+            "machine does not have. Open the backend with a smaller context (--context-length)."
+        ) from error
 
 
 def _bind(

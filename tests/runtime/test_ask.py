@@ -145,6 +145,7 @@ def test_overlay_is_written(language_bundle: Bundle, photo: Path, tmp_path: Path
         (("PHOTO", QUESTION, "--visual-tokens", "9"), "no vision graph with 9 visual tokens"),
         (("PHOTO", QUESTION, "--temperature", "-1"), "temperature is -1"),
         (("PHOTO", QUESTION * 100), "the context holds 1024"),
+        (("PHOTO", QUESTION, "--context-length", "30"), "the context holds 30"),
     ],
 )
 def test_mistakes_are_told_in_a_paragraph(

@@ -66,6 +66,33 @@ def test_open_backend_takes_the_bundles_first(language_bundle: Bundle) -> None:
         open_backend(language_bundle, "abacus")
 
 
+def test_a_cache_that_no_machine_holds_is_told(language_bundle: Bundle) -> None:
+    manifest = language_bundle.manifest
+    text = manifest.text.model_copy(update={"context_length": 10**15})
+    endless = replace(language_bundle, manifest=manifest.model_copy(update={"text": text}))
+    with pytest.raises(BackendError, match=r"takes 512000000\.0 GB, which this machine does not"):
+        open_ort_backend(endless, threads=1)
+
+
+def test_running_out_of_memory_leaves_the_conversation_as_it_was(
+    language_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = open_ort_backend(language_bundle, threads=1)
+    backend.prefill([np.arange(5, 15)])
+
+    class Full:
+        def run_with_iobinding(self, binding: object) -> None:
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 9\nmore")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "_decoder", replace(backend._decoder, session=Full()))
+        with pytest.raises(BackendError, match=r"failed on 3 positions after 10 \(Failed to alloc"):
+            backend.prefill([np.arange(3)])
+    assert backend.position == 10
+    backend.decode(7)
+    assert backend.position == 11
+
+
 def test_only_what_is_filled_takes_memory(language_bundle: Bundle) -> None:
     """A cache for a long context is no cost until it is used."""
     backend = open_ort_backend(language_bundle, threads=1)

@@ -129,6 +129,7 @@ def test_ask_counts_what_the_server_counts(
         (("--backend", "vllm"), "address is missing. Give it with --llm-url"),
         (("--llm-url", "URL", "--backend", "ort"), 'the backend "ort" runs here'),
         (("--llm-url", "127.0.0.1:8000"), "is not the address of a server"),
+        (("--llm-url", "URL", "--context-length", "99"), "has no meaning for a server"),
         (("--llm-model", "x"), "--llm-model needs the server's address"),
         (("--llm-url", "URL", "--llm-model", "x"), "serves tiny-llama, and none is 'x'"),
         (("--llm-url", "URL", "--json-schema", __file__), "the schema is not JSON"),
