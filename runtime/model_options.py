@@ -78,6 +78,7 @@ class ModelOptions:
         from engines.bundle import open_bundle
         from runtime.model import open_model
 
+        server = self.server()  # first: a wrong address is told at once
         return open_model(
             open_bundle(bundle, verify=self.verify),
             backend=self.backend,
@@ -85,7 +86,7 @@ class ModelOptions:
             threads=self.threads,
             visual_tokens=self.visual_tokens,
             context_length=self.context_length,
-            server=self.server(),
+            server=server,
         )
 
     def server(self) -> ServerOptions | None:

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, ClassVar
 
 from engines.bundle import Bundle
@@ -140,7 +140,7 @@ class VllmGeneration:
             BackendError: the server cannot answer.
         """
         if not self._first:
-            self._first = [event for event in [next(self._events, None)] if event is not None]
+            self._first = list(islice(self._events, 1))
 
     def __iter__(self) -> Generator[str]:
         """Yield the answer's pieces as they come; leaving early cancels it on the server.

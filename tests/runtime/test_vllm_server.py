@@ -142,7 +142,7 @@ def test_answers_of_a_given_form(bundle: Bundle, server: ServerOptions) -> None:
     picture = load_picture(asked_about()[0][0])
     choices = ("yes", "no", "cylinder")
     options = GenerationOptions(
-        grammar=Grammar(choices), sampling=Sampling(temperature=3.0, seed=5), max_tokens=8
+        grammar=Grammar(choices), sampling=Sampling(temperature=2.0, seed=5), max_tokens=8
     )
     with open_model(bundle, server=server, threads=1) as model:
         answers = [model.ask(picture, f"Is it a {word}?", options) for word in ("box", "ball")]
