@@ -82,7 +82,7 @@ class ManyCameras(AnswerStream):
     @property
     def errors(self) -> Counter[str]:
         """What could not be read, of all cameras, by reason."""
-        return sum((source.errors.counts for source in self.sources), Counter())
+        return sum((source.errors.counts.copy() for source in self.sources), Counter())
 
     def _threads(self) -> Sequence[Callable[[], None]]:
         captures = [partial(self._capture, camera) for camera in self._cameras]
