@@ -44,7 +44,7 @@ class CalibrationOptions:
         method: how an activation's range is chosen; `calibration.ranges` explains each.
         percentile: for the method of that name.
         smooth: let SmoothQuant move outlying channels into the weights.
-        alphas: what is tried for each norm; the best, or no smoothing, is taken.
+        alphas: what is tried for each activation; the best, or no smoothing, is taken.
         sample_rows: rows of each activation that alphas are judged on.
         threads: CPU threads; None takes one for each physical core.
     """
