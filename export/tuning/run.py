@@ -7,6 +7,7 @@ checkpoint directory that `export.build --model` takes, with the losses and thei
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -193,7 +194,7 @@ def _describe(options: TuneOptions) -> dict[str, Any]:
     """Return the options that decide what comes out."""
     return {
         "model": options.model,
-        "data": str(options.data),
+        "data_sha256": hashlib.sha256(options.data.read_bytes()).hexdigest(),
         "reducer": options.reducer,
         "tokens": options.tokens,
         "reducer_options": dict(options.reducer_options),

@@ -312,6 +312,18 @@ def test_unreadable_pictures_are_counted_and_then_too_many(
         tune_checkpoint(replace(mine, out=tmp_path / "two"))
 
 
+def test_answers_longer_than_the_context_are_refused(options: TuneOptions, tmp_path: Path) -> None:
+    entries = json.loads(options.data.read_text())
+    for entry in entries[::4]:
+        entry["conversations"][1]["value"] = "far too long " * 400
+    data = tmp_path / "long.json"
+    data.write_text(json.dumps(entries))
+    mine = replace(options, data=data, out=tmp_path / "out")
+    with pytest.raises(OptionError, match=r"8 of 32 conversations have a first answer .* 1018 pos"):
+        tune_checkpoint(mine)
+    assert not mine.out.exists()
+
+
 def test_a_weight_that_leaves_its_dtype_is_refused(options: TuneOptions, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(options.model)
     student = Student(checkpoint, None)
