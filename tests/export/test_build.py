@@ -16,7 +16,7 @@ from calibration.graph_file import write_graph
 from engines.bundle import Bundle, open_bundle
 from engines.errors import BundleError, FoveateError
 from engines.ort import OrtSession
-from export import build_steps
+from export import build_steps, build_vision
 from export.build import build_bundle
 from export.build_plan import BuildOptions, plan_build
 from export.to_onnx import trace_graph
@@ -92,7 +92,7 @@ def test_bundle_says_what_built_it(built: Bundle) -> None:
         ({"reducer": "none", "tokens": (4,)}, "16 of 16"),
         ({"reducer_options": {"merge": "median"}}, "median"),
         ({"precision": "int8"}, "--precision"),
-        ({"precision": "int8", "target": "jetson-orin"}, "needs your own frames"),
+        ({"precision": "int8", "target": "jetson-orin"}, "is calibrated on your own frames"),
         ({"opset": 20}, "opset 20 is not one of"),
     ],
 )
@@ -162,13 +162,13 @@ def test_a_device_gets_half_precision_and_a_checked_graph(
     language_checkpoint: Path, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[tuple[str, str]] = []
-    check = build_steps.check_graph
+    check = build_vision.check_graph
 
     def record(file: Path, tensorrt: str) -> None:
         checked.append((file.name, tensorrt))
         check(file, tensorrt)
 
-    monkeypatch.setattr(build_steps, "check_graph", record)
+    monkeypatch.setattr(build_vision, "check_graph", record)
     options = BuildOptions(
         str(language_checkpoint), tmp_path / "b", target=target, tokens=(8,), llm_precision="fp32"
     )
