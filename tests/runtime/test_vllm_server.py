@@ -147,7 +147,7 @@ def test_answers_of_a_given_form(bundle: Bundle, server: ServerOptions) -> None:
     with open_model(bundle, server=server, threads=1) as model:
         answers = [model.ask(picture, f"Is it a {word}?", options) for word in ("box", "ball")]
         schema = Grammar(json_schema='{"type": "nonsense"}')
-        with pytest.raises(BackendError, match="refuses the question"):
+        with pytest.raises(BackendError, match="nonsense"):
             model.ask(picture, "Is it?", GenerationOptions(grammar=schema))
     assert {answer.text for answer in answers} <= set(choices)
     assert {answer.finish for answer in answers} == {"complete"}
