@@ -135,14 +135,14 @@ def main(
     *,
     size: Annotated[list[str] | None, typer.Option(help=", ".join(SIZES))] = None,
     reducer: Annotated[list[str] | None, typer.Option(help="Left out, all of them.")] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="fp32, fp16, int8")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="fp32, fp16, int8, mixed")] = None,
     sm: Annotated[list[int] | None, typer.Option(help="86, 89")] = None,
     write: Annotated[Path | None, typer.Option(help="Page to put the table into.")] = None,
     one: Annotated[Path | None, typer.Option(hidden=True)] = None,
     as_json: cli.JsonOption = False,
 ) -> int:
     """Build every graph with NVIDIA's ahead-of-time compiler and print one table."""
-    precisions = precision or ["fp32", "fp16", "int8"]
+    precisions = precision or ["fp32", "fp16", "int8", "mixed"]
     sms = sm or list(SMS)
     if one is not None:
         (chosen,) = (item for item in get_args(Precision) if item == precisions[0])

@@ -1,8 +1,8 @@
 """CLIP-L/14-336 with VisionZip on the CPU of an x86 board: `python -m benchmarks.x86`.
 
 The papers' released PyTorch path against ONNX Runtime and OpenVINO over one exported graph. Random
-weights and, for INT8, scales from noise: speed depends on neither. One row after the other, median
-of ``--runs`` frames, batch 1.
+weights, for INT8 calibrated on noise: speed depends on neither. One row after the other, median of
+``--runs`` frames, batch 1.
 """
 
 from __future__ import annotations

@@ -8,9 +8,10 @@ so that objects are not counted by how many tokens they have. No reducer is invo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,11 +41,13 @@ class Round:
         steps: how many batches.
         short_share: share of the steps, the first, with at most `short_tokens`: short is cheap.
         type_weights: how often each type is asked about.
+        fewest_tokens: of a batch.
     """
 
     steps: int
     short_share: float
     type_weights: Mapping[str, float]
+    fewest_tokens: int = PATCHES // 9
 
 
 # What is learned last is asked about more often.
@@ -59,14 +62,22 @@ _BINDING |= {"nearest": 0.6, "count_shape": 0.6, "path": 0.4, "list": 2.0}
 class LanguageOptions:
     """How projector and language model are trained."""
 
-    rounds: tuple[Round, ...] = (Round(2_500, 0.55, _READING), Round(1_200, 0.6, _BINDING))
+    rounds: tuple[Round, ...] = (
+        Round(2_500, 0.55, _READING),
+        Round(1_200, 0.6, _BINDING, fewest_tokens=12),
+    )
+    # A model learns all at once which colour goes with which shape, and seeds differ in when: the
+    # last round comes again until this share of the "exists" questions is right.
+    bound: float = 0.9
+    most_repeats: int = 3
+    bound: float = 0.9  # the last round comes again until so many "exists" are right, or
+    most_repeats: int = 3  # so often; seeds differ in when the model learns to bind
     scenes: int = 12_000
     tokens_per_batch: int = 8_192  # fewer pictures a batch when each of them has more tokens
     questions_per_image: int = 12
     learning_rate: float = 2e-3
     weight_decay: float = 0.02
     warmup_steps: int = 200
-    fewest_tokens: int = PATCHES // 9
     all_tokens_share: float = 0.2
     short_tokens: int = 128
     chained_share: float = 0.2
@@ -131,7 +142,7 @@ def _token_count(
         return PATCHES
     else:
         most = PATCHES
-    return int(np.exp(rng.uniform(np.log(options.fewest_tokens), np.log(most))))
+    return int(np.exp(rng.uniform(np.log(current.fewest_tokens), np.log(most))))
 
 
 def _draw_batch(
@@ -173,9 +184,9 @@ class Validation:
     seen: SeenBatch
     store: SceneStore
 
-    def measure(self, model: LlavaForConditionalGeneration, count: int) -> dict[str, object]:
+    def measure(self, model: LlavaForConditionalGeneration, count: int) -> dict[str, Any]:
         """Return exact match per type with all tokens, and overall with a few reducers."""
-        report: dict[str, object] = {}
+        report: dict[str, Any] = {}
         settings = [("all", PATCHES), ("visionzip", 64), ("uniform", 64), ("random", 64)]
         for name, budget in settings:
             right, types = self._answer(model, name, budget, count)
@@ -235,9 +246,9 @@ def train_language(
         modules.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay,
         betas=(0.9, 0.98), foreach=True,
     )  # fmt: skip
-    plan = [(current, index) for current in options.rounds for index in range(current.steps)]
-    for step in range(state.resume(modules, optimizer), len(plan)):
-        current, index = plan[step]
+    step = state.resume(modules, optimizer)
+    while not _is_over(options, step, lambda: validation.measure(model, 200)):
+        current, index = place_of_step(options, step)
         progress = index / current.steps
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(
@@ -251,9 +262,34 @@ def train_language(
         loss.backward()
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
-        log.record(step + 1, len(tokens), {"answers": loss}, f"{progress:.1%}")
-        if (step + 1) % 500 == 0:
-            state.save(modules, optimizer, step + 1)
-            log.write({"step": step + 1, "validation": validation.measure(model, 100)})
-    state.save(modules, optimizer, len(plan))
-    log.write({"step": len(plan), "validation": validation.measure(model, 200)})
+        step += 1
+        log.record(step, len(tokens), {"answers": loss}, f"{progress:.1%}")
+        if step % 500 == 0:
+            state.save(modules, optimizer, step)
+            log.write({"step": step, "validation": validation.measure(model, 100)})
+    state.save(modules, optimizer, step)
+    log.write({"step": step, "validation": validation.measure(model, 200)})
+
+
+def place_of_step(options: LanguageOptions, step: int) -> tuple[Round, int]:
+    """Return the round a step is in, and how many of its steps are behind.
+
+    After the last round, the last round comes again.
+    """
+    for current in options.rounds:
+        if step < current.steps:
+            return current, step
+        step -= current.steps
+    last = options.rounds[-1]
+    return last, step % last.steps
+
+
+def _is_over(options: LanguageOptions, step: int, measure: Callable[[], Mapping[str, Any]]) -> bool:
+    """Say, where a last round ends, whether it has to come again."""
+    last = options.rounds[-1]
+    beyond = step - sum(current.steps for current in options.rounds)
+    if beyond < 0 or beyond % last.steps:
+        return False
+    return (
+        beyond == options.most_repeats * last.steps or measure()["types"]["exists"] >= options.bound
+    )
