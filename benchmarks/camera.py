@@ -28,11 +28,11 @@ import numpy as np
 import typer
 
 from engines.bundle import Bundle, open_bundle
-from runtime.answering import FrameAnswerer, FrameEncoder
-from runtime.budget import Goal
-from runtime.budgeted import BudgetedEncoder, ObservedAnswerer
-from runtime.camera import CameraLoop, CameraOptions
-from runtime.camera_parts import CameraAnswer, Said
+from runtime.camera.answering import FrameAnswerer, FrameEncoder
+from runtime.camera.budget import Goal
+from runtime.camera.budgeted import BudgetedEncoder, ObservedAnswerer
+from runtime.camera.loop import CameraLoop, CameraOptions
+from runtime.camera.parts import CameraAnswer, Said
 from runtime.frames import FrameSource, Picture
 from runtime.frames.frame import Capture, ReadErrors
 from runtime.generate import GenerationOptions

@@ -108,8 +108,8 @@ def ask(
 def _ask_about_clip(
     model: Model, clip: Sequence[Frame], question: str, options: AskOptions, show: Show | None
 ) -> ClipAnswer:
+    from runtime.camera.graph_pool import GraphPool
     from runtime.clip import ask_about_clip
-    from runtime.graph_pool import GraphPool
 
     with GraphPool(
         model.bundle,

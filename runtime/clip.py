@@ -14,13 +14,13 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from engines.errors import SourceError
+from runtime.camera.graph_pool import GraphPool
+from runtime.camera.stillness import block_means, changed_share
 from runtime.clip_options import ClipOptions
 from runtime.frames import Frame, FrameSource, Picture, open_source
 from runtime.generate import GenerationOptions
-from runtime.graph_pool import GraphPool
 from runtime.model import Answer, Model, Show
 from runtime.prompt import Turn
-from runtime.stillness import block_means, changed_share
 from runtime.token_sharing import share_tokens
 from runtime.vision import VisualTokens
 

@@ -24,12 +24,12 @@ import typer
 from engines.cli import run
 from engines.errors import SourceError
 from runtime.answer_options import AnswerOptions, SystemOption
-from runtime.budget_options import BudgetOptions
+from runtime.camera.budget_options import BudgetOptions
+from runtime.camera.view_options import ViewOptions
 from runtime.frames import FrameSource
 from runtime.frames.frame import Capture, ReadErrors
 from runtime.frames.ros_image import image_from_compressed_message, image_from_message, stamp_ns
 from runtime.model_options import ModelOptions
-from runtime.view_options import ViewOptions
 from runtime.watch import SHORT_ANSWERS, WatchOptions, watch
 
 NAME = "foveate"

@@ -21,16 +21,16 @@ import typer
 from engines.cli import run
 from engines.errors import OptionError
 from runtime.answer_options import AnswerOptions, SystemOption
-from runtime.budget_options import BudgetOptions
+from runtime.camera.budget_options import BudgetOptions
+from runtime.camera.view_options import ViewOptions
 from runtime.model_options import ModelOptions
-from runtime.view_options import ViewOptions
 
 if TYPE_CHECKING:
-    from runtime.answer_stream import AnswerStream
-    from runtime.answering import FrameEncoder
-    from runtime.budget import Goal
-    from runtime.budgeted import BudgetedEncoder
-    from runtime.camera_parts import Answerer, CameraAnswer, CameraOptions
+    from runtime.camera.answer_stream import AnswerStream
+    from runtime.camera.answering import FrameEncoder
+    from runtime.camera.budget import Goal
+    from runtime.camera.budgeted import BudgetedEncoder
+    from runtime.camera.parts import Answerer, CameraAnswer, CameraOptions
     from runtime.frames import FrameSource, SourceOptions
     from runtime.generate import GenerationOptions
     from runtime.model import Model
@@ -99,10 +99,10 @@ def watch(
     Raises:
         FoveateError: anything the user can mend.
     """
-    from runtime.camera_parts import CameraAnswer
-    from runtime.recording import Recording
-    from runtime.steering import obey, stopping_on_signals
-    from runtime.watch_lines import document_from_answer, document_from_stall, summary_of
+    from runtime.camera.parts import CameraAnswer
+    from runtime.camera.recording import Recording
+    from runtime.camera.steering import obey, stopping_on_signals
+    from runtime.camera.watch_lines import document_from_answer, document_from_stall, summary_of
 
     given = [source] if isinstance(source, str) or not isinstance(source, Sequence) else source
     with ExitStack() as open_things:
@@ -148,9 +148,9 @@ def _open(source: str | FrameSource, view: SourceOptions) -> FrameSource:
 def _make_loop(
     sources: Sequence[FrameSource], model: Model, options: WatchOptions, open_things: ExitStack
 ) -> AnswerStream:
-    from runtime.answering import FrameAnswerer, FrameEncoder
-    from runtime.camera import CameraLoop
-    from runtime.many_cameras import ManyCameras
+    from runtime.camera.answering import FrameAnswerer, FrameEncoder
+    from runtime.camera.loop import CameraLoop
+    from runtime.camera.many_cameras import ManyCameras
 
     encoder: FrameEncoder | BudgetedEncoder = FrameEncoder(model.encoder)
     answerer: Answerer = FrameAnswerer(model, options.generation, options.system)
@@ -165,8 +165,8 @@ def _budgeted(
     model: Model, answerer: Answerer, options: WatchOptions, goal: Goal, open_things: ExitStack
 ) -> tuple[BudgetedEncoder, Answerer]:
     """Put a budget controller between the loop and the bundle's graphs."""
-    from runtime.budgeted import BudgetedEncoder, ObservedAnswerer
-    from runtime.power import Tegrastats
+    from runtime.camera.budgeted import BudgetedEncoder, ObservedAnswerer
+    from runtime.camera.power import Tegrastats
 
     if options.model.visual_tokens is not None:
         raise OptionError(
@@ -185,7 +185,7 @@ def _observers(
     loop: AnswerStream, options: WatchOptions, open_things: ExitStack
 ) -> list[Callable[[CameraAnswer], None]]:
     """Open what is to be told of every answer besides the caller."""
-    from runtime.metrics import MetricsServer, StatusLine
+    from runtime.camera.metrics import MetricsServer, StatusLine
 
     observers: list[Callable[[CameraAnswer], None]] = []
     if options.metrics_port is not None:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from engines.bundle import Bundle
 from engines.errors import OptionError
 from runtime.answer_options import AnswerOptions
-from runtime.answering import FrameAnswerer
+from runtime.camera.answering import FrameAnswerer
 from runtime.generate import GenerationOptions
 from runtime.grammar import Grammar, GrammarTokens
 from runtime.model import Model, open_model

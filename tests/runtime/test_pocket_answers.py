@@ -16,13 +16,13 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from engines.bundle import open_bundle
 from export.build import build_bundle
 from export.build_plan import BuildOptions
-from runtime.answering import FrameAnswerer, FrameEncoder
-from runtime.camera import CameraLoop, CameraOptions
+from runtime.camera.answering import FrameAnswerer, FrameEncoder
+from runtime.camera.loop import CameraLoop, CameraOptions
+from runtime.camera.stillness import StillnessOptions
 from runtime.generate import GenerationOptions
 from runtime.model import Model, open_model
 from runtime.pictures import load_picture
-from runtime.stillness import StillnessOptions
-from tests.runtime.camera_doubles import source_of
+from tests.runtime.camera.doubles import source_of
 
 POCKET = Path(__file__).parents[2] / "models" / "pocket-llava"
 PICTURES = 50

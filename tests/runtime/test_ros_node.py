@@ -15,7 +15,7 @@ import pytest
 
 from engines.bundle import Bundle
 from engines.errors import SourceError
-from runtime.camera import CameraOptions
+from runtime.camera.loop import CameraOptions
 from runtime.frames import SourceOptions
 from runtime.frames.frame import ReadErrors
 from runtime.generate import GenerationOptions

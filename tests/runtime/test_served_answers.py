@@ -27,9 +27,9 @@ from PIL import Image
 
 from engines.bundle import Bundle
 from engines.errors import BackendError, OptionError
-from runtime.answering import FrameAnswerer
 from runtime.backends.chat_server import ServerOptions
-from runtime.camera import CameraOptions
+from runtime.camera.answering import FrameAnswerer
+from runtime.camera.loop import CameraOptions
 from runtime.chat import Chat
 from runtime.conversation import Conversation
 from runtime.frames import SourceOptions

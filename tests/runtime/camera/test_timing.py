@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runtime.timing import Timing
+from runtime.camera.timing import Timing
 
 
 def learned(encode_s: float, prefill_s: float, decode_s: float, period_s: float = 1 / 30) -> Timing:

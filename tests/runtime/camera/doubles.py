@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from runtime.camera_parts import Said
+from runtime.camera.parts import Said
 from runtime.frames import FrameSource, Picture
 from runtime.frames.frame import Capture, ReadErrors
 from runtime.vision import VisualTokens

@@ -13,8 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from engines.errors import BackendError, EngineError, PictureError
-from runtime.answer_stream import TICK_S, AnswerStream
-from runtime.camera_parts import (
+from runtime.camera.answer_stream import TICK_S, AnswerStream
+from runtime.camera.pacing import at_their_own_pace
+from runtime.camera.parts import (
     Answerer,
     Arrival,
     CameraAnswer,
@@ -22,10 +23,9 @@ from runtime.camera_parts import (
     Encoder,
     Seen,
 )
+from runtime.camera.stillness import Stillness
+from runtime.camera.timing import Timing
 from runtime.frames import FrameSource
-from runtime.pacing import at_their_own_pace
-from runtime.stillness import Stillness
-from runtime.timing import Timing
 from runtime.vision import VisualTokens
 
 __all__ = ["CameraLoop", "CameraOptions"]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engines.errors import OptionError
-from runtime.camera_parts import Estimate
+from runtime.camera.parts import Estimate
 
 _CALM = 0.85
 """A larger budget must be predicted to cost less than this share of the goal."""

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from prometheus_client.core import CounterMetricFamily
     from rich.live import Live
 
-    from runtime.answer_stream import AnswerStream
-    from runtime.camera_parts import CameraAnswer
+    from runtime.camera.answer_stream import AnswerStream
+    from runtime.camera.parts import CameraAnswer
 
 ADDRESS = "127.0.0.1"
 _AGES_S = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from runtime.camera_parts import CameraAnswer, Stall
+from runtime.camera.parts import CameraAnswer, Stall
 
 if TYPE_CHECKING:
-    from runtime.answer_stream import AnswerStream
-    from runtime.recording import Recording
+    from runtime.camera.answer_stream import AnswerStream
+    from runtime.camera.recording import Recording
 
 
 def document_from_answer(answer: CameraAnswer) -> dict[str, Any]:

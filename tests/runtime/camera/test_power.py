@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engines.errors import OptionError
-from runtime.power import Tegrastats, watts_from_line
+from runtime.camera.power import Tegrastats, watts_from_line
 
 # Published by owners of such boards; CPU and temperature columns are shortened where they repeat.
 ORIN_NANO_JETPACK_6 = (

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from engines.errors import BackendError, EngineError, PictureError
-from runtime.answer_stream import TICK_S, AnswerStream
-from runtime.camera import MOST_FAILURES
-from runtime.camera_parts import (
+from runtime.camera.answer_stream import TICK_S, AnswerStream
+from runtime.camera.loop import MOST_FAILURES
+from runtime.camera.pacing import at_their_own_pace
+from runtime.camera.parts import (
     Answerer,
     Arrival,
     BatchEncoder,
@@ -25,9 +26,8 @@ from runtime.camera_parts import (
     CameraOptions,
     Seen,
 )
+from runtime.camera.stillness import Stillness
 from runtime.frames import FrameSource
-from runtime.pacing import at_their_own_pace
-from runtime.stillness import Stillness
 from runtime.vision import VisualTokens
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
-from runtime.camera_parts import Said
+from runtime.camera.parts import Said
 from runtime.frames import Picture
 from runtime.generate import GenerationOptions
 from runtime.model import Model

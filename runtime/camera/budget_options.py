@@ -10,7 +10,7 @@ import typer
 from engines.errors import OptionError
 
 if TYPE_CHECKING:
-    from runtime.budget import Goal
+    from runtime.camera.budget import Goal
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class BudgetOptions:
         Raises:
             OptionError: several are, or one is not an amount.
         """
-        from runtime.budget import Goal
+        from runtime.camera.budget import Goal
 
         goals = []
         if self.latency_target is not None:

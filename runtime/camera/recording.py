@@ -20,7 +20,7 @@ from PIL import Image
 from engines.bundle import Bundle
 from engines.errors import OptionError
 from engines.staging import staged_file
-from runtime.camera_parts import CameraAnswer
+from runtime.camera.parts import CameraAnswer
 from runtime.overlay import save_overlay
 
 _WAITING = 4

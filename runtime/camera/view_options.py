@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from runtime.camera_parts import CameraOptions
+    from runtime.camera.parts import CameraOptions
     from runtime.frames import SourceOptions
 
 
@@ -40,8 +40,8 @@ class ViewOptions:
         Raises:
             OptionError: the question is empty, or a time is not possible.
         """
-        from runtime.camera_parts import CameraOptions
-        from runtime.stillness import StillnessOptions
+        from runtime.camera.parts import CameraOptions
+        from runtime.camera.stillness import StillnessOptions
 
         return CameraOptions(
             question=question,

@@ -6,7 +6,7 @@ Nothing here reads a clock or waits, so a test can play a day in a moment.
 
 from __future__ import annotations
 
-from runtime.camera_parts import Estimate
+from runtime.camera.parts import Estimate
 
 _SLACK = 0.1
 """A frame, and its tokens once more, may wait this share of encode + prefill before it counts as

@@ -14,15 +14,15 @@ import pytest
 
 from engines.bundle import Bundle
 from engines.errors import OptionError
-from runtime.budget import BudgetController, Cost, Goal
-from runtime.budget_options import BudgetOptions
-from runtime.budgeted import BudgetedEncoder, ObservedAnswerer
-from runtime.camera import CameraOptions
+from runtime.camera.budget import BudgetController, Cost, Goal
+from runtime.camera.budget_options import BudgetOptions
+from runtime.camera.budgeted import BudgetedEncoder, ObservedAnswerer
+from runtime.camera.loop import CameraOptions
 from runtime.frames import SourceOptions
 from runtime.generate import GenerationOptions
 from runtime.model_options import ModelOptions
 from runtime.watch import WatchOptions, watch
-from tests.runtime.camera_doubles import ShadeAnswerer, ShadeEncoder
+from tests.runtime.camera.doubles import ShadeAnswerer, ShadeEncoder
 
 LATENCY_MS = {32: 40.0, 64: 60.0, 128: 110.0, 192: 170.0}
 COSTS = {tokens: Cost(ms, token_ms=5.0) for tokens, ms in LATENCY_MS.items()}

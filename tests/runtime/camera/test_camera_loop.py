@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from engines.errors import OptionError
-from runtime.camera import CameraLoop, CameraOptions
-from runtime.camera_parts import CameraAnswer, Said
-from runtime.stillness import StillnessOptions
+from runtime.camera.loop import CameraLoop, CameraOptions
+from runtime.camera.parts import CameraAnswer, Said
+from runtime.camera.stillness import StillnessOptions
 from runtime.vision import VisualTokens
-from tests.runtime.camera_doubles import ShadeAnswerer, ShadeEncoder, numbered, source_of
+from tests.runtime.camera.doubles import ShadeAnswerer, ShadeEncoder, numbered, source_of
 
 ALWAYS_LOOK = CameraOptions("shade?", reuse=False)
 

@@ -12,11 +12,11 @@ import numpy as np
 from engines.bundle import Bundle
 from engines.closeable import Closeable
 from engines.errors import OptionError
-from runtime.budget import BudgetController, Cost, Goal, tell_accuracy
-from runtime.camera_parts import Answerer, Said
+from runtime.camera.budget import BudgetController, Cost, Goal, tell_accuracy
+from runtime.camera.graph_pool import GraphPool
+from runtime.camera.parts import Answerer, Said
+from runtime.camera.power import PowerMeter
 from runtime.frames import Picture
-from runtime.graph_pool import GraphPool
-from runtime.power import PowerMeter
 from runtime.vision import VisionEncoder, VisualTokens
 
 _ROUNDS = 3

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from engines.errors import BackendError, EngineError, SourceError
-from runtime.camera_parts import CameraAnswer, CameraOptions
+from runtime.camera.many_cameras import ManyCameras
+from runtime.camera.parts import CameraAnswer, CameraOptions
+from runtime.camera.stillness import StillnessOptions
 from runtime.frames import FrameSource, Picture
 from runtime.frames.frame import Capture, ReadErrors
 from runtime.frames.reconnect import Reconnecting
-from runtime.many_cameras import ManyCameras
-from runtime.stillness import StillnessOptions
 from runtime.vision import VisualTokens
-from tests.runtime.camera_doubles import Script, ShadeAnswerer, ShadeEncoder, numbered
+from tests.runtime.camera.doubles import Script, ShadeAnswerer, ShadeEncoder, numbered
 
 IN_TURN = CameraOptions("shade?", every_frame=True, reuse=False)
 LOOK = CameraOptions("shade?", reuse=False)

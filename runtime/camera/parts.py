@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engines.errors import OptionError
+from runtime.camera.stillness import StillnessOptions
 from runtime.frames import Frame, Picture
-from runtime.stillness import StillnessOptions
 from runtime.vision import VisualTokens
 
 

@@ -8,9 +8,9 @@ import urllib.request
 import pytest
 
 from engines.errors import OptionError
-from runtime.camera import CameraLoop, CameraOptions
-from runtime.metrics import MetricsServer, StatusLine
-from tests.runtime.camera_doubles import ShadeAnswerer, ShadeEncoder, numbered, source_of
+from runtime.camera.loop import CameraLoop, CameraOptions
+from runtime.camera.metrics import MetricsServer, StatusLine
+from tests.runtime.camera.doubles import ShadeAnswerer, ShadeEncoder, numbered, source_of
 
 
 def finished_loop() -> tuple[CameraLoop, list]:

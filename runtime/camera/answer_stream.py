@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 
 from engines.errors import OptionError
-from runtime.camera_parts import CameraAnswer, CameraOptions, Stall
+from runtime.camera.parts import CameraAnswer, CameraOptions, Stall
 
 TICK_S = 0.05
 """How soon a waiting thread notices that the loop was stopped."""

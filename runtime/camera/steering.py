@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from engines.errors import FoveateError, OptionError
 
 if TYPE_CHECKING:
-    from runtime.answer_stream import AnswerStream
+    from runtime.camera.answer_stream import AnswerStream
 
 
 def obey(control: Iterable[str], loop: AnswerStream) -> None:

@@ -19,16 +19,16 @@ from PIL import Image
 
 from engines.bundle import Bundle
 from engines.errors import BackendError, EngineError, SourceError
-from runtime import recording as recording_module
-from runtime.camera import CameraLoop, CameraOptions
-from runtime.camera_parts import CameraAnswer, Stall
+from runtime.camera import recording as recording_module
+from runtime.camera.loop import CameraLoop, CameraOptions
+from runtime.camera.pacing import at_their_own_pace
+from runtime.camera.parts import CameraAnswer, Stall
+from runtime.camera.recording import Recording
 from runtime.frames import FrameSource, Picture
 from runtime.frames.frame import Capture, ReadErrors
 from runtime.frames.reconnect import Reconnecting
-from runtime.pacing import at_their_own_pace
-from runtime.recording import Recording
 from runtime.vision import VisualTokens
-from tests.runtime.camera_doubles import Script, ShadeAnswerer, ShadeEncoder, numbered, source_of
+from tests.runtime.camera.doubles import Script, ShadeAnswerer, ShadeEncoder, numbered, source_of
 
 LOOK = CameraOptions("shade?", reuse=False)
 

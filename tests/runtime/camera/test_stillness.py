@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime.stillness import Stillness, StillnessOptions, block_means, largest_change
+from runtime.camera.stillness import Stillness, StillnessOptions, block_means, largest_change
 
 
 def noisy(rng: np.random.Generator, scene: np.ndarray, level: float) -> np.ndarray:
