@@ -8,12 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import Bundle
+from engines.closeable import Closeable
 from engines.errors import BackendError
 from runtime.backends import TextBackend
 from runtime.backends.chat_server import ServerOptions
@@ -75,7 +75,7 @@ class Answer:
         return replace(self, milliseconds=spent, seen=tuple(seen))
 
 
-class Model:
+class Model(Closeable):
     """The three parts of a bundle, loaded; use it as a context manager.
 
     Attributes:
@@ -183,17 +183,6 @@ class Model:
         """Free everything; calling it again does nothing."""
         self.encoder.close()
         self.language.close()
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def open_model(

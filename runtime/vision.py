@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import Bundle
+from engines.closeable import Closeable
 from engines.errors import BundleError, PictureError
 from engines.manifest import VisionGraph
 from engines.open_session import open_session
@@ -63,7 +63,7 @@ class VisualTokens:
         ]
 
 
-class VisionEncoder:
+class VisionEncoder(Closeable):
     """The vision graph of a bundle, ready to run; use it as a context manager."""
 
     def __init__(
@@ -145,17 +145,6 @@ class VisionEncoder:
         """Free the graph, unless the session was given; calling it again does nothing."""
         if self._owned:
             self.session.close()
-
-    def __enter__(self) -> VisionEncoder:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _check_pictures(pictures: Pixels | Sequence[Pixels]) -> None:

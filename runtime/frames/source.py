@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Literal
 
 import numpy as np
 
+from engines.closeable import Closeable
 from engines.errors import OptionError, PictureError, SourceError
 from runtime.frames.frame import Capture, Frame, Picture, Reader, ReadErrors
 
@@ -56,7 +56,7 @@ class SourceOptions:
             raise OptionError(" ".join(problems))
 
 
-class FrameSource:
+class FrameSource(Closeable):
     """Frames of one reader; iterate over it once, and use it as a context manager.
 
     Attributes:
@@ -116,17 +116,6 @@ class FrameSource:
     def close(self) -> None:
         """Stop, from any thread; calling it again does nothing."""
         self._reader.close()
-
-    def __enter__(self) -> FrameSource:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class FrameClock:
