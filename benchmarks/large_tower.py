@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -27,13 +25,12 @@ from benchmarks.clip_large import (
     random_clip_large,
     random_projector,
 )
+from calibration.graph_agreement import compare_graphs
 from calibration.graph_file import write_graph
 from calibration.half_precision import write_fp16_graph
 from calibration.quantize import CalibrationOptions, apply_calibration, calibrate
-from calibration.sensitivity import measure_agreement
 from engines import cli
 from engines.manifest import Preprocessing
-from engines.ort import OrtSession
 from export.reducers import reducer_for_budget
 from export.to_onnx import export_onnx
 from runtime.preprocess import preprocess_batch
@@ -68,13 +65,6 @@ def _pixels(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
     return preprocess_batch([picture], CLIP_PREPROCESSING)
 
 
-def run(file: Path, frames: Frames, threads: int | None) -> Iterator[dict[str, NDArray[Any]]]:
-    """Yield what a graph makes of each frame."""
-    with OrtSession(file, threads=threads) as session:
-        for frame in frames:
-            yield session.run({"pixel_values": frame})
-
-
 def measure_all(folder: Path, threads: int | None) -> dict[str, dict[str, float]]:
     """Return the agreement of each precision with FP32."""
     seen, held_out = split_photographs()
@@ -82,9 +72,8 @@ def measure_all(folder: Path, threads: int | None) -> dict[str, dict[str, float]
     graph = clip_large_graph(random_clip_large(), random_projector(), reducer)
     fp32 = export_onnx(graph, folder / "fp32.onnx").file
     del graph
-    exact = list(run(fp32, held_out, threads))
     fp16 = write_fp16_graph(fp32, folder / "fp16.onnx").file
-    found = {"fp16": asdict(measure_agreement(iter(exact), run(fp16, held_out, threads)))}
+    found = {"fp16": asdict(compare_graphs(fp32, fp16, held_out, threads))}
     fp16.unlink()
 
     def tell(line: str, done: float) -> None:
@@ -96,7 +85,7 @@ def measure_all(folder: Path, threads: int | None) -> dict[str, dict[str, float]
     apply_calibration(model, calibration)
     int8 = write_graph(model, folder / "int8.onnx").file
     del model
-    found["int8"] = asdict(measure_agreement(iter(exact), run(int8, held_out, threads)))
+    found["int8"] = asdict(compare_graphs(fp32, int8, held_out, threads))
     return found
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,12 +23,12 @@ import onnx_ir as ir
 import typer
 from numpy.typing import NDArray
 
+from calibration.graph_agreement import compare_graphs
 from calibration.graph_file import write_graph
 from calibration.quantize import CalibrationOptions, apply_calibration, calibrate
 from calibration.ranges import Method
 from calibration.record import Calibration
-from calibration.sensitivity import measure_agreement, search_exclusions
-from engines.ort import OrtSession
+from calibration.sensitivity import search_exclusions
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.reducers import reducer_for_budget
 from export.to_onnx import trace_graph
@@ -117,15 +116,10 @@ class _Bench:
         model, quantized = ir.load(exact), self.folder / "quantized.onnx"
         apply_calibration(model, calibration)
         write_graph(model, quantized)
-        agreement = measure_agreement(self._run(exact), self._run(quantized))
+        agreement = compare_graphs(exact, quantized, self.test, self.threads)
         found = {name: round(value, 5) for name, value in asdict(agreement).items()}
         print(f"\n{calibration.method} on {' '.join(map(str, graph))}: {found}", file=sys.stderr)
         return found
-
-    def _run(self, file: Path) -> Iterator[dict[str, NDArray[Any]]]:
-        with OrtSession(file, threads=self.threads) as session:
-            for frame in self.test:
-                yield session.run({"pixel_values": frame})
 
 
 def _draw(checkpoint: Checkpoint, count: int) -> Frames:

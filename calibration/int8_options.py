@@ -17,6 +17,7 @@ from calibration.quantize import CalibrationOptions
 from calibration.ranges import Method
 from calibration.record import Calibration, load_calibration
 from calibration.sensitivity import Gate
+from engines import cli
 from engines.errors import OptionError
 from engines.manifest import Precision
 from runtime.frames import SourceOptions, open_source
@@ -163,8 +164,7 @@ class Int8Flags:
         Raises:
             OptionError: an option is not possible.
         """
-        if self.method not in _METHODS:
-            raise OptionError(f"--method {self.method}: expected one of {', '.join(_METHODS)}.")
+        cli.one_of("--method", self.method, Method)
         view = SourceOptions(
             rotate=self.rotate,  # type: ignore[arg-type]  # checked there
             crop=crop_from_text(self.crop) if self.crop else None,

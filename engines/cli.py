@@ -15,11 +15,11 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from engines.errors import FoveateError
+from engines.errors import FoveateError, OptionError
 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, for machines.")
@@ -124,6 +124,18 @@ def _ending_well(main: Callable[..., int | None]) -> Callable[..., None]:
         raise typer.Exit(code or 0)
 
     return guarded
+
+
+def one_of(option: str, value: str, choices: Any) -> Any:
+    """Return ``value`` if a `Literal` type has it.
+
+    Raises:
+        OptionError: it has not; all that it has are named.
+    """
+    known = get_args(choices)
+    if value not in known:
+        raise OptionError(f"{option} {value}: expected one of {', '.join(known)}.")
+    return value
 
 
 def print_json(document: dict[str, Any]) -> None:

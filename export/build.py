@@ -7,7 +7,7 @@ would be built.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
@@ -108,13 +108,13 @@ def main(
         reducer=reducer,
         tokens=_read_budgets(tokens, reducer, reducer_options),
         reducer_options=reducer_options,
-        precision=_one_of("--precision", precision, Precision) if precision else None,
+        precision=cli.one_of("--precision", precision, Precision) if precision else None,
         llm_backends=tuple(
-            _one_of("--llm-backend", name.strip(), DecoderBackend)
+            cli.one_of("--llm-backend", name.strip(), DecoderBackend)
             for name in llm_backend.split(",")
         ),
-        llm_precision=_one_of("--llm-precision", llm_precision, LlmPrecision),
-        gguf_precision=_one_of("--gguf-precision", gguf_precision, GgufPrecision)
+        llm_precision=cli.one_of("--llm-precision", llm_precision, LlmPrecision),
+        gguf_precision=cli.one_of("--gguf-precision", gguf_precision, GgufPrecision)
         if gguf_precision
         else None,
         opset=opset,
@@ -154,13 +154,6 @@ def _read_budgets(
             "or more with commas between them, such as 64 or 32,64,all."
         )
     return tuple("all" if word == "all" else int(word) for word in words)
-
-
-def _one_of(option: str, value: str, choices: Any) -> Any:
-    known = get_args(choices)
-    if value not in known:
-        raise OptionError(f"{option} {value}: expected one of {', '.join(known)}.")
-    return value
 
 
 def _tell_plan(plan: BuildPlan, options: BuildOptions, as_json: bool) -> None:

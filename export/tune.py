@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import torch
 import typer
@@ -19,7 +19,6 @@ from rich.progress import Progress as RichProgress
 from rich.progress import track
 
 from engines import cli
-from engines.errors import OptionError
 from export.reducers import REDUCERS
 from export.tuning.features import Track
 from export.tuning.run import TuneOptions, TuneReport, json_from_report, tune_checkpoint
@@ -111,7 +110,7 @@ def main(
             seed=seed,
         ),
         validation=validation,
-        precision=_read_precision(precision),
+        precision=cli.one_of("--precision", precision, TrainingPrecision),
         device=device,
         work=work,
         features=features,
@@ -128,14 +127,6 @@ def main(
     else:
         _tell_report(report)
     return 0
-
-
-def _read_precision(text: str) -> TrainingPrecision:
-    choices: tuple[TrainingPrecision, ...] = get_args(TrainingPrecision)
-    for choice in choices:
-        if choice == text:
-            return choice
-    raise OptionError(f"--precision {text}: expected one of {', '.join(choices)}.")
 
 
 def show_tracks(console: Console) -> Track:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,40 @@ EXAMPLES = (
     "`python -m export.verify B --images pictures/ --engine ort,openvino --vision-only --json`",
     "`python -m export.verify B --images pictures/ --max-images 8 --polygraphy golden/`",
 )
+
+
+@dataclass(frozen=True)
+class LimitFlags:
+    """What replaces the tolerances of a bundle's precision: options of the command."""
+
+    max_relative: Annotated[
+        float | None, typer.Option(help="Largest difference of a visual token, relative.")
+    ] = None
+    min_overlap: Annotated[
+        float | None, typer.Option(help="Least overlap (IoU) of the kept patches.")
+    ] = None
+    min_assignment: Annotated[
+        float | None, typer.Option(help="Least share of dropped patches merged alike.")
+    ] = None
+    min_cosine: Annotated[float | None, typer.Option(help="Least cosine of a visual token.")] = None
+    min_logits_cosine: Annotated[
+        float | None, typer.Option(help="Least cosine of the first token's logits.")
+    ] = None
+    min_equal_answers: Annotated[
+        float | None, typer.Option(help="Least share of equal greedy answers.")
+    ] = None
+
+    def given(self) -> dict[str, float]:
+        """Return the limits that were given, by the tolerance they replace."""
+        limits = {
+            "relative": self.max_relative,
+            "overlap": self.min_overlap,
+            "assignment": self.min_assignment,
+            "cosine": self.min_cosine,
+            "logits_cosine": self.min_logits_cosine,
+            "equal_answers": self.min_equal_answers,
+        }
+        return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 def main(
@@ -70,24 +105,7 @@ def main(
             "bundle without Foveate: inputs, PyTorch's outputs, scripts and command lines."
         ),
     ] = None,
-    max_relative: Annotated[
-        float | None, typer.Option(help="Largest difference of a visual token, relative.")
-    ] = None,
-    min_overlap: Annotated[
-        float | None, typer.Option(help="Least overlap (IoU) of the kept patches.")
-    ] = None,
-    min_assignment: Annotated[
-        float | None, typer.Option(help="Least share of dropped patches merged alike.")
-    ] = None,
-    min_cosine: Annotated[
-        float | None, typer.Option(help="Least cosine of a visual token.")
-    ] = None,
-    min_logits_cosine: Annotated[
-        float | None, typer.Option(help="Least cosine of the first token's logits.")
-    ] = None,
-    min_equal_answers: Annotated[
-        float | None, typer.Option(help="Least share of equal greedy answers.")
-    ] = None,
+    limits: LimitFlags = LimitFlags(),
     as_json: cli.JsonOption = False,
 ) -> int:
     """Compare bundles with the checkpoint they were built from, on pictures of yours.
@@ -98,14 +116,6 @@ def main(
     so that the report names the first layer that errs. Tolerances left out are those of a
     bundle's precision. Exit code 1: a measure is past its tolerance.
     """
-    tolerances = {
-        "relative": max_relative,
-        "overlap": min_overlap,
-        "assignment": min_assignment,
-        "cosine": min_cosine,
-        "logits_cosine": min_logits_cosine,
-        "equal_answers": min_equal_answers,
-    }
     options = VerifyOptions(
         bundles=tuple(bundles),
         model=model,
@@ -119,7 +129,7 @@ def main(
         max_images=max_images,
         backend=backend,
         threads=threads,
-        tolerances={name: value for name, value in tolerances.items() if value is not None},
+        tolerances=limits.given(),
     )
     if polygraphy is not None:
         return _write_golden_run(options, polygraphy, as_json)

@@ -17,7 +17,7 @@ from engines.bundle import open_bundle
 from engines.errors import BundleError, EngineError, FoveateError, OptionError, PictureError
 from export.tolerances import Tolerances, tolerances_for
 from export.verify import VerifyOptions, verify_bundles
-from export.verify.command import main
+from export.verify.command import LimitFlags, main
 from export.verify.sides import find_checkpoint
 from tests.verified_bundles import change_weight, put_fp16, rewrite_bundle
 
@@ -188,9 +188,9 @@ def test_json_is_one_object(verified_bundle, language_checkpoint, photographs, c
 def test_a_tolerance_can_be_set(verified_bundle, language_checkpoint, photographs, capsys):
     common = {"bundles": [verified_bundle], "model": str(language_checkpoint), "max_images": 1}
     common |= {"images": photographs, "vision_only": True}
-    assert main(**common, max_relative=0.0) == 1
+    assert main(**common, limits=LimitFlags(max_relative=0.0)) == 1
     assert "expected at most 0" in capsys.readouterr().out
-    assert main(**common, max_relative=1.0) == 0
+    assert main(**common, limits=LimitFlags(max_relative=1.0)) == 0
     assert "agrees with tiny-llama within tolerance" in capsys.readouterr().out
 
 
