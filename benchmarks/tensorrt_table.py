@@ -4,6 +4,9 @@ For each reducer, precision and compute capability: parsed, built, size of the p
 memory. Every row is a process of its own, so that peaks do not add up. The weights are random,
 which changes neither operators nor shapes nor sizes. `--write docs/tensorrt.md` replaces the table
 there.
+
+Rows are kept in `build/tensorrt_table.jsonl`, so an interrupted run continues where it stood and a
+run of one size adds to the others. Delete the file to measure anew.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby, product
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -29,7 +34,12 @@ from engines.trt.library import load_library
 
 SIZES = {"small": "TINY", "clip-l-336": "CLIP_L_336"}
 SMS = (86, 89)
+PRECISIONS = ("fp32", "fp16", "int8", "mixed")
+KEPT = Path("build/tensorrt_table.jsonl")
 BEGIN, END = "<!-- tensorrt_table begins -->", "<!-- tensorrt_table ends -->"
+
+
+Key = tuple[str, str, int]  # graph, precision, compute capability
 
 
 @dataclass(frozen=True)
@@ -88,20 +98,37 @@ def _peak_bytes() -> int:
 _MEASURED = ("parse_seconds", "build_seconds", "plan_mb", "peak_mb")
 
 
-def write_graphs(folder: Path, size: str, reducers: list[str], precisions: list[str]) -> list[Path]:
-    """Export the graphs, once for all builders."""
+def read_rows() -> dict[Key, Row]:
+    """Return the rows that earlier runs kept, the last one of each key."""
+    if not KEPT.exists():
+        return {}
+    rows = (Row(**json.loads(line)) for line in KEPT.read_text("utf-8").splitlines())
+    return {(row.graph, row.precision, row.sm): row for row in rows}
+
+
+def measure_reducer(
+    reducer: str, size: str, precisions: Sequence[str], sms: Sequence[int], rows: dict[Key, Row]
+) -> None:
+    """Add to `rows` what the builder makes of one reducer's graphs, where a row is missing."""
     from benchmarks import random_graphs
 
-    files = []
-    for reducer in reducers:
-        place = folder / f"{reducer}, {size}"
+    name = f"{reducer}, {size}"
+    missing = [key for key in product([name], precisions, sms) if key not in rows]
+    if not missing:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / name
         place.mkdir()
-        fp32, inputs = random_graphs.write_graph(
-            place, reducer, getattr(random_graphs, SIZES[size])
-        )
+        config = getattr(random_graphs, SIZES[size])
+        fp32, inputs = random_graphs.write_graph(place, reducer, config)
         (place / "inputs").write_text(json.dumps([item.model_dump() for item in inputs]))
-        files += [random_graphs.write_typed_graph(fp32, precision) for precision in precisions]
-    return files
+        for precision, of_precision in groupby(missing, lambda key: key[1]):
+            file = random_graphs.write_typed_graph(fp32, precision)
+            for key in of_precision:
+                print(f"{name} {precision} sm_{key[2]} ...", file=sys.stderr)
+                rows[key] = build_in_process_of_its_own(file, precision, key[2])
+                with KEPT.open("a", encoding="utf-8") as kept:
+                    kept.write(json.dumps(asdict(rows[key])) + "\n")
 
 
 def build_in_process_of_its_own(file: Path, precision: str, sm: int) -> Row:
@@ -112,6 +139,11 @@ def build_in_process_of_its_own(file: Path, precision: str, sm: int) -> Row:
     if done.returncode != 0:
         raise RuntimeError(done.stderr)
     return Row(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _place_in_table(row: Row) -> tuple[int, str, int, int]:
+    reducer, size = row.graph.split(", ")
+    return list(SIZES).index(size), reducer, PRECISIONS.index(row.precision), row.sm
 
 
 def table_of(rows: list[Row]) -> str:
@@ -135,14 +167,14 @@ def main(
     *,
     size: Annotated[list[str] | None, typer.Option(help=", ".join(SIZES))] = None,
     reducer: Annotated[list[str] | None, typer.Option(help="Left out, all of them.")] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="fp32, fp16, int8, mixed")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help=", ".join(PRECISIONS))] = None,
     sm: Annotated[list[int] | None, typer.Option(help="86, 89")] = None,
     write: Annotated[Path | None, typer.Option(help="Page to put the table into.")] = None,
     one: Annotated[Path | None, typer.Option(hidden=True)] = None,
     as_json: cli.JsonOption = False,
 ) -> int:
     """Build every graph with NVIDIA's ahead-of-time compiler and print one table."""
-    precisions = precision or ["fp32", "fp16", "int8", "mixed"]
+    precisions = precision or list(PRECISIONS)
     sms = sm or list(SMS)
     if one is not None:
         (chosen,) = (item for item in get_args(Precision) if item == precisions[0])
@@ -150,15 +182,12 @@ def main(
         return 0
     from export.reducers import REDUCERS
 
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for chosen_size in size or ["small"]:
-            files = write_graphs(Path(folder), chosen_size, reducer or list(REDUCERS), precisions)
-            for file in files:
-                name = "fp32" if file.stem == "vision" else file.stem
-                for number in sms:
-                    print(f"{file.parent.name} {name} sm_{number} ...", file=sys.stderr)
-                    rows.append(build_in_process_of_its_own(file, name, number))
+    KEPT.parent.mkdir(exist_ok=True)
+    kept = read_rows()
+    sizes, reducers = size or ["small"], reducer or list(REDUCERS)
+    for chosen_size, chosen_reducer in product(sizes, reducers):
+        measure_reducer(chosen_reducer, chosen_size, precisions, sms, kept)
+    rows = sorted(kept.values(), key=_place_in_table)
     if write is not None:
         before, _, rest = write.read_text("utf-8").partition(BEGIN)
         _, _, after = rest.partition(END)

@@ -67,11 +67,9 @@ class LanguageOptions:
         Round(1_200, 0.6, _BINDING, fewest_tokens=12),
     )
     # A model learns all at once which colour goes with which shape, and seeds differ in when: the
-    # last round comes again until this share of the "exists" questions is right.
+    # last round comes again until this share of the "exists" questions is right, or so often.
     bound: float = 0.9
     most_repeats: int = 3
-    bound: float = 0.9  # the last round comes again until so many "exists" are right, or
-    most_repeats: int = 3  # so often; seeds differ in when the model learns to bind
     scenes: int = 12_000
     tokens_per_batch: int = 8_192  # fewer pictures a batch when each of them has more tokens
     questions_per_image: int = 12
