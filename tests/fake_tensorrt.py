@@ -1,8 +1,9 @@
 """Stand-ins for TensorRT and CUDA: device memory is host memory, an engine is a NumPy function.
 
 They hold the session to the rules it can break without a GPU: addresses set before execution, the
-input shape set before each run, nothing executed while a stream is being captured, every buffer
-freed once. They say nothing about TensorRT itself; the `gpu` tests do.
+input shape set before each run, nothing executed while a stream is being captured, nothing captured
+before a run has settled the shape, no graph launched once the shape has changed, every buffer freed
+once. They say nothing about TensorRT itself; the `gpu` tests do.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from engines.errors import EngineError
 
 
 class TensorIOMode(Enum):
@@ -64,7 +67,10 @@ class FakeCuda:
     pinned: set[int] = field(default_factory=set)
     queue: list[Callable[[], None]] = field(default_factory=list)
     capture: list[Callable[[], None]] | None = None
+    cannot_capture: bool = False
     graphs: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
+    stale: set[int] = field(default_factory=set)
+    """Graphs of a shape that the context has no longer."""
     calls: list[str] = field(default_factory=list)
     streams: int = 0
 
@@ -115,17 +121,21 @@ class FakeCuda:
         self.capture = []
 
     def end_capture(self, stream: int) -> int:
-        assert self.capture is not None
-        number = len(self.graphs) + 1
+        if self.cannot_capture or self.capture is None:
+            self.capture = None
+            raise EngineError("CUDA refuses cudaStreamEndCapture: capture invalidated")
+        number = max(self.graphs, default=0) + 1
         self.graphs[number], self.capture = self.capture, None
         return number
 
     def launch(self, graph: int, stream: int) -> None:
+        assert graph not in self.stale, "launching a graph of another shape"
         self.calls.append("launch")
         self.queue += self.graphs[graph]
 
     def destroy_graph(self, graph: int) -> None:
         del self.graphs[graph]
+        self.stale.discard(graph)
 
 
 def void(_: object) -> None:
@@ -138,6 +148,8 @@ class FakeContext:
         self.tensors = {tensor.name: tensor for tensor in tensors}
         self.addresses: dict[str, int] = {}
         self.batch: int | None = None
+        self.settled = False
+        """A run outside capture has seen the shape."""
         self.fails = False
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
@@ -145,6 +157,9 @@ class FakeContext:
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        if shape[0] != self.batch:
+            self.settled = False
+            self.cuda.stale |= set(self.cuda.graphs)
         self.batch = shape[0]
         return True
 
@@ -157,6 +172,8 @@ class FakeContext:
         self.cuda.calls.append("execute")
         batch = self.batch
         assert batch is not None
+        assert self.settled or self.cuda.capture is None, "captured before a run settled the shape"
+        self.settled = not self.fails
 
         def work() -> None:
             pixels = self._array("pixel_values", batch)
@@ -176,15 +193,24 @@ class FakeContext:
 
 
 class FakeEngine:
-    def __init__(self, cuda: FakeCuda, tensors: tuple[FakeTensor, ...]) -> None:
+    def __init__(
+        self, cuda: FakeCuda, tensors: tuple[FakeTensor, ...], *, full: bool = False
+    ) -> None:
         self.tensors = tensors
-        self.context = FakeContext(cuda, tensors)
+        self.context = None if full else FakeContext(cuda, tensors)
+        self.settings: FakeSettings | None = None
         self.num_io_tensors = len(tensors)
 
     def _tensor(self, name: str) -> FakeTensor:
         return next(tensor for tensor in self.tensors if tensor.name == name)
 
-    def create_execution_context(self) -> FakeContext:
+    def create_runtime_config(self) -> FakeSettings:
+        return FakeSettings()
+
+    def create_execution_context(
+        self, runtime_config: FakeSettings | None = None
+    ) -> FakeContext | None:
+        self.settings = runtime_config
         return self.context
 
     def get_tensor_name(self, index: int) -> str:
@@ -201,24 +227,53 @@ class FakeEngine:
         return [(batch, *rest) for batch in (1, 1, 8)]
 
 
-class _Severity:
+class Severity(Enum):
+    INTERNAL_ERROR = 0
     ERROR = 1
+    WARNING = 2
+
+
+class ILogger:
+    Severity = Severity
+
+
+class FakeSettings:
+    """`IRuntimeConfig` of TensorRT-RTX."""
+
+    cuda_graph_strategy = "DISABLED"
 
 
 def make_fake_trt(
-    cuda: FakeCuda, tensors: tuple[FakeTensor, ...] = TENSORS, *, refuses: bool = False
+    cuda: FakeCuda,
+    tensors: tuple[FakeTensor, ...] = TENSORS,
+    *,
+    refuses: bool = False,
+    full: bool = False,
 ) -> SimpleNamespace:
-    """Return a module-like object with what the session uses of the bindings."""
+    """Return a module-like object with what the session uses of the bindings.
 
-    class Logger(_Severity):
-        def __init__(self, severity: int) -> None:
-            assert severity == self.ERROR
+    Args:
+        cuda: where its engines run.
+        tensors: of its engines.
+        refuses: a plan is not loaded, with two errors and a warning said.
+        full: no memory is left for a context.
+    """
 
     class Runtime:
-        def __init__(self, logger: Logger) -> None:
+        def __init__(self, logger: Any) -> None:
             self.logger = logger
 
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> FakeEngine | None:
-            return None if refuses else FakeEngine(cuda, tensors)
+            if refuses:
+                self.logger.log(Severity.WARNING, "slow")
+                self.logger.log(Severity.ERROR, "magicTag\n  failed.")
+                self.logger.log(Severity.INTERNAL_ERROR, "therefore")
+                return None
+            return FakeEngine(cuda, tensors, full=full)
 
-    return SimpleNamespace(Logger=Logger, Runtime=Runtime, TensorIOMode=TensorIOMode)
+    return SimpleNamespace(
+        ILogger=ILogger,
+        Runtime=Runtime,
+        TensorIOMode=TensorIOMode,
+        CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="WHOLE_GRAPH_CAPTURE"),
+    )

@@ -27,6 +27,7 @@ from engines.staging import staged_file
 from engines.targets import Target
 from engines.trt.batch_profile import ANY_BATCH, BatchRange, shape_ranges
 from engines.trt.build_progress import ProgressCallback, make_progress_monitor
+from engines.trt.complaints import make_logger
 from engines.trt.layer_report import EngineReport, LayerReport, report_engine, report_network
 from engines.trt.library import TrtLibrary, load_library_for, load_polygraphy
 from engines.trt.plan import PlanRecord, ShapeRange, write_plan
@@ -243,7 +244,7 @@ def _clear_tf32(trt: Any, config: Any) -> None:
 
 def _inspect(library: TrtLibrary, data: Any) -> EngineReport | None:
     trt = library.trt
-    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    runtime = trt.Runtime(make_logger(trt))
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         return None

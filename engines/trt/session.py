@@ -2,14 +2,16 @@
 
 Enters: a plan that `engines.trt.plan` found to be this machine's own. Leaves: a session whose
 device and page-locked buffers are allocated once, at the profile's largest shapes. A shape that
-comes twice is captured as a CUDA graph, so that a camera loop pays for one launch rather than for
-hundreds. Only NVIDIA's bindings and `libcudart` are used, which a JetPack image holds.
+comes twice in a row is captured as a CUDA graph, so that a camera loop pays for one launch rather
+than for hundreds. Only NVIDIA's bindings and `libcudart` are used, which a JetPack image holds.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +25,13 @@ from engines.gpu import NoGpu, find_gpu
 from engines.manifest import VisionGraph
 from engines.session import Array
 from engines.targets import Target
+from engines.trt.complaints import make_logger
 from engines.trt.cuda_memory import Cuda, open_cuda_runtime
+from engines.trt.execution_context import make_context
 from engines.trt.library import TrtLibrary, load_library_for
 from engines.trt.plan import machine_here, plan_path, read_plan, read_record
 
+_LOG = logging.getLogger(__name__)
 _DTYPES: dict[str, np.dtype[Any]] = {
     "FLOAT": np.dtype(np.float32),
     "HALF": np.dtype(np.float16),
@@ -99,7 +104,7 @@ class TrtSession(Closeable):
             plan: its bytes; they run as code, see `engines.trt.plan`.
             library: what built it.
             cuda: memory and streams.
-            cuda_graphs: capture a shape that comes a second time.
+            cuda_graphs: capture a shape that comes a second time in a row.
 
         Raises:
             EngineError: the library refuses the plan, or memory runs out.
@@ -108,23 +113,36 @@ class TrtSession(Closeable):
         self._trt = trt
         self._cuda = cuda
         self._provider = f"{library.name} {library.version}"
-        self._cuda_graphs = cuda_graphs
         self._turn = threading.Lock()
-        self._graphs: dict[tuple[Shape, ...], int] = {}
-        self._seen: set[tuple[Shape, ...]] = set()
+        self._shapes: tuple[Shape, ...] = ()
+        """Of the inputs, as the context has them."""
+        self._settled = False
+        """A run has ended well since the shapes last changed."""
+        self._graph: int | None = None
         self._tensors: dict[str, _Tensor] = {}
         self._inputs: list[_Tensor] = []
         self._outputs: list[_Tensor] = []
-        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self._logger = make_logger(trt)
+        self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineError(
-                f"{self._provider} refuses the plan ({len(plan):,} bytes); it says why above. "
+                f"{self._provider} refuses the plan ({len(plan):,} bytes): {self._logger.take()}. "
                 "Build it again: python -m engines.build BUNDLE --rebuild"
             )
-        self._context = self._engine.create_execution_context()
+        self._context, self._captures = make_context(library, self._engine, cuda_graphs=cuda_graphs)
+        if self._context is None:
+            raise EngineError(
+                f"{self._provider} cannot make room to run the plan: {self._logger.take()}. Close "
+                "other programs, or build it for a smaller batch: python -m engines.build BUNDLE "
+                "--batch 1 --rebuild"
+            )
         self._stream: int | None = cuda.create_stream()
-        self._allocate()
+        try:
+            self._allocate()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def provider(self) -> str:
@@ -152,45 +170,71 @@ class TrtSession(Closeable):
             if self._stream is None:
                 raise EngineError("The session is closed; open it again to run it.")
             shapes = tuple(tuple(inputs[tensor.name].shape) for tensor in self._inputs)
+            if shapes != self._shapes:
+                self._change_shapes(shapes)
             for tensor, shape in zip(self._inputs, shapes, strict=True):
                 tensor.view(shape)[...] = inputs[tensor.name]
-                self._context.set_input_shape(tensor.name, shape)
             results = {
                 tensor.name: tensor.view(tuple(self._context.get_tensor_shape(tensor.name)))
                 for tensor in self._outputs
             }
-            self._execute(shapes, results, self._stream)
+            self._execute(results, self._stream)
             self._cuda.synchronize(self._stream)
             return {name: result.copy() for name, result in results.items()}
 
-    def _execute(
-        self, shapes: tuple[Shape, ...], results: Mapping[str, Array], stream: int
-    ) -> None:
+    def _change_shapes(self, shapes: tuple[Shape, ...]) -> None:
+        """Tell the context; a graph captured before is void, as the context's state changes."""
+        self._settled, self._shapes = False, ()
+        self._drop_graph()
+        for tensor, shape in zip(self._inputs, shapes, strict=True):
+            if not self._context.set_input_shape(tensor.name, shape):
+                raise EngineError(
+                    f'{self._provider} refuses {list(shape)} for "{tensor.name}": '
+                    f"{self._logger.take()}."
+                )
+        self._shapes = shapes
+
+    def _execute(self, results: Mapping[str, Array], stream: int) -> None:
         """Queue copies and execution, from a captured graph where there is one.
 
-        The first run of a shape is not captured: TensorRT may still allocate in it.
+        It is captured right after a run of the same shapes: TensorRT settles its state for new
+        shapes, and may still allocate, in their first run.
         """
-        graph = self._graphs.get(shapes)
-        if graph is None and self._cuda_graphs and shapes in self._seen:
-            self._cuda.begin_capture(stream)
-            try:
-                self._queue(shapes, results, stream)
-            except BaseException:
-                self._cuda.destroy_graph(self._cuda.end_capture(stream))  # or the stream is lost
-                raise
-            graph = self._graphs[shapes] = self._cuda.end_capture(stream)
-        if graph is not None:
-            self._cuda.launch(graph, stream)
+        if self._graph is None and self._captures and self._settled:
+            self._graph = self._capture(results, stream)
+        if self._graph is not None:
+            self._cuda.launch(self._graph, stream)
             return
-        self._queue(shapes, results, stream)
-        self._seen.add(shapes)
+        self._settled = False
+        self._queue(results, stream)
+        self._settled = True
 
-    def _queue(self, shapes: tuple[Shape, ...], results: Mapping[str, Array], stream: int) -> None:
-        for tensor, shape in zip(self._inputs, shapes, strict=True):
+    def _capture(self, results: Mapping[str, Array], stream: int) -> int | None:
+        """Return the graph, or None, once and for all, where this plan cannot be captured."""
+        self._cuda.begin_capture(stream)
+        try:
+            self._queue(results, stream)
+            return self._cuda.end_capture(stream)
+        except BaseException as error:
+            self._captures = False
+            with suppress(EngineError):  # a stream that goes on capturing is lost
+                self._cuda.destroy_graph(self._cuda.end_capture(stream))
+            if not isinstance(error, EngineError):
+                raise
+            _LOG.warning("No CUDA graph of this plan, so each run costs more: %s", error)
+            return None
+
+    def _drop_graph(self) -> None:
+        if self._graph is not None:
+            self._cuda.destroy_graph(self._graph)
+            self._graph = None
+
+    def _queue(self, results: Mapping[str, Array], stream: int) -> None:
+        for tensor, shape in zip(self._inputs, self._shapes, strict=True):
             size = tensor.view(shape).nbytes
             self._cuda.copy_to_device(tensor.device, tensor.pinned.ctypes.data, size, stream)
         if not self._context.execute_async_v3(stream):
-            raise EngineError(f"{self._provider} could not run the plan; it says why above.")
+            raise EngineError(f"{self._provider} could not run the plan: {self._logger.take()}.")
         for tensor in self._outputs:
             size = results[tensor.name].nbytes
             self._cuda.copy_to_host(tensor.pinned.ctypes.data, tensor.device, size, stream)
@@ -252,14 +296,12 @@ class TrtSession(Closeable):
             if self._stream is None:
                 return
             self._cuda.synchronize(self._stream)
-            for graph in self._graphs.values():
-                self._cuda.destroy_graph(graph)
+            self._drop_graph()
             for tensor in self._tensors.values():
                 self._cuda.free(tensor.device)
                 self._cuda.free_pinned(tensor.pinned)
             self._cuda.destroy_stream(self._stream)
             self._stream = None
-            self._graphs.clear()
             self._tensors.clear()
             # In this order: a context must not outlive its engine, nor an engine its runtime.
             self._context = self._engine = self._runtime = None

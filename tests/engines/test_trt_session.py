@@ -11,8 +11,9 @@ from engines.bundle import open_bundle
 from engines.errors import EngineError
 from engines.gpu import NoGpu, driver_version, find_gpu
 from engines.targets import find_target
+from engines.trt.complaints import make_logger
 from engines.trt.cuda_memory import CudaRuntime, open_cuda_runtime
-from engines.trt.library import TrtLibrary
+from engines.trt.library import TrtLibrary, load_library
 from engines.trt.plan import PlanRecord, plan_path, write_plan
 from engines.trt.session import TrtSession, open_trt_session
 from tests.fake_tensorrt import (
@@ -60,7 +61,72 @@ def test_a_shape_is_captured_once_and_launched_from_then_on() -> None:
             session.run(pixels(1))
         assert cuda.calls == ["execute", "capture", "execute", "launch", "launch", "launch"]
         session.run(pixels(2))
-        assert cuda.calls[-1] == "execute"
+        assert cuda.calls[-1] == "execute" and not cuda.graphs, "the old shape's graph is void"
+
+
+def test_a_shape_is_captured_only_right_after_a_run_of_it() -> None:
+    cuda = FakeCuda()
+    with make_session(cuda) as session:
+        for batch in (1, 8, 1, 8, 8):
+            session.run(pixels(batch))
+        assert cuda.calls[:4] == ["execute"] * 4
+        assert cuda.calls[4:] == ["capture", "execute", "launch"]
+
+
+def test_a_plan_that_cannot_be_captured_runs_without_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cuda = FakeCuda(cannot_capture=True)
+    with make_session(cuda) as session:
+        for _ in range(4):
+            inputs = pixels(1)
+            results = session.run(inputs)
+            expected = run_model(inputs["pixel_values"])["visual_tokens"]
+            np.testing.assert_array_equal(results["visual_tokens"], expected)
+    assert cuda.calls.count("capture") == 1 and "launch" not in cuda.calls
+    assert caplog.text.count("No CUDA graph of this plan") == 1
+    assert "capture invalidated" in caplog.text
+
+
+def test_tensorrt_rtx_records_its_graphs_itself() -> None:
+    cuda = FakeCuda()
+    library = TrtLibrary("tensorrt-rtx", make_fake_trt(cuda), "1.7.1.116")
+    with TrtSession(b"plan", library, cuda) as session:
+        for _ in range(3):
+            session.run(pixels(1))
+        assert session._engine.settings.cuda_graph_strategy == "WHOLE_GRAPH_CAPTURE"
+    assert cuda.calls == ["execute"] * 3
+    with TrtSession(b"plan", library, cuda, cuda_graphs=False) as session:
+        assert session._engine.settings is None
+
+
+@pytest.mark.trt
+@pytest.mark.usefixtures("compiler")
+def test_tensorrt_rtx_has_the_names_that_make_it_do_so() -> None:
+    trt = load_library("tensorrt-rtx").trt
+    makes = trt.ICudaEngine.create_execution_context.__doc__
+    assert "runtime_config: tensorrt_rtx_bindings.tensorrt_rtx.IRuntimeConfig" in makes
+    assert hasattr(trt.ICudaEngine, "create_runtime_config")
+    assert hasattr(trt.IRuntimeConfig, "cuda_graph_strategy")
+    assert trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+
+
+@pytest.mark.trt
+@pytest.mark.usefixtures("compiler")
+def test_what_tensorrt_says_is_kept_and_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    trt = load_library("tensorrt-rtx").trt
+    logger = make_logger(trt)
+    assert trt.Runtime(logger).deserialize_cuda_engine(b"no plan at all" * 40) is None
+    assert "incompatible serialization version" in logger.take()
+    assert logger.take() == "it does not say why"
+    assert capfd.readouterr().out == "", "stdout belongs to a command's results"
+
+
+def test_too_little_memory_for_a_context_is_said() -> None:
+    cuda = FakeCuda()
+    library = TrtLibrary("tensorrt", make_fake_trt(cuda, full=True), "10.3.0.26")
+    with pytest.raises(EngineError, match=r"cannot make room.*does not say why.*--batch 1"):
+        TrtSession(b"plan", library, cuda)
 
 
 def test_results_belong_to_the_caller() -> None:
@@ -124,7 +190,7 @@ def test_a_failed_capture_leaves_a_usable_session() -> None:
 def test_a_refused_plan_says_so() -> None:
     cuda = FakeCuda()
     library = TrtLibrary("tensorrt", make_fake_trt(cuda, refuses=True), "10.3.0.26")
-    with pytest.raises(EngineError, match=r"refuses the plan \(4 bytes\).*--rebuild"):
+    with pytest.raises(EngineError, match=r"\(4 bytes\): magicTag failed\. Build.*--rebuild"):
         TrtSession(b"plan", library, cuda)
 
 
@@ -134,6 +200,7 @@ def test_a_type_numpy_lacks_is_named() -> None:
     library = TrtLibrary("tensorrt", make_fake_trt(cuda, (*TENSORS, odd)), "10.3.0.26")
     with pytest.raises(EngineError, match='"scores" is FP8'):
         TrtSession(b"plan", library, cuda)
+    assert not cuda.memory and not cuda.pinned and cuda.streams == 0, "nothing is left behind"
 
 
 def test_a_plan_cannot_run_where_there_is_no_gpu(tmp_path: Path) -> None:

@@ -1,0 +1,37 @@
+"""What TensorRT says went wrong, kept for the error that is raised.
+
+TensorRT's own logger prints on stdout, which belongs to a command's results. Enters: the bindings.
+Leaves: a logger that prints nothing and gives the first cause when it is asked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_MOST_KEPT = 16
+
+
+def make_logger(trt: Any) -> Any:
+    """Return an `ILogger` with a method ``take() -> str``.
+
+    The class is made here because its base belongs to whichever library was loaded.
+    """
+    severity = trt.ILogger.Severity
+    errors = (severity.INTERNAL_ERROR, severity.ERROR)
+
+    class Complaints(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.heard: list[str] = []
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in errors and len(self.heard) < _MOST_KEPT:
+                self.heard.append(" ".join(msg.split()))
+
+        def take(self) -> str:
+            """Return the first error since it was last asked, which caused the others."""
+            first = self.heard[0].rstrip(".") if self.heard else "it does not say why"
+            self.heard.clear()
+            return first
+
+    return Complaints()
