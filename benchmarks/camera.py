@@ -29,8 +29,8 @@ import typer
 
 from engines.bundle import Bundle, open_bundle
 from runtime.camera.answering import FrameAnswerer, FrameEncoder
-from runtime.camera.budget import Goal
 from runtime.camera.budgeted import BudgetedEncoder, ObservedAnswerer
+from runtime.camera.goal import Goal
 from runtime.camera.loop import CameraLoop, CameraOptions
 from runtime.camera.parts import CameraAnswer, Said
 from runtime.frames import FrameSource, Picture
@@ -166,9 +166,9 @@ def measure_target(bundle: Bundle, seconds: float, fps: float, max_tokens: int) 
 
     Networks run on one thread, and beside it are as many busy processes as leave each runnable
     thread half a core. With a thread on each core the slower half of every matrix product counts,
-    and latency triples instead. The target is the tightest that the smallest budget can hold under
-    twice the load. Most of the time goes into the tower, which no budget makes faster: a tighter
-    one could not be held by any choice.
+    and latency triples instead. The target is the tightest that the cheapest budget worth choosing
+    can hold under twice the load. Most of the time goes into the tower, which no budget makes
+    faster: a tighter one could not be held by any choice.
     """
     with (
         open_model(bundle, threads=1) as model,
@@ -177,8 +177,8 @@ def measure_target(bundle: Bundle, seconds: float, fps: float, max_tokens: int) 
     ):
         answerer = FrameAnswerer(model, GenerationOptions(max_tokens=max_tokens))
         alone = encoder.calibrate(answerer, QUESTION, Goal("latency", 1e9))
-        costs_ms = {tokens: alone.predicted(tokens) for tokens in encoder.budgets}
-        target_ms = max(2 * min(costs_ms.values()), 1.05 * max(costs_ms.values()))
+        costs_ms = [offer.cost for offer in alone.offers()]
+        target_ms = max(2 * min(costs_ms), 1.05 * max(costs_ms))
         controller = encoder.calibrate(answerer, QUESTION, Goal("latency", target_ms))
         source = FrameSource(SyntheticCamera(fps, round(seconds * fps)))
         observed = ObservedAnswerer(answerer, controller)

@@ -28,8 +28,9 @@ from runtime.model_options import ModelOptions
 if TYPE_CHECKING:
     from runtime.camera.answer_stream import AnswerStream
     from runtime.camera.answering import FrameEncoder
-    from runtime.camera.budget import Goal
+    from runtime.camera.budget import BudgetController
     from runtime.camera.budgeted import BudgetedEncoder
+    from runtime.camera.goal import Goal
     from runtime.camera.parts import Answerer, CameraAnswer, CameraOptions
     from runtime.frames import FrameSource, SourceOptions
     from runtime.generate import GenerationOptions
@@ -113,8 +114,8 @@ def watch(
         if options.record:
             recording = Recording(options.record, model.bundle, cameras=len(sources))
             open_things.callback(recording.close)
-        loop = _make_loop(sources, model, options, open_things)
-        observers = _observers(loop, options, open_things)
+        loop, controller = _make_loop(sources, model, options, open_things)
+        observers = _observers(loop, controller, options, open_things)
         if control is not None:
             threading.Thread(target=obey, args=(control, loop), daemon=True).start()
         count = 0
@@ -134,7 +135,7 @@ def watch(
                     break
         if recording is not None:
             recording.close()
-        show(summary_of(loop, count, recording))
+        show(summary_of(loop, count, recording, controller))
 
 
 def _open(source: str | FrameSource, view: SourceOptions) -> FrameSource:
@@ -147,18 +148,21 @@ def _open(source: str | FrameSource, view: SourceOptions) -> FrameSource:
 
 def _make_loop(
     sources: Sequence[FrameSource], model: Model, options: WatchOptions, open_things: ExitStack
-) -> AnswerStream:
+) -> tuple[AnswerStream, BudgetController | None]:
+    """Return the loop and what chooses its budgets, if there is a goal."""
     from runtime.camera.answering import FrameAnswerer, FrameEncoder
     from runtime.camera.loop import CameraLoop
     from runtime.camera.many_cameras import ManyCameras
 
     encoder: FrameEncoder | BudgetedEncoder = FrameEncoder(model.encoder)
     answerer: Answerer = FrameAnswerer(model, options.generation, options.system)
+    controller = None
     if options.goal is not None:
         encoder, answerer = _budgeted(model, answerer, options, options.goal, open_things)
+        controller = encoder.controller
     if len(sources) == 1:
-        return CameraLoop(sources[0], encoder, answerer, options.camera)
-    return ManyCameras(sources, encoder, answerer, options.camera)
+        return CameraLoop(sources[0], encoder, answerer, options.camera), controller
+    return ManyCameras(sources, encoder, answerer, options.camera), controller
 
 
 def _budgeted(
@@ -182,14 +186,17 @@ def _budgeted(
 
 
 def _observers(
-    loop: AnswerStream, options: WatchOptions, open_things: ExitStack
+    loop: AnswerStream,
+    controller: BudgetController | None,
+    options: WatchOptions,
+    open_things: ExitStack,
 ) -> list[Callable[[CameraAnswer], None]]:
     """Open what is to be told of every answer besides the caller."""
     from runtime.camera.metrics import MetricsServer, StatusLine
 
     observers: list[Callable[[CameraAnswer], None]] = []
     if options.metrics_port is not None:
-        server = MetricsServer(loop, options.metrics_port)
+        server = MetricsServer(loop, options.metrics_port, controller)
         open_things.callback(server.close)
         observers.append(server.observe)
     if options.status:

@@ -10,7 +10,7 @@ import typer
 from engines.errors import OptionError
 
 if TYPE_CHECKING:
-    from runtime.camera.budget import Goal
+    from runtime.camera.goal import Goal
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class BudgetOptions:
     latency_target: Annotated[
         str | None,
         typer.Option(
-            help="Longest time to the first token, as 200ms: chooses among the bundle's token "
-            "budgets so that it is kept, and logs what each choice costs in accuracy. Of several "
-            "cameras, the share of each in a batch counts."
+            help="Longest time to the first token, as 200ms: the most accurate of the bundle's "
+            "token budgets that keeps it runs, and each choice is logged with what it costs in "
+            "accuracy. Of several cameras, the share of each in a batch counts."
         ),
     ] = None
     tokens_per_second: Annotated[
@@ -43,7 +43,7 @@ class BudgetOptions:
         Raises:
             OptionError: several are, or one is not an amount.
         """
-        from runtime.camera.budget import Goal
+        from runtime.camera.goal import Goal
 
         goals = []
         if self.latency_target is not None:

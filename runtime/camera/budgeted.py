@@ -12,15 +12,17 @@ import numpy as np
 from engines.bundle import Bundle
 from engines.closeable import Closeable
 from engines.errors import OptionError
-from runtime.camera.budget import BudgetController, Cost, Goal, tell_accuracy
+from runtime.camera.budget import BudgetController, tell_accuracy
+from runtime.camera.goal import Cost, Goal
 from runtime.camera.graph_pool import GraphPool
 from runtime.camera.parts import Answerer, Said
 from runtime.camera.power import PowerMeter
 from runtime.frames import Picture
 from runtime.vision import VisionEncoder, VisualTokens
 
-_ROUNDS = 3
-"""Measurements of each budget, of which the fastest counts."""
+_ROUNDS = 5
+"""Measurements of each budget, of which the fastest counts. By how much the next one differs is the
+noise of it."""
 _MOST_ROUNDS = 10_000
 """Where power is measured too, rounds go on until a reading is there, but no longer."""
 _ANSWER_TOKENS = 4
@@ -92,7 +94,14 @@ class BudgetedEncoder(Closeable):
             f"(accuracy {tell_accuracy(accuracy[tokens])})"
             for tokens in baseline
         )
-        _log.warning("budget: %s; begins with %d", measured, self.controller.tokens)
+        beaten = sorted({*self.budgets} - {offer.tokens for offer in self.controller.offers()})
+        _log.warning(
+            "budget: %s; begins with %d%s%s",
+            measured,
+            self.controller.tokens,
+            "" if self.controller.keeps_goal else ", though none keeps the goal",
+            f"; not worth choosing: {', '.join(map(str, beaten))}" if beaten else "",
+        )
         return self.controller
 
     def _measure(
@@ -118,8 +127,9 @@ class BudgetedEncoder(Closeable):
             costs.append(play_round())
             if len(costs) == _MOST_ROUNDS:
                 raise OptionError("The power meter has stopped: it gives no readings any more.")
-        first_token_ms = min(cost.first_token_ms for cost in costs)
-        return Cost(first_token_ms, min(cost.token_ms for cost in costs), watts)
+        fastest_ms, next_ms, *_ = sorted(cost.first_token_ms for cost in costs)
+        token_ms = min(cost.token_ms for cost in costs)
+        return Cost(fastest_ms, token_ms, watts, noise=next_ms / fastest_ms - 1.0)
 
     def encode(self, image: Picture) -> VisualTokens:
         """Encode one picture with the budget of the moment."""

@@ -1,7 +1,8 @@
 """The camera loop as numbers for Prometheus, on the loopback interface only, and as one live line.
 
 Enters: the loop and each of its answers. Leaves: text on `http://127.0.0.1:PORT/metrics`: frames,
-answers, drops and reading errors by reason, and histograms of the age of frames and of each stage.
+answers, drops and reading errors by reason, the budget of visual tokens, and histograms of the age
+of frames and of each stage.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from engines.errors import OptionError
 
 if TYPE_CHECKING:
-    from prometheus_client.core import CounterMetricFamily
+    from prometheus_client.core import CounterMetricFamily, Metric
     from rich.live import Live
 
     from runtime.camera.answer_stream import AnswerStream
+    from runtime.camera.budget import BudgetController
     from runtime.camera.parts import CameraAnswer
 
 ADDRESS = "127.0.0.1"
@@ -33,8 +35,15 @@ class MetricsServer:
         port: where; the one asked for, or the free one that was found for 0.
     """
 
-    def __init__(self, loop: AnswerStream, port: int) -> None:
+    def __init__(
+        self, loop: AnswerStream, port: int, controller: BudgetController | None = None
+    ) -> None:
         """Begin to serve.
+
+        Args:
+            loop: what is told of.
+            port: where; 0 is any that is free.
+            controller: what chooses its budgets, if something does.
 
         Raises:
             OptionError: prometheus-client is not installed, or the port is taken.
@@ -48,6 +57,8 @@ class MetricsServer:
             ) from error
         registry = CollectorRegistry()
         registry.register(_LoopCounts(loop))
+        if controller is not None:
+            registry.register(_BudgetState(controller))
         self._age = Histogram(
             "foveate_frame_age_seconds",
             "Age of the frame when the first token of its answer was there.",
@@ -112,6 +123,39 @@ class _LoopCounts:
             for reason, count in sorted(counts.copy().items()):
                 family.add_metric([reason], count)
             yield family
+
+
+class _BudgetState:
+    """What the budget controller chose, read when it is asked for."""
+
+    def __init__(self, controller: BudgetController) -> None:
+        self._controller = controller
+
+    def collect(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        controller = self._controller
+        tokens = controller.tokens
+        yield GaugeMetricFamily(
+            "foveate_budget_tokens", "Visual tokens a frame may have now.", value=tokens
+        )
+        accuracy = controller.accuracy[tokens]
+        if accuracy is not None:
+            yield GaugeMetricFamily(
+                "foveate_budget_accuracy",
+                "Share of right answers that was measured with this budget.",
+                value=accuracy,
+            )
+        yield GaugeMetricFamily(
+            "foveate_budget_keeps_goal",
+            "1 while the budget is expected to keep the goal; 0: none does.",
+            value=float(controller.keeps_goal),
+        )
+        yield CounterMetricFamily(
+            "foveate_budget_decisions",
+            "Changes of the budget, and of whether the goal can be kept.",
+            value=len(controller.decisions),
+        )
 
 
 class StatusLine:

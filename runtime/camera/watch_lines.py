@@ -12,6 +12,7 @@ from runtime.camera.parts import CameraAnswer, Stall
 
 if TYPE_CHECKING:
     from runtime.camera.answer_stream import AnswerStream
+    from runtime.camera.budget import BudgetController
     from runtime.camera.recording import Recording
 
 
@@ -43,7 +44,12 @@ def document_from_stall(stall: Stall) -> dict[str, Any]:
     return {"event": "stall", "seconds": round(stall.seconds, 1)}
 
 
-def summary_of(loop: AnswerStream, answers: int, recording: Recording | None) -> dict[str, Any]:
+def summary_of(
+    loop: AnswerStream,
+    answers: int,
+    recording: Recording | None,
+    controller: BudgetController | None,
+) -> dict[str, Any]:
     """Return what became of every frame, as the last JSON line."""
     summary: dict[str, Any] = {
         "event": "end",
@@ -54,4 +60,10 @@ def summary_of(loop: AnswerStream, answers: int, recording: Recording | None) ->
     }
     if recording is not None:
         summary |= {"recorded": recording.written, "not_recorded": dict(recording.drops)}
+    if controller is not None:
+        summary["budget"] = {
+            "visual_tokens": controller.tokens,
+            "keeps_goal": controller.keeps_goal,
+            "decisions": [decision.reason for decision in controller.decisions],
+        }
     return summary

@@ -8,6 +8,8 @@ import urllib.request
 import pytest
 
 from engines.errors import OptionError
+from runtime.camera.budget import BudgetController
+from runtime.camera.goal import Cost, Goal
 from runtime.camera.loop import CameraLoop, CameraOptions
 from runtime.camera.metrics import MetricsServer, StatusLine
 from tests.runtime.camera.doubles import ShadeAnswerer, ShadeEncoder, numbered, source_of
@@ -25,7 +27,12 @@ def test_metrics_are_served_on_the_loopback_interface_only() -> None:
     loop, answers = finished_loop()
     loop.drops["superseded"] = 7
     loop.source.errors.count("corrupt packet", "bad bits")
-    server = MetricsServer(loop, port=0)
+    controller = BudgetController(
+        {64: Cost(10.0), 128: Cost(20.0)}, Goal("latency", 25.0), {64: 0.9, 128: 0.95}
+    )
+    for _ in range(20):
+        controller.observe(controller.tokens, Cost(80.0))
+    server = MetricsServer(loop, 0, controller)
     try:
         for answer in answers:
             server.observe(answer)
@@ -45,6 +52,10 @@ def test_metrics_are_served_on_the_loopback_interface_only() -> None:
         "foveate_answer_tokens_total 12.0",
         'foveate_frame_age_seconds_bucket{le="+Inf"} 6.0',
         'foveate_stage_seconds_count{stage="prefill"} 6.0',
+        "foveate_budget_tokens 64.0",
+        "foveate_budget_accuracy 0.9",
+        "foveate_budget_keeps_goal 0.0",
+        f"foveate_budget_decisions_total {len(controller.decisions)}.0",
     ):
         assert line in text.splitlines()
     with socket.socket() as probe:
