@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -32,8 +34,9 @@ def random_clip_large(seed: int = 0) -> CLIPVisionModel:
         patch_size=14,
         projection_dim=768,
     )
-    model = CLIPVisionModel(config).eval().requires_grad_(False)
-    for layer in getattr(model, "vision_model", model).encoder.layers:
+    model: CLIPVisionModel = CLIPVisionModel(config).eval().requires_grad_(False)
+    layers: Any = getattr(model, "vision_model", model).encoder.layers
+    for layer in layers:
         layer.self_attn.q_proj.weight.mul_(4.0)
         layer.self_attn.k_proj.weight.mul_(4.0)
     return model

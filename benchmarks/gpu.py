@@ -77,7 +77,8 @@ def measure(way: str, case: Case, prepare: Callable[[Case], Step]) -> Timing:
 
 def _model() -> CLIPVisionModel:
     torch.manual_seed(0)
-    return CLIPVisionModel(random_graphs.CLIP_L_336).eval().half().cuda()
+    model: CLIPVisionModel = CLIPVisionModel(random_graphs.CLIP_L_336).eval().half().cuda()
+    return model
 
 
 def _finished(work: Callable[[], object]) -> Step:

@@ -130,7 +130,7 @@ def write_random_bundle(directory: Path, shape: Shape) -> Path:
     ).save_pretrained(checkpoint)
     (checkpoint / "chat_template.jinja").write_text("{{ messages }}")
     size = {"height": 28, "width": 28}
-    processor = {"size": {"shortest_edge": 28}, "crop_size": size}
+    processor: dict[str, Any] = {"size": {"shortest_edge": 28}, "crop_size": size}
     processor |= {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
     kind = {"image_processor_type": "CLIPImageProcessor"}
     (checkpoint / "preprocessor_config.json").write_text(json.dumps(processor | kind))
@@ -148,7 +148,7 @@ def measure(bundle: Bundle, backend: str, threads: int, answer: int, repeats: in
     restart, forward = start(bundle, backend, threads)
     width = bundle.manifest.text.hidden_size
     random = np.random.default_rng(0)
-    prefill_ms = {}
+    prefill_ms: dict[int, float] = {}
     for count in reversed(VISUAL_TOKENS):  # 64 last: decoding goes on from there
         rows = random.normal(0, 0.02, (count + TEXT_TOKENS, width)).astype(np.float32)
         spent = []

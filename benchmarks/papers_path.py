@@ -8,6 +8,7 @@ nothing with `export/`, so it serves as the reference of the parity tests and of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class TowerRun:
 def run_tower(model: CLIPVisionModel, pixel_values: Tensor, layer: int = -2) -> TowerRun:
     """Run all layers, keeping all attention matrices and hidden states."""
     model.set_attn_implementation("eager")
-    layers = getattr(model, "vision_model", model).encoder.layers
+    layers: Any = getattr(model, "vision_model", model).encoder.layers
     selected = layer - 1 if layer > 0 else layer
     watched = {
         "keys": layers[selected].self_attn.k_proj,

@@ -69,7 +69,7 @@ def main(
         )
         if save is not None:
             report.calibration.save(save)
-        graphs = [
+        graphs: list[dict[str, Any]] = [
             {"graph": f"{name} {count}", "precision": precision, **bench.judge(one, (name, count))}
             for name, count in GRAPHS
             for precision, one in (("int8", calibration), ("mixed", report.calibration))
@@ -123,7 +123,9 @@ class _Bench:
 
 
 def _draw(checkpoint: Checkpoint, count: int) -> Frames:
-    from benchmarks.accuracy import CALIBRATION_SEED, generate_scene
+    from scenes import generate_scene
+
+    from benchmarks.accuracy import CALIBRATION_SEED
 
     scenes = (generate_scene(CALIBRATION_SEED, at)[1] for at in range(count))
     return [preprocess_batch([scene], checkpoint.preprocessing) for scene in scenes]

@@ -47,13 +47,14 @@ def make_graph(reducer: str, config: CLIPVisionConfig) -> VisualGraph:
     """Return the graph of a reducer in PyTorch, FP32, random weights."""
     torch.manual_seed(0)
     model = CLIPVisionModel(config).eval()
-    patches = (config.image_size // config.patch_size) ** 2
+    image_size, patch_size = int(str(config.image_size)), int(str(config.patch_size))
+    patches = (image_size // patch_size) ** 2
     tokens = None if reducer == "none" else 64 if patches > 64 else 16
     chosen = reducer_for_budget(reducer, tokens, patches)
     width = config.hidden_size
     projector = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
     tower = make_tower(model, config.num_hidden_layers - 1, chosen.scoring)
-    graph = VisualGraph(tower, chosen, projector, config.image_size, patches)
+    graph = VisualGraph(tower, chosen, projector, image_size, patches)
     return graph.eval().requires_grad_(False)
 
 
@@ -86,7 +87,8 @@ def write_typed_graph(fp32: Path, precision: str) -> Path:
 
 def calibrate_on_noise(fp32: Path) -> Calibration:
     """Return a calibration that costs little and means nothing."""
-    shape = (2, 1, *ir.load(fp32).graph.inputs[0].shape[1:])
+    pixels = ir.load(fp32).graph.inputs[0]
+    shape = (2, 1, *(size for size in pixels.shape or () if isinstance(size, int)))
     frames = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     options = CalibrationOptions(method="max", alphas=(0.5,), sample_rows=16)
     return calibrate(fp32, list(frames), options)

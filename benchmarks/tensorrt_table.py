@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby, product
 from pathlib import Path
 from typing import Annotated, get_args
@@ -51,10 +51,10 @@ class Row:
     sm: int
     builder: str
     onnx_mb: float
-    parse_seconds: float | None
-    build_seconds: float | None
-    plan_mb: float | None
-    peak_mb: float | None
+    parse_seconds: float | None = None
+    build_seconds: float | None = None
+    plan_mb: float | None = None
+    peak_mb: float | None = None
     problem: str = ""
 
 
@@ -66,21 +66,21 @@ def build_one(file: Path, precision: Precision, sm: int) -> Row:
     library = load_library("tensorrt-rtx")
     target = find_target("rtx-4090").model_copy(update={"sm": sm})
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    start = {
-        "graph": file.parent.name,
-        "precision": precision,
-        "sm": sm,
-        "builder": f"{library.name} {library.version}",
-        "onnx_mb": round(file.stat().st_size / 1e6, 1),
-    }
+    row = Row(
+        graph=file.parent.name,
+        precision=precision,
+        sm=sm,
+        builder=f"{library.name} {library.version}",
+        onnx_mb=round(file.stat().st_size / 1e6, 1),
+    )
     with tempfile.TemporaryDirectory() as folder:
         plan = Path(folder) / "vision.plan"
         try:
             result = build_plan(BuildOptions(file, sha256, plan, target, precision, inputs))
         except FoveateError as error:
-            return Row(**start, **dict.fromkeys(_MEASURED), problem=str(error))
-    return Row(
-        **start,
+            return replace(row, problem=str(error))
+    return replace(
+        row,
         parse_seconds=round(result.layers.parse_seconds, 2),
         build_seconds=round(result.record.build_seconds, 1),
         plan_mb=round(result.record.plan_bytes / 1e6, 1),
@@ -93,9 +93,6 @@ def _peak_bytes() -> int:
     status = Path("/proc/self/status").read_text("utf-8")
     (line,) = (line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
-
-
-_MEASURED = ("parse_seconds", "build_seconds", "plan_mb", "peak_mb")
 
 
 def read_rows() -> dict[Key, Row]:

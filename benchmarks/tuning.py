@@ -135,7 +135,7 @@ def won_back(candidate: Candidate, before: Candidate) -> tuple[float, float, flo
 
 
 def _by_picture(candidate: Candidate, right: NDArray[np.bool_]) -> NDArray[np.float64]:
-    return np.bincount(candidate.examination.picture_of, right)
+    return np.bincount(candidate.examination.picture_of, right).astype(np.float64)
 
 
 def summarize(candidates: Sequence[Candidate]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -75,14 +76,10 @@ def measure_all(runs: int, threads: int | None) -> dict[str, float]:
             ("FP32", fp32),
             ("INT8", random_graphs.write_typed_graph(fp32, "int8")),
         ):
-            session(
-                f"ONNX Runtime, {precision}", lambda file=file: OrtSession(file, threads=threads)
-            )
+            session(f"ONNX Runtime, {precision}", partial(OrtSession, file, threads=threads))
             for rest in rests:
-                session(
-                    f"OpenVINO, {precision}, rest {rest}",
-                    lambda file=file, rest=rest: OpenVinoSession(file, threads=threads, rest=rest),
-                )
+                open_ = partial(OpenVinoSession, file, threads=threads, rest=rest)
+                session(f"OpenVINO, {precision}, rest {rest}", open_)
     return found
 
 

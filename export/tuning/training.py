@@ -210,7 +210,7 @@ def _take_step(
     for part in _split(rows, recipe.batch):
         score = student.score(make_batch(part, pictures))
         share = score.loss_sum / total
-        share.backward()  # type: ignore[no-untyped-call]
+        share.backward()
         loss += float(share.detach())
     torch.nn.utils.clip_grad_norm_(list(student.tuned.values()), recipe.clip)
     if math.isfinite(loss):

@@ -7,6 +7,7 @@ forward passes that training needs: a tower that can look at a part of the patch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from layout import GRID_SIZE, IMAGE_SIZE, PATCH_SIZE
@@ -76,7 +77,7 @@ def build_config() -> LlavaConfig:
         num_attention_heads=LLM_HEADS,
         num_key_value_heads=LLM_HEADS,
         max_position_embeddings=2048,
-        rope_theta=1_000_000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         initializer_range=0.06,
         tie_word_embeddings=True,
         pad_token_id=0,
@@ -103,8 +104,8 @@ def build_model(seed: int) -> LlavaForConditionalGeneration:
     return model
 
 
-def tower_of(model: LlavaForConditionalGeneration) -> nn.Module:
-    """Return the transformer inside the vision tower, whatever transformers wraps it in."""
+def tower_of(model: LlavaForConditionalGeneration) -> Any:
+    """Return the module inside the vision tower, whatever transformers wraps it in."""
     tower = model.model.vision_tower
     return getattr(tower, "vision_model", tower)
 
@@ -126,7 +127,7 @@ class TowerLook:
     keys: Tensor
 
 
-def look(tower: nn.Module, tiles: Tensor, places: Tensor) -> TowerLook:
+def look(tower: Any, tiles: Tensor, places: Tensor) -> TowerLook:
     """Run the tower on any set of patches.
 
     Args:
@@ -152,11 +153,11 @@ def look(tower: nn.Module, tiles: Tensor, places: Tensor) -> TowerLook:
 
 
 def _run_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
-    output = layer(hidden, attention_mask=None)
+    output: Tensor | tuple[Tensor, ...] = layer(hidden, attention_mask=None)
     return output[0] if isinstance(output, tuple) else output
 
 
-def _class_attention(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _class_attention(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Return the class token's attention float32[B, H, P] and the keys float32[B, P, D]."""
     attend = layer.self_attn
     normed = layer.layer_norm1(hidden)

@@ -184,7 +184,7 @@ def evaluate(checkpoint: Path, data: Path, generate: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def compare_generate(
-    model: LlavaForConditionalGeneration,
+    model: Any,
     processor: Any,
     held_out: HeldOut,
     right: np.ndarray,

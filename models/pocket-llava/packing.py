@@ -113,8 +113,8 @@ def pack(
     table = np.full((len(rows), length, 5), (0, IGNORED, 0, -1, 0), np.int64)
     for index, row in enumerate(rows):
         table[index, : len(row)] = row
-    columns = torch.from_numpy(table).unbind(-1)
-    return PackedText(*(column.contiguous() for column in columns), asked=asked)
+    columns = [column.contiguous() for column in torch.from_numpy(table).unbind(-1)]
+    return PackedText(columns[0], columns[1], columns[2], columns[3], columns[4], asked)
 
 
 def block_mask(blocks: Tensor, before: int) -> Tensor:
