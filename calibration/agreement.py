@@ -1,12 +1,17 @@
 """How much two sets of visual tokens, or two rows of logits, agree.
 
 Enters: NumPy arrays of one picture, the reference first. Leaves: plain numbers. Kept patches are
-compared as sets and tokens by the patch they stand for, because one patch kept more or less shifts
-every token after it. A NaN makes the number it goes into NaN, never a pass.
+compared as sets and tokens by the patches they are made of, because one patch kept more or less
+shifts every token after it. A NaN makes the number it goes into NaN, never a pass.
+
+This is the one measure of the house: the gate of a calibration and the search for what to leave in
+floating point look at its average over pictures, `export.verify` at the worst picture.
 """
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +43,10 @@ class TokenAgreement:
     Attributes:
         overlap: intersection over union of the kept patches.
         assignment: share of the patches kept by neither that went the same way.
-        cosine: the lowest of the tokens made of the same on both sides; see `match_equals`.
+        cosine: the lowest of the tokens made of the same on both sides; see `match_tokens`.
         cosine_mean: their mean.
         difference: of those tokens.
         matched: how many those are.
-        merged_cosine: mean of the tokens that stand for no single patch, paired in their order
-            whatever they are made of; 1 where there are none.
         only_reference: patches that only the reference keeps.
         only_candidate: patches that only the other keeps.
     """
@@ -54,44 +57,71 @@ class TokenAgreement:
     cosine_mean: float
     difference: Difference
     matched: int
-    merged_cosine: float
     only_reference: tuple[int, ...]
     only_candidate: tuple[int, ...]
 
 
-def compare_visual_tokens(
-    reference: VisualTokens, candidate: VisualTokens, at: int = 0
-) -> TokenAgreement:
-    """Compare what two vision graphs made of one picture.
+@dataclass(frozen=True)
+class Agreement:
+    """How alike two vision graphs are over some pictures, on average.
 
-    Args:
-        reference: a batch that holds the picture.
-        candidate: the same of the other.
-        at: which picture of the batch.
+    Attributes:
+        overlap: mean of `TokenAgreement.overlap`.
+        assignment: mean of `TokenAgreement.assignment`.
+        cosine: mean of `TokenAgreement.cosine_mean`.
     """
-    theirs, ours = reference.picture(at), candidate.picture(at)  # [valid, D] each
-    their_origin, our_origin = (
-        reference.origin[at, : len(theirs)],
-        candidate.origin[at, : len(ours)],
-    )
-    at_theirs, at_ours = match_equals(their_origin, our_origin)
+
+    overlap: float
+    assignment: float
+    cosine: float
+
+
+def average_agreement(pictures: Iterable[TokenAgreement]) -> Agreement:
+    """Return the average over pictures, of which there is at least one."""
+    rows = [(one.overlap, one.assignment, one.cosine_mean) for one in pictures]
+    return Agreement(*np.mean(rows, axis=0).tolist())
+
+
+def compare_visual_tokens(reference: VisualTokens, candidate: VisualTokens) -> TokenAgreement:
+    """Compare what two vision graphs made of one picture, a batch of one each."""
+    theirs, ours = reference.picture(0), candidate.picture(0)  # [valid, D] each
+    their_origin, our_origin = reference.origin[0, : len(theirs)], candidate.origin[0, : len(ours)]
+    at_theirs, at_ours = match_tokens(reference, candidate)
     cosine = measure_cosine(theirs[at_theirs], ours[at_ours])
-    merged = min(int((their_origin < 0).sum()), int((our_origin < 0).sum()))
-    merged_cosine = measure_cosine(theirs[their_origin < 0][:merged], ours[our_origin < 0][:merged])
     their_patches, our_patches = _patches(their_origin), _patches(our_origin)
     return TokenAgreement(
         overlap=kept_overlap(their_origin, our_origin),
         assignment=assignment_agreement(
-            (reference.assignment[at], their_origin), (candidate.assignment[at], our_origin)
+            (reference.assignment[0], their_origin), (candidate.assignment[0], our_origin)
         ),
         cosine=float(cosine.min()) if len(cosine) else 0.0,
         cosine_mean=float(cosine.mean()) if len(cosine) else 0.0,
         difference=measure_difference(theirs[at_theirs], ours[at_ours]),
         matched=len(cosine),
-        merged_cosine=float(merged_cosine.mean()) if merged else 1.0,
         only_reference=tuple(sorted(their_patches - our_patches)),
         only_candidate=tuple(sorted(our_patches - their_patches)),
     )
+
+
+def match_tokens(reference: VisualTokens, candidate: VisualTokens) -> tuple[Array, Array]:
+    """Pair the tokens of one picture that are made of the same.
+
+    Those that stand for one patch are, whatever was added to it. Others (the class token, merged
+    ones) are where the same patches went into them: one patch kept instead of another moves the
+    targets of the merges behind it, and what two tokens made of other patches differ by says
+    nothing of how exact the numbers are.
+
+    Args:
+        reference: a batch of one.
+        candidate: the same of the other.
+
+    Returns:
+        Positions in the reference and in the candidate, int64[K] each.
+    """
+    places = _contents(candidate)
+    pairs = [(at, places[key]) for key, at in _contents(reference).items() if key in places]
+    paired = np.array(pairs, np.int64).reshape(-1, 2)
+    return paired[:, 0], paired[:, 1]
 
 
 def measure_difference(reference: Array, candidate: Array) -> Difference:
@@ -123,7 +153,7 @@ def assignment_agreement(reference: tuple[Array, Array], candidate: tuple[Array,
     """Return the share of the patches kept by neither side that went the same way.
 
     The same way: into the token that stands for the same patch, into the merged token of the same
-    number (as `match_tokens` pairs them), or into none.
+    number, or into none.
 
     Args:
         reference: `Reduced.assignment`, int64[P], and `Reduced.origin`, int64[N], of one picture.
@@ -152,48 +182,6 @@ def relative_error(reference: Array, candidate: Array) -> float:
     return error / scale if scale > 0 or np.isnan(scale) else error
 
 
-def match_tokens(reference: Array, candidate: Array) -> tuple[Array, Array]:
-    """Pair the tokens that stand for the same patch.
-
-    Tokens that stand for no single patch (class token, merged ones) are paired in their order.
-
-    Args:
-        reference: int64[N]; `Reduced.origin` of one picture, without padding.
-        candidate: int64[M]; the same of the other.
-
-    Returns:
-        Positions in the reference and in the candidate, int64[K] each.
-    """
-    places = _places(candidate)
-    pairs = [(at, places[key]) for key, at in _places(reference).items() if key in places]
-    paired = np.array(pairs, np.int64).reshape(-1, 2)
-    return paired[:, 0], paired[:, 1]
-
-
-def match_equals(reference: Array, candidate: Array) -> tuple[Array, Array]:
-    """Pair the tokens that are made of the same.
-
-    Those that stand for one patch are. Others are made of what was not kept, so they are paired
-    only where both sides keep the same patches: one kept instead of another moves the targets of
-    all merges behind it, and their difference would say nothing of how exact the numbers are.
-
-    Args:
-        reference: as for `match_tokens`.
-        candidate: as for `match_tokens`.
-
-    Returns:
-        As `match_tokens`.
-    """
-    at_reference, at_candidate = match_tokens(reference, candidate)
-    if _patches(reference) != _patches(candidate):
-        stands_for_a_patch = reference[at_reference] >= 0
-        at_reference, at_candidate = (
-            at_reference[stands_for_a_patch],
-            at_candidate[stands_for_a_patch],
-        )
-    return at_reference, at_candidate
-
-
 def measure_cosine(reference: Array, candidate: Array) -> NDArray[np.float64]:
     """Return the cosine of each row with its counterpart.
 
@@ -214,6 +202,24 @@ def measure_cosine(reference: Array, candidate: Array) -> NDArray[np.float64]:
 
 def _patches(origin: Array) -> set[int]:
     return set(origin.tolist()) - {-1}
+
+
+def _contents(picture: VisualTokens) -> dict[Hashable, int]:
+    """Return where each token is, by its patch or by what became it and what was merged into it.
+
+    Tokens made of nothing that is told, such as the class token, are told apart by their order.
+    """
+    members: dict[int, list[tuple[int, bool]]] = defaultdict(list)
+    for patch, slot in enumerate(picture.assignment[0].tolist()):
+        if slot != -1:
+            members[slot if slot >= 0 else -slot - 2].append((patch, slot >= 0))
+    seen: Counter[Hashable] = Counter()
+    places: dict[Hashable, int] = {}
+    for at, patch in enumerate(picture.origin[0, : picture.valid[0]].tolist()):
+        content: Hashable = patch if patch >= 0 else tuple(members[at])
+        places[content, seen[content]] = at
+        seen[content] += 1
+    return places
 
 
 def _destinations(assignment: Array, origin: Array) -> list[tuple[int, int] | None]:

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from calibration.sensitivity import Agreement, Outputs, measure_agreement
+from calibration.agreement import Agreement, average_agreement, compare_visual_tokens
 from calibration.stages import StageError, measure_stages, read_stages, tap_graph
 from calibration.statistics import Frames
 from engines.ort import OrtSession
@@ -30,15 +30,27 @@ def compare_graphs(
     threads: int | None = None,
     progress: Progress = lambda line, done: None,
 ) -> Agreement:
-    """Return how alike two graphs are over frames, as `calibration.sensitivity` measures it."""
+    """Return how alike two graphs are over frames, of which there is at least one."""
 
-    def run(file: Path) -> Iterator[Outputs]:
-        with OrtSession(file, threads=threads) as session:
-            for at, pixels in enumerate(frames):
-                progress(f"{candidate.name}: check of frame {at + 1}", at / len(frames))
-                yield session.run({session.input_names[0]: pixels})
+    def tell(line: str, done: float) -> None:
+        progress(f"{candidate.name}: check of {line}", done)
 
-    return measure_agreement(run(reference), run(candidate))
+    theirs = run_graph(reference, frames, threads)
+    ours = run_graph(candidate, frames, threads, tell)
+    return average_agreement(map(compare_visual_tokens, theirs, ours))
+
+
+def run_graph(
+    file: Path,
+    frames: Frames,
+    threads: int | None = None,
+    progress: Progress = lambda line, done: None,
+) -> Iterator[VisualTokens]:
+    """Yield what a graph makes of each frame, a batch of one each."""
+    with OrtSession(file, threads=threads) as session:
+        for at, pixels in enumerate(frames):
+            progress(f"frame {at + 1}", at / len(frames))
+            yield tokens_of(session.run({session.input_names[0]: pixels}))
 
 
 def rank_stages(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from calibration.agreement import Agreement
 from calibration.dataset import CalibrationSet
 from calibration.graph_agreement import compare_graphs, rank_stages
 from calibration.graph_check import check_graph
@@ -23,7 +24,7 @@ from calibration.half_precision import convert_to_fp16
 from calibration.int8_options import Int8Options
 from calibration.quantize import apply_calibration, calibrate
 from calibration.record import Calibration
-from calibration.sensitivity import Agreement, Gate, SensitivityReport, search_exclusions
+from calibration.sensitivity import Gate, SensitivityReport, search_exclusions
 from calibration.sensitivity_report import svg_from_report
 from calibration.shared_weights import SharedWeights
 from engines.errors import GateError

@@ -45,8 +45,8 @@ def lines_from_int8(made: Int8Graphs) -> list[str]:
         lines.append(f"  left in floating point: {', '.join(calibration.excluded)}")
     for name, one in made.agreements.items():
         lines.append(
-            f"  {name} on {made.held_out} frames held out: {one.overlap:.1%} of the patches "
-            f"kept alike, cosine {one.cosine:.4f}"
+            f"  {name} on {made.held_out} frames held out: {one.overlap:.1%} of the patches kept "
+            f"alike, {one.assignment:.1%} of the others merged alike, cosine {one.cosine:.5f}"
         )
     if not made.agreements:
         lines.append("  not checked: there were no frames to check on (--frames)")

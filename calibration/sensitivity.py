@@ -8,39 +8,21 @@ element-wise difference says nothing once a reducer has picked another patch.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from calibration.agreement import kept_overlap, match_tokens, measure_cosine
+from calibration.agreement import Agreement, average_agreement, compare_visual_tokens
+from calibration.graph_agreement import run_graph
 from calibration.layers import find_sites
 from calibration.quantize import apply_calibration
 from calibration.record import Calibration
 from calibration.statistics import Frames
 from engines.errors import CalibrationError, GateError
-from engines.ort import OrtSession
 from engines.progress_bar import Progress
-
-Outputs = dict[str, NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How alike a quantized graph and the float32 graph are over some frames.
-
-    Attributes:
-        overlap: mean intersection over union of the patches kept.
-        cosine: mean cosine of the tokens that stand for the same patch.
-    """
-
-    overlap: float
-    cosine: float
 
 
 @dataclass(frozen=True)
@@ -160,7 +142,7 @@ class _Bench:
             for site in find_sites(ir.load(graph_file))
             if (left := [one for one in site.layers if one.name not in calibration.excluded])
         ]
-        self.exact = list(self._run(graph_file))
+        self.exact = list(run_graph(graph_file, frames, threads))
         if not self.exact:
             raise CalibrationError("There are no frames to search on, expected at least one.")
 
@@ -170,29 +152,8 @@ class _Bench:
         names = tuple(name for name in self.calibration.layers if name in excluded)
         apply_calibration(model, self.calibration.excluding(names))
         ir.save(model, self.trial_file, external_data="trial.data")
-        return measure_agreement(self.exact, self._run(self.trial_file))
-
-    def _run(self, file: Path) -> Iterator[Outputs]:
-        with OrtSession(file, threads=self.threads) as session:
-            for frame in self.frames:
-                yield session.run({session.input_names[0]: frame})
-
-
-def measure_agreement(exact: Iterable[Outputs], quantized: Iterable[Outputs]) -> Agreement:
-    """Compare the outputs of two vision graphs, frame by frame.
-
-    Args:
-        exact: of the float32 graph, a batch of one each.
-        quantized: of the other, for the same frames.
-    """
-    overlaps, cosines = [], []
-    for mine, other in zip(exact, quantized, strict=True):
-        origins = [out["patch_index"][0, : out["valid_count"][0]] for out in (mine, other)]
-        overlaps.append(kept_overlap(*origins))
-        a, b = match_tokens(*origins)
-        pairs = mine["visual_tokens"][0][a], other["visual_tokens"][0][b]
-        cosines.append(measure_cosine(*pairs))
-    return Agreement(float(np.mean(overlaps)), float(np.concatenate(cosines).mean()))
+        made = run_graph(self.trial_file, self.frames, self.threads)
+        return average_agreement(map(compare_visual_tokens, self.exact, made))
 
 
 def _measure_sites(bench: _Bench, gate: Gate, progress: Progress) -> list[SiteCost]:

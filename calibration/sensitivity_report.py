@@ -5,6 +5,7 @@ Enters: a `SensitivityReport`. Leaves: text, the text of an SVG file, or plain v
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from html import escape
 from typing import Any
 
@@ -47,17 +48,16 @@ def table_from_report(report: SensitivityReport) -> Table:
 def json_from_report(report: SensitivityReport) -> dict[str, Any]:
     """Return what a program wants to know of a search."""
     return {
-        "gate": {"overlap": report.gate.overlap, "cosine": report.gate.cosine},
-        "before": {"overlap": report.before.overlap, "cosine": report.before.cosine},
-        "after": {"overlap": report.after.overlap, "cosine": report.after.cosine},
+        "gate": asdict(report.gate),
+        "before": asdict(report.before),
+        "after": asdict(report.after),
         "excluded": list(report.calibration.excluded),
         "sites": [
             {
                 "site": site.site,
                 "layers": list(site.layers),
                 "weights": site.weights,
-                "overlap": site.alone.overlap,
-                "cosine": site.alone.cosine,
+                **asdict(site.alone),
                 "cost": site.cost,
                 "excluded": _is_excluded(report, site),
             }

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from calibration.agreement import Array, kept_overlap, match_equals, relative_error
+from calibration.agreement import Array, kept_overlap, match_tokens, relative_error
 from calibration.modules import is_inside, module_of
 from engines.session import Session
 from runtime.vision import VisualTokens
@@ -149,7 +149,7 @@ def measure_stages(
 ) -> list[StageError]:
     """Compare the stages of one picture, in the order they are computed.
 
-    After the selection those tokens are compared that are made of the same (`match_equals`). What
+    After the selection those tokens are compared that are made of the same (`match_tokens`). What
     only one side hands out is left out; the selection and the projector are always there.
 
     Args:
@@ -159,7 +159,7 @@ def measure_stages(
         candidate_tokens: the same of the other.
     """
     theirs, ours = (one.origin[0, : one.valid[0]] for one in (reference_tokens, candidate_tokens))
-    at_theirs, at_ours = match_equals(theirs, ours)
+    at_theirs, at_ours = match_tokens(reference_tokens, candidate_tokens)
     measured: list[StageError] = []
     error_of: dict[str, float] = {}
 

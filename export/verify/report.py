@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from calibration.agreement import TokenAgreement
+from calibration.agreement import TokenAgreement, average_agreement
 from calibration.stages import SELECTION, StageError
 from export.tolerances import Tolerances
 
@@ -140,16 +140,14 @@ class VerifyReport:
 def summarize(pictures: Sequence[PictureAgreement]) -> dict[str, float]:
     """Return the worst of each measure, NaN before all; `Tolerances` has the same names."""
     seen = [picture.visual_tokens for picture in pictures]
+    average = asdict(average_agreement(seen))
     summary = {
         "absolute": float(np.max([one.difference.max_abs for one in seen])),
         "relative": float(np.max([one.difference.max_relative for one in seen])),
         "overlap": float(np.min([one.overlap for one in seen])),
-        "overlap_mean": float(np.mean([one.overlap for one in seen])),
         "assignment": float(np.min([one.assignment for one in seen])),
-        "assignment_mean": float(np.mean([one.assignment for one in seen])),
         "cosine": float(np.min([one.cosine for one in seen])),
-        "cosine_mean": float(np.mean([one.cosine_mean for one in seen])),
-        "merged_cosine_mean": float(np.mean([one.merged_cosine for one in seen])),
+        **{f"{name}_mean": value for name, value in average.items()},
     }
     answers = [picture.answer for picture in pictures if picture.answer is not None]
     if answers:

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from calibration.agreement import (
+    Agreement,
     assignment_agreement,
+    average_agreement,
     compare_visual_tokens,
     kept_overlap,
-    match_equals,
     match_tokens,
     measure_cosine,
     measure_difference,
@@ -30,23 +31,6 @@ from runtime.vision import VisualTokens
 )
 def test_overlap_is_of_sets_of_patches(reference, candidate, expected):
     assert kept_overlap(np.array(reference), np.array(candidate)) == pytest.approx(expected)
-
-
-def test_tokens_are_matched_by_patch_and_merged_ones_in_order():
-    reference = np.array([-1, 4, 7, 9, -1, -1])
-    candidate = np.array([-1, 7, 8, 4, -1])
-    theirs, ours = match_tokens(reference, candidate)
-    assert list(zip(theirs.tolist(), ours.tolist(), strict=True)) == [
-        (0, 0),
-        (1, 3),
-        (2, 1),
-        (4, 4),
-    ]
-
-
-def test_nothing_to_match():
-    theirs, ours = match_tokens(np.array([1, 2]), np.array([3]))
-    assert theirs.shape == ours.shape == (0,)
 
 
 def test_difference_is_relative_to_the_largest_value_of_the_reference():
@@ -110,18 +94,43 @@ def test_another_patch_kept_is_named():
     assert agreement.overlap == pytest.approx(1 / 3)
     assert (agreement.only_reference, agreement.only_candidate) == ((4,), (5,))
     assert agreement.assignment == 1.0  # patches 0, 2 and 3, which neither keeps
-    assert agreement.matched == 1  # patch 1; what is merged is made of others
-    assert agreement.cosine == agreement.merged_cosine == 1.0
-    theirs, ours = match_equals(np.array(ORIGIN), np.array([-1, 4, 1, -1, -1]))
-    assert len(theirs) == len(ours) == 5
-
-
-def test_merged_tokens_are_followed_whatever_they_are_made_of():
-    rows = np.eye(8)[[0, 1, 2, 5, 6]]
-    other = tokens([-1, 1, 5, -1, -1], [3, 1, -5, 4, -6, 2], rows)
-    agreement = compare_visual_tokens(tokens(ORIGIN, ASSIGNMENT), other)
+    assert agreement.matched == 3  # the class token, patch 1, and what is made of 0 and 2
     assert agreement.cosine == 1.0
-    assert agreement.merged_cosine == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("origin", "assignment", "expected"),
+    [
+        (ORIGIN, ASSIGNMENT, [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)]),
+        # The same in other slots: the merged ones are found by what is in them.
+        ([-1, 4, -1, 1, -1], [4, 3, -6, 2, 1, -4], [(0, 0), (1, 3), (2, 1), (3, 4), (4, 2)]),
+        # Patch 2 went to the other one, so neither is made of the same.
+        (ORIGIN, [3, 1, -6, 4, 2, -6], [(0, 0), (1, 1), (2, 2)]),
+        # Made of the same two patches, but the other one is the target.
+        (ORIGIN, [-5, 1, 3, 4, 2, -6], [(0, 0), (1, 1), (2, 2), (4, 4)]),
+        ([5], [-1, -1, -1, -1, -1, 0], []),
+    ],
+)
+def test_tokens_made_of_the_same_are_matched(origin, assignment, expected):
+    theirs, ours = match_tokens(tokens(ORIGIN, ASSIGNMENT), tokens(origin, assignment))
+    assert theirs.dtype == ours.dtype == np.int64
+    assert list(zip(theirs.tolist(), ours.tolist(), strict=True)) == expected
+
+
+def test_padding_is_not_matched():
+    padded = tokens([1, 4, -1, -1], [2, 0, -4, -1, 1, -4])
+    padded.valid[0] = 3
+    theirs, ours = match_tokens(padded, padded)
+    assert theirs.tolist() == ours.tolist() == [0, 1, 2]
+
+
+def test_the_average_is_over_pictures_whatever_they_have_in_common():
+    same = compare_visual_tokens(tokens(ORIGIN, ASSIGNMENT), tokens(ORIGIN, ASSIGNMENT))
+    nothing = compare_visual_tokens(tokens([1, 2], [-1, 0, 1, -1]), tokens([0], [0, -1, -1, -1]))
+    assert average_agreement([same, nothing]) == Agreement(0.5, 1.0, 0.5)
+    broken = tokens(ORIGIN, ASSIGNMENT, np.full((5, 8), np.nan))
+    poisoned = compare_visual_tokens(tokens(ORIGIN, ASSIGNMENT), broken)
+    assert math.isnan(average_agreement([same, poisoned]).cosine)
 
 
 @pytest.mark.parametrize(

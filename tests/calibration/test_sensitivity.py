@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from io import StringIO
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,19 +13,14 @@ import pytest
 from rich.console import Console
 
 from benchmarks import random_graphs
+from calibration.agreement import Agreement
+from calibration.graph_agreement import compare_graphs
 from calibration.graph_file import write_graph
 from calibration.quantize import CalibrationOptions, apply_calibration, calibrate
 from calibration.record import Calibration, load_calibration
-from calibration.sensitivity import (
-    Agreement,
-    Gate,
-    SensitivityReport,
-    measure_agreement,
-    search_exclusions,
-)
+from calibration.sensitivity import Gate, SensitivityReport, search_exclusions
 from calibration.sensitivity_report import json_from_report, svg_from_report, table_from_report
 from engines.errors import CalibrationError, FoveateError
-from engines.ort import OrtSession
 from export.checkpoint import open_checkpoint
 from export.reducers import reducer_for_budget
 from export.to_onnx import export_onnx
@@ -82,8 +78,7 @@ def test_its_result_is_replayed_from_a_file(report, graph, frames, tmp_path) -> 
     model = ir.load(graph)
     apply_calibration(model, load_calibration(tmp_path / "c.json"))
     write_graph(model, tmp_path / "mixed.onnx")
-    again = measure_agreement(run(graph, frames[4:6]), run(tmp_path / "mixed.onnx", frames[4:6]))
-    assert again == report.after
+    assert compare_graphs(graph, tmp_path / "mixed.onnx", frames[4:6], 1) == report.after
 
 
 def test_what_is_excluded_already_stays_so(report, graph, frames) -> None:
@@ -121,15 +116,11 @@ def test_table_chart_and_json_tell_the_same(report) -> None:
 
 def test_cost_is_in_multiples_of_what_the_gate_allows() -> None:
     gate = Gate(overlap=0.9, cosine=0.99)
-    assert gate.cost(Agreement(0.9, 1.0)) == pytest.approx(1)
-    assert gate.cost(Agreement(0.8, 0.98)) == pytest.approx(4)
-    assert gate.holds(Agreement(0.9, 0.99))
-    assert not gate.holds(Agreement(1.0, 0.98))
-
-
-def run(file: Path, frames) -> list[dict[str, np.ndarray]]:
-    with OrtSession(file, threads=1) as session:
-        return [session.run({"pixel_values": frame}) for frame in frames]
+    assert gate.cost(Agreement(0.9, 0.0, 1.0)) == pytest.approx(1)
+    assert gate.cost(Agreement(0.8, 0.0, 0.98)) == pytest.approx(4)
+    assert gate.holds(Agreement(0.9, 0.0, 0.99))
+    assert not gate.holds(Agreement(1.0, 1.0, 0.98))
+    assert not gate.holds(Agreement(1.0, 1.0, math.nan))
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +144,6 @@ def test_the_bundled_checkpoint_in_int8_keeps_patches_and_tokens(pocket, tmp_pat
     model = ir.load(file)
     apply_calibration(model, calibration)
     write_graph(model, tmp_path / "int8.onnx")
-    agreement = measure_agreement(run(file, frames), run(tmp_path / "int8.onnx", frames))
+    agreement = compare_graphs(file, tmp_path / "int8.onnx", frames, 1)
     assert agreement.overlap >= 0.97
     assert agreement.cosine >= 0.99

@@ -108,12 +108,14 @@ def test_scores_and_keys_are_told_apart_by_their_shape():
     assert {name: value.shape for name, value in stages.items()} == {KEYS: (3, 4), SCORES: (3,)}
 
 
-def tokens(origin: list[int], rows: np.ndarray) -> VisualTokens:
+def tokens(
+    origin: list[int], rows: np.ndarray, assignment: tuple[int, ...] = (-1, -1, -1, -1)
+) -> VisualTokens:
     return VisualTokens(
         tokens=rows.astype(np.float32)[None],
         valid=np.array([len(origin)]),
         origin=np.array([origin]),
-        assignment=np.array([[-1, -1, -1, -1]]),
+        assignment=np.array([assignment]),
         milliseconds={},
     )
 
@@ -137,13 +139,14 @@ def test_growth_is_over_the_stage_that_it_follows():
     assert measured[SELECTION].error == measured[PROJECTOR].error == 0.0
 
 
-def test_merged_tokens_count_only_where_the_same_patches_are_kept():
+def test_merged_tokens_count_only_where_they_are_made_of_the_same():
     rows = np.eye(3)
     other = rows.copy()
     other[0] = 5.0
-    alike = measure_stages(values(), {}, tokens([-1, 0, 2], rows), tokens([-1, 0, 2], other))
+    theirs = tokens([-1, 0, 2], rows, (1, 0, 2, -2))  # patches 1 and 3 are merged
+    alike = measure_stages(values(), {}, theirs, tokens([-1, 0, 2], other, (1, 0, 2, -2)))
     assert alike[-1].error > 1.0
-    flipped = measure_stages(values(), {}, tokens([-1, 0, 2], rows), tokens([-1, 0, 3], other))
+    flipped = measure_stages(values(), {}, theirs, tokens([-1, 0, 3], other, (1, 0, -2, 2)))
     assert [one.stage for one in flipped] == [SELECTION, PROJECTOR]
     assert flipped[0].error == pytest.approx(2 / 3)
     assert flipped[1].error == 0.0

@@ -1,4 +1,4 @@
-"""Polygraphy's `--compare-func-script`: compare what was kept, then the tokens that match.
+"""Polygraphy's `--compare-func-script`: compare what was kept, then the tokens made of the same.
 
 Enters: two results of the vision graph, one of them PyTorch's. Leaves: a verdict for each output.
 An element-wise comparison says nothing here: one patch kept more or less shifts every token after
@@ -8,8 +8,8 @@ it. The limits are in `limits.json` beside this file. Needs NumPy only.
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +54,10 @@ def _picture(result: Mapping[str, Array], at: int) -> dict[str, Array]:
 def _problems(
     reference: dict[str, Array], candidate: dict[str, Array], limits: dict[str, float]
 ) -> list[tuple[str, str]]:
-    theirs, ours = _places(reference["origin"]), _places(candidate["origin"])
-    kept, also = ({patch for patch, _ in places if patch >= 0} for places in (theirs, ours))
+    kept, also = (set(one["origin"].tolist()) - {-1} for one in (reference, candidate))
     overlap = len(kept & also) / len(kept | also) if kept | also else 1.0
-    # Tokens that stand for no single patch are made of the same only where the same is kept.
-    alike = kept == also
-    pairs = [
-        (at, ours[key]) for key, at in theirs.items() if key in ours and (alike or key[0] >= 0)
-    ]
+    theirs, ours = _contents(reference), _contents(candidate)
+    pairs = [(at, ours[key]) for key, at in theirs.items() if key in ours]
     a = reference["tokens"][[at for at, _ in pairs]]
     b = candidate["tokens"][[at for _, at in pairs]]
     measures = [
@@ -90,6 +86,21 @@ def _problems(
     if flips > room:
         problems.append(("valid_count", f"differs by {flips}, expected at most {room}"))
     return problems
+
+
+def _contents(picture: dict[str, Array]) -> dict[Hashable, int]:
+    """Return where each token is, by its patch or by what became it and what was merged into it."""
+    members: dict[int, list[tuple[int, bool]]] = defaultdict(list)
+    for patch, slot in enumerate(picture["assignment"].tolist()):
+        if slot != -1:
+            members[slot if slot >= 0 else -slot - 2].append((patch, slot >= 0))
+    seen: Counter[Hashable] = Counter()
+    places: dict[Hashable, int] = {}
+    for at, patch in enumerate(picture["origin"].tolist()):
+        content: Hashable = patch if patch >= 0 else tuple(members[at])
+        places[content, seen[content]] = at
+        seen[content] += 1
+    return places
 
 
 def _places(origin: Array) -> dict[tuple[int, int], int]:
