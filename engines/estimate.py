@@ -31,9 +31,6 @@ from engines.roofline import (
 )
 from engines.targets import Target, find_target
 
-FREE_SHARE = 0.85
-"""Share of the memory left once the system and the CUDA context have theirs."""
-
 
 @dataclasses.dataclass(frozen=True)
 class EstimateOptions:
@@ -105,7 +102,7 @@ def compare_budgets(options: EstimateOptions) -> Comparison:
         reduced_paper_operations=visionzip_operations(shape, reduced.prompt_tokens),
         full_paper_operations=visionzip_operations(shape, full.prompt_tokens),
         vision_ms=least_seconds(tower, roof, half) * 1e3,
-        available_bytes=(options.target.memory_gb or 0) * 1e9 * FREE_SHARE,
+        available_bytes=options.target.free_bytes,
     )
 
 

@@ -25,6 +25,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+FREE_SHARE = 0.85
+"""Share of the memory left once the system and the CUDA context have theirs."""
 Engine = Literal["ort", "openvino", "tensorrt", "tensorrt-rtx"]
 LlmBackend = Literal["ort", "llamacpp", "vllm"]
 Version = Annotated[str, Field(pattern=r"^\d+(\.\d+){0,3}$")]
@@ -86,6 +88,11 @@ class Target(BaseModel):
     def compute_capability(self) -> tuple[int, int] | None:
         """Compute capability as (major, minor), (8, 7) for sm 87."""
         return None if self.sm is None else divmod(self.sm, 10)
+
+    @property
+    def free_bytes(self) -> float:
+        """Memory that is left for models; 0 where the target does not say."""
+        return (self.memory_gb or 0) * 1e9 * FREE_SHARE
 
     def check_precision(self, precision: str) -> Precision:
         """Return ``precision`` if the target takes it.
@@ -169,6 +176,16 @@ def find_target(name: str, extra: Path | None = None) -> Target:
     )
 
 
+def targets_of_gpu(sm: int, engine: Engine) -> str:
+    """Return the options that name a GPU, "--target h100 or --target h200", or how to add one."""
+    names = [
+        name for name, item in load_targets().items() if (item.sm, item.engine) == (sm, engine)
+    ]
+    if names:
+        return " or ".join(f"--target {name}" for name in names)
+    return f"a target of your own with sm = {sm} (--targets FILE)"
+
+
 def _parse_tables(text: str, source: str) -> dict[str, dict[str, Any]]:
     try:
         document: dict[str, Any] = tomllib.loads(text)
@@ -206,17 +223,31 @@ def _describe_problem(name: str, item: Any) -> str:
     return f"[{name}] {where}: {item['msg']}".replace(" : ", " ")
 
 
+_WIDE_COLUMNS = 120
+"""A narrower terminal is shown fewer columns rather than numbers cut short."""
+
+
 def _print_table(targets: dict[str, Target]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Deployment targets (dense peaks)")
-    for column in ("target", "device", "engine", "SM"):
-        table.add_column(column, no_wrap=column in ("target", "engine"))
-    for column in ("GB", "GB/s", "FP16 TFLOPS", "INT8 TOPS"):
-        table.add_column(column, justify="right")
-    for column in ("precisions (default first)", "LLM"):
-        table.add_column(column)
+    console = Console()
+    table = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption="Dense peaks. --json tells all of it, with where each number comes from.",
+        caption_justify="left",
+    )
+    wide = console.width >= _WIDE_COLUMNS
+    table.add_column("target", no_wrap=True)
+    table.add_column("device")
+    table.add_column("engine", no_wrap=True)
+    for column in ("SM", "GB", "GB/s", "FP16 TFLOPS", "INT8 TOPS"):
+        table.add_column(column if wide else column.split()[0], justify="right", no_wrap=True)
+    if wide:
+        table.add_column("precisions (default first)", no_wrap=True)
+        table.add_column("LLM", no_wrap=True)
     for target in targets.values():
         numbers = (
             target.sm,
@@ -226,15 +257,15 @@ def _print_table(targets: dict[str, Target]) -> None:
             target.int8_tops,
         )
         rest = [item for item in target.precisions if item != target.default_precision]
+        more = (" ".join([target.default_precision, *rest]), target.llm_backend) if wide else ()
         table.add_row(
             target.name,
             target.title,
             target.engine,
             *("-" if number is None else f"{number:g}" for number in numbers),
-            " ".join([target.default_precision, *rest]),
-            target.llm_backend,
+            *more,
         )
-    Console().print(table)
+    console.print(table)
 
 
 def main(

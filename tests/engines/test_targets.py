@@ -173,3 +173,13 @@ def test_table_lists_every_target() -> None:
 def test_cli_mistake_exits_with_two() -> None:
     result = run_cli("--targets", "nowhere.toml")
     assert result.exit_code == 2 and "cannot be read" in result.stderr
+
+
+@pytest.mark.parametrize("columns", ["80", "100", "160"])
+def test_no_number_of_the_table_is_cut_short(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    printed = run_cli().stdout
+    assert "…" not in printed
+    for number in ("204.8", "660.6", "4800", "jetson-orin-nano", "tensorrt-rtx"):
+        assert number in printed
+    assert ("fp16 fp32 int8 mixed" in printed) == (columns == "160")
