@@ -94,7 +94,7 @@ def calibrate_bundle(
         made = make_int8_graphs(task, progress)
         graphs = tuple(made.describe(graph, precision) for graph in bundle.manifest.vision)
         _copy_rest(bundle, draft)
-        write_device_files(draft.root, graphs[0], target)
+        write_device_files(draft.root, graphs, target)
         versions = {"foveate": __version__} | {tool: version(tool) for tool in _TOOLS}
         draft.describe(
             bundle.manifest.model_copy(

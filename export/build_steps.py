@@ -80,7 +80,7 @@ def build_bundle(
                     f"Language model: layer {done} of {layers}", done / layers
                 ),
             )
-        write_device_files(draft.root, vision.graphs[0], plan.target)
+        write_device_files(draft.root, vision.graphs, plan.target)
         draft.describe(
             Manifest(
                 model=plan.checkpoint.name,

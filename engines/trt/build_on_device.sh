@@ -1,43 +1,51 @@
 #!/usr/bin/env bash
-# Build the TensorRT engine of this bundle on @TITLE@ (sm_@SM@).
+# Build the TensorRT engines of this bundle on @TITLE@ (sm_@SM@).
 #
 #   ./build_on_device.sh             the way Foveate itself uses: checked, recorded, signed
 #   ./build_on_device.sh --trtexec   the equal trtexec call, for a machine without Python or a C++
-#                                    program; writes @PLAN@.trtexec, which Foveate does not load
+#                                    program; writes *.plan.trtexec, which Foveate does not load
 #   ./build_on_device.sh --print     only print the trtexec call
 #
-# JetPack 6 (TensorRT 10.3) is told that the graph is strongly typed; from TensorRT 11 on, which
-# knows no other kind, the option is left out where trtexec no longer has it.
+# --stronglyTyped is what JetPack 6 and 7 need (TensorRT 10); TensorRT 11 knows no other kind and
+# ignores it.
 set -euo pipefail
 cd "$(dirname "$0")"
+
+# graph, engine
+graphs=(
+@GRAPHS@
+)
 
 trtexec=$(command -v trtexec || true)
 [ -n "$trtexec" ] || trtexec=/usr/src/tensorrt/bin/trtexec
 
-trtexec_line() {
-    local typed=()
-    if [ ! -x "$trtexec" ] || "$trtexec" --help 2>&1 | grep -q -- --stronglyTyped; then
-        typed=(--stronglyTyped)
-    fi
-    line=("$trtexec" --onnx=@ONNX@ --saveEngine=local/@PLAN@.trtexec "${typed[@]}" --noTF32
-@SHAPES@        --memPoolSize=workspace:@WORKSPACE@ --profilingVerbosity=detailed
-        --timingCacheFile=local/trtexec.cache --skipInference)
+# Call "$1" with the trtexec call of each graph.
+with_each_call() {
+    local i
+    for ((i = 0; i < ${#graphs[@]}; i += 2)); do
+        "$1" "$trtexec" --onnx="${graphs[i]}" --saveEngine="${graphs[i + 1]}" \
+            --stronglyTyped --noTF32 \
+@SHAPES@            --memPoolSize=workspace:@WORKSPACE@ --profilingVerbosity=detailed \
+            --timingCacheFile=local/trtexec.cache --skipInference
+    done
+}
+
+print() {
+    printf '%q ' "$@"
+    echo
 }
 
 case "${1:-}" in
 --print)
-    trtexec_line
-    printf '%q ' "${line[@]}"
-    echo
+    with_each_call print
     ;;
 --trtexec)
-    trtexec_line
     if [ ! -x "$trtexec" ]; then
         echo "error: trtexec is not here. On a Jetson: sudo apt install libnvinfer-bin" >&2
         exit 2
     fi
     mkdir -p local
-    "${line[@]}"
+    with_each_call env
     ;;
 "")
     if ! python3 -c 'import engines.build' 2>/dev/null; then
@@ -52,7 +60,7 @@ case "${1:-}" in
     exec python3 -m engines.build . --target @TARGET@
     ;;
 *)
-    sed -n '2,11p' "$0"
+    sed -n '2,10p' "$0"
     exit 2
     ;;
 esac
