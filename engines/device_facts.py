@@ -58,6 +58,11 @@ class DeviceFacts:
     power_mode: str | None
 
     @property
+    def is_jetson(self) -> bool:
+        """Whether this is a Jetson, also as a container sees it, which has no nv_tegra_release."""
+        return self.jetson_linux is not None or "NVIDIA" in (self.board or "")
+
+    @property
     def jetpack(self) -> str | None:
         """JetPack's release, as far as the table knows it."""
         if self.jetson_linux is None:

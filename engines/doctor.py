@@ -19,10 +19,11 @@ from engines.bundle import Bundle, open_bundle
 from engines.device_facts import DeviceFacts, read_facts
 from engines.errors import EngineError, FoveateError
 from engines.gpu import NoGpu
-from engines.targets import Target, find_target
-from engines.trt.build_memory import predict_build_bytes
+from engines.manifest import VisionGraph
+from engines.targets import Target, find_target, targets_of_gpu
+from engines.trt.build_memory import add_swap_command, predict_build_bytes
 from engines.trt.library import TrtLibrary
-from engines.trt.plan import list_differences, machine_here, plan_path, read_record
+from engines.trt.plan import list_differences, machine_here, plan_path, read_checked, read_record
 
 Status = Literal["ok", "note", "problem"]
 
@@ -93,21 +94,10 @@ def examine_target(facts: DeviceFacts, target: Target) -> list[Finding]:
     """Judge whether a target's engine can be built and run here."""
     if not target.needs_cuda:
         return [Finding("engine", "ok", f"{target.engine}: runs the ONNX file, nothing to build")]
-    findings = []
-    gpu = facts.gpu
-    if isinstance(gpu, NoGpu):
-        findings.append(
-            Finding("device", "problem", f"no GPU: {gpu.reason}", f"use it on a {target.title}")
-        )
-    elif gpu.sm != target.sm:
-        findings.append(
-            Finding(
-                "device",
-                "problem",
-                f"this GPU is sm_{gpu.sm}, the bundle is for sm_{target.sm} ({target.title})",
-                "python -m engines.build BUNDLE --target with this GPU's target",
-            )
-        )
+    device = _examine_device(facts, target)
+    if device is not None and target.engine == "tensorrt" and not facts.is_jetson:
+        return [device]  # what is missing here is not missing there
+    findings = [] if device is None else [device]
     if target.engine == "tensorrt":
         findings.append(_examine_tensorrt(facts, target))
     elif not facts.compiler:
@@ -116,18 +106,47 @@ def examine_target(facts: DeviceFacts, target: Target) -> list[Finding]:
     if facts.polygraphy is None:
         fix = "pip install 'foveate[tensorrt]'"
         findings.append(Finding("Polygraphy", "problem", "not installed; it builds plans", fix))
-    if not facts.cuda_runtime and not isinstance(gpu, NoGpu):
+    if not facts.cuda_runtime and not isinstance(facts.gpu, NoGpu):
         fix = "sudo apt install nvidia-jetpack, or pip install nvidia-cuda-runtime-cu12"
         findings.append(Finding("CUDA runtime", "problem", "libcudart is not found", fix))
     return findings
 
 
+def _is_elsewhere(facts: DeviceFacts, target: Target) -> bool:
+    """Return whether this machine's GPU is not the target's."""
+    return isinstance(facts.gpu, NoGpu) or facts.gpu.sm != target.sm
+
+
+def _examine_device(facts: DeviceFacts, target: Target) -> Finding | None:
+    """Judge the GPU; None where it is the target's."""
+    gpu = facts.gpu
+    if not _is_elsewhere(facts, target):
+        return None
+    if target.engine == "tensorrt-rtx":
+        return Finding(
+            "device", "note", f"not a {target.title}: the plan can be built here and runs there"
+        )
+    if isinstance(gpu, NoGpu):
+        fix = (
+            "in a container: docker run --runtime nvidia; else: sudo apt install nvidia-jetpack, "
+            "and restart"
+            if facts.is_jetson
+            else f"copy the bundle to a {target.title}, and ask the doctor there"
+        )
+        return Finding("device", "problem", f"no GPU: {gpu.reason}", fix)
+    return Finding(
+        "device",
+        "problem",
+        f"this GPU is sm_{gpu.sm}, the bundle is for sm_{target.sm} ({target.title})",
+        f"python -m engines.build BUNDLE {targets_of_gpu(gpu.sm, target.engine)}",
+    )
+
+
 def _examine_tensorrt(facts: DeviceFacts, target: Target) -> Finding:
     if facts.tensorrt is None:
-        jetson = facts.jetson_linux is not None
         fix = (
             "sudo apt install python3-libnvinfer, then python3 -m venv --system-site-packages"
-            if jetson
+            if facts.is_jetson
             else "pip install tensorrt-cu12"
         )
         return Finding("TensorRT", "problem", facts.tensorrt_problem, fix)
@@ -142,45 +161,57 @@ def examine_bundle(facts: DeviceFacts, bundle: Bundle, target: Target) -> list[F
     """Judge whether one bundle can be built and run here."""
     findings = [Finding("bundle", "ok", f"{bundle.root}: {bundle.manifest.model}, {target.name}")]
     findings += examine_target(facts, target)
-    graph = bundle.vision()
     if target.needs_cuda:
-        plan = plan_path(bundle, graph, target)
-        if plan.exists():
-            findings.append(_examine_plan(facts, bundle, target, plan))
-        else:
-            findings.append(_examine_build_memory(facts, bundle, target))
+        to_build = []
+        for graph in bundle.manifest.vision:
+            plan = plan_path(bundle, graph, target)
+            if plan.exists():
+                findings.append(_examine_plan(facts, bundle, graph, target))
+            else:
+                to_build.append(bundle.graph_bytes(graph))
+        if to_build:
+            findings.append(_examine_build_memory(facts, max(to_build), target))
     return findings
 
 
-def _examine_build_memory(facts: DeviceFacts, bundle: Bundle, target: Target) -> Finding:
-    onnx_bytes = bundle.graph_bytes(bundle.vision())
+def _examine_build_memory(facts: DeviceFacts, onnx_bytes: int, target: Target) -> Finding:
+    """Judge the memory of the machine that builds: this one, or one like the target."""
     needed = predict_build_bytes(onnx_bytes, (target.workspace_mb or 0) << 20)
+    said = f"about {needed / 1e9:.1f} GB to build"
+    if target.engine == "tensorrt" and _is_elsewhere(facts, target):
+        said += f"; a {target.title} has about {target.free_bytes / 1e9:.1f} GB free"
+        if not target.memory_gb or needed <= target.free_bytes:
+            return Finding("build memory", "ok", said)
+        return Finding(
+            "build memory", "problem", said, add_swap_command(int(needed - target.free_bytes))
+        )
     room = facts.available_bytes
-    said = f"about {needed / 1e9:.1f} GB to build, {room / 1e9:.1f} GB available"
+    said += f", {room / 1e9:.1f} GB available"
     if needed <= room:
         return Finding("build memory", "ok", said)
-    missing_gb = max(4, int((needed - room) / 1e9) + 2)
-    fix = (
-        f"sudo fallocate -l {missing_gb}G /swapfile && sudo chmod 600 /swapfile && sudo mkswap "
-        "/swapfile && sudo swapon /swapfile"
-    )
-    if facts.jetson_linux:
-        fix += "; also stop the desktop: sudo systemctl isolate multi-user.target"
     if needed <= room + facts.swap_bytes:
         return Finding("build memory", "note", f"{said} and swap for the rest: slow, but it fits")
+    fix = add_swap_command(needed - room)
+    if facts.jetson_linux:
+        fix += "; also stop the desktop: sudo systemctl isolate multi-user.target"
     return Finding("build memory", "problem", said, fix)
 
 
-def _examine_plan(facts: DeviceFacts, bundle: Bundle, target: Target, plan: Path) -> Finding:
+def _examine_plan(
+    facts: DeviceFacts, bundle: Bundle, graph: VisionGraph, target: Target
+) -> Finding:
+    plan = plan_path(bundle, graph, target)
     rebuild = f"python -m engines.build {bundle.root} --rebuild"
     try:
         record = read_record(plan)
+        read_checked(plan, record)
     except EngineError as error:
         return Finding("plan", "problem", str(error), rebuild)
     version = facts.tensorrt if target.engine == "tensorrt" else record.library_version
-    gpu = None if isinstance(facts.gpu, NoGpu) else facts.gpu
+    ahead = target.engine == "tensorrt-rtx" and _is_elsewhere(facts, target)
+    gpu = None if ahead or isinstance(facts.gpu, NoGpu) else facts.gpu
     library = TrtLibrary(record.library, None, version or "no TensorRT")
-    sha256 = bundle.manifest.files[bundle.vision().file].sha256
+    sha256 = bundle.manifest.files[graph.file].sha256
     differences = list_differences(record, machine_here(sha256, library, target, gpu))
     if differences:
         return Finding("plan", "problem", "; ".join(differences), rebuild)
@@ -193,10 +224,14 @@ def _print_findings(title: str, findings: Sequence[Finding]) -> None:
     from rich.table import Table
 
     signs = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}
-    table = Table("", "", "found", "what to do", title=title, title_justify="left")
+    table = Table("", "", "found", title=title, title_justify="left")
     for item in findings:
-        table.add_row(signs[item.status], item.about, escape(item.found), escape(item.fix))
+        table.add_row(signs[item.status], item.about, escape(item.found))
     Console().print(table)
+    for item in findings:  # apart from the table, which would break commands into pieces
+        if item.fix:
+            print(f"{item.about}: {item.fix}")
+    print()
 
 
 def main(

@@ -93,7 +93,13 @@ def test_prediction_grows_with_the_graph_and_is_never_below_the_base() -> None:
 @pytest.mark.parametrize(
     ("change", "about", "found", "fix"),
     [
-        ({"gpu": NoGpu("asleep")}, "device", "no GPU: asleep", "use it on a Jetson Orin Nano"),
+        ({"gpu": NoGpu("asleep")}, "device", "no GPU: asleep", "docker run --runtime nvidia"),
+        (
+            {"gpu": NoGpu("asleep"), "jetson_linux": None, "board": None},
+            "device",
+            "no GPU: asleep",
+            "copy the bundle to a Jetson Orin Nano",
+        ),
         (
             {"gpu": Gpu("Thor", 110, 1, True, "13.2", "580.1")},
             "device",
@@ -122,8 +128,45 @@ def test_each_problem_has_its_fix(
 
 
 def test_a_server_without_tensorrt_is_told_to_pip_install() -> None:
-    facts = replace(ORIN, jetson_linux=None, tensorrt=None, tensorrt_problem="none")
+    l4 = Gpu("NVIDIA L4", 89, 24_000_000_000, False, "12.8", "570.1")
+    server = replace(ORIN, board=None, jetson_linux=None, gpu=l4)
+    facts = replace(server, tensorrt=None, tensorrt_problem="none")
     assert by_name(examine_target(facts, find_target("l4")))["TensorRT"].fix.startswith("pip")
+
+
+def test_away_from_the_device_only_what_concerns_the_device_is_said(bundle: Bundle) -> None:
+    desk = replace(
+        ORIN, board=None, jetson_linux=None, gpu=NoGpu("none"), tensorrt=None, polygraphy=None
+    )
+    nano = find_target("jetson-orin-nano")
+    assert [item.about for item in examine_target(desk, nano)] == ["device"]
+    large = with_onnx_bytes(bundle, 1_250_000_000)
+    finding = by_name(examine_bundle(replace(desk, available_bytes=10**11), large, nano))
+    memory = finding["build memory"]
+    assert memory.status == "problem", "the board builds, not this machine"
+    assert "a Jetson Orin Nano 8GB has about 6.8 GB free" in memory.found
+    assert "swapon" in memory.fix
+    rtx = by_name(examine_target(replace(desk, compiler=True), find_target("rtx-4090")))
+    assert rtx["device"].status == "note" and "runs there" in rtx["device"].found
+
+
+def test_another_gpu_is_offered_its_own_targets() -> None:
+    h200 = Gpu("NVIDIA H200", 90, 141_000_000_000, False, "13.0", "580.1")
+    device = by_name(examine_target(replace(ORIN, gpu=h200), find_target("jetson-orin")))["device"]
+    assert "--target h100 or --target h200" in device.fix
+    odd = by_name(
+        examine_target(replace(ORIN, gpu=replace(h200, sm=121)), find_target("jetson-orin"))
+    )
+    assert "sm = 121" in odd["device"].fix
+
+
+def test_commands_are_printed_in_one_piece(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nano = find_target("jetson-orin-nano")
+    findings = examine_bundle(ORIN, with_onnx_bytes(bundle, 1_250_000_000), nano)
+    doctor._print_findings("bundle", findings)
+    assert "sudo mkswap /swapfile && sudo swapon /swapfile; also" in capsys.readouterr().out
 
 
 def test_an_rtx_target_needs_the_compiler() -> None:
@@ -162,6 +205,9 @@ def test_a_plan_of_another_library_is_found(bundle: Bundle) -> None:
     )
     write_plan(plan, b"plan", record)
     assert by_name(examine_bundle(ORIN, bundle, target))["plan"].status == "ok"
+    plan.write_bytes(b"plam")
+    assert "damaged or was replaced" in by_name(examine_bundle(ORIN, bundle, target))["plan"].found
+    plan.write_bytes(b"plan")
     newer = replace(ORIN, tensorrt="10.16.2.10")
     finding = by_name(examine_bundle(newer, bundle, target))["plan"]
     assert finding.status == "problem"
