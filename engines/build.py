@@ -1,14 +1,14 @@
-"""`python -m engines.build BUNDLE`: build the TensorRT plan of a bundle's vision graph.
+"""`python -m engines.build BUNDLE`: build the TensorRT plans of a bundle's vision graphs.
 
-Enters: a bundle. Leaves: a plan, its sidecar, a layer report and a timing cache in the bundle's
-`local/` folder, which belongs to this machine. A plan that is there and fits is left alone; one
-that does not fit is refused with both values named, and replaced with `--rebuild`.
+Enters: a bundle. Leaves: for each graph a plan, its sidecar and a layer report, and a timing cache,
+in the bundle's `local/` folder, which belongs to this machine. A plan that is there and fits is
+left alone; one that does not fit is refused with both values named, and replaced with `--rebuild`.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,24 +19,26 @@ import typer
 from engines import cli
 from engines.bundle import Bundle, open_bundle
 from engines.device_facts import read_memory
-from engines.errors import EngineError
+from engines.errors import EngineError, OptionError
 from engines.gpu import find_gpu
 from engines.manifest import VisionGraph
 from engines.targets import Target, find_target
 from engines.trt.batch_profile import ANY_BATCH, BatchRange, parse_batch, shape_ranges
-from engines.trt.build_memory import predict_build_bytes
+from engines.trt.build_memory import add_swap_command, predict_build_bytes
 from engines.trt.build_progress import ProgressCallback
 from engines.trt.builder import BuildOptions, build_plan, choose_gpu, layers_path, workspace_of
 from engines.trt.library import load_library_for
 from engines.trt.plan import (
-    REBUILD_HINT,
     PlanRecord,
     adopt_plan,
+    check_signature,
     is_signed_here,
     list_differences,
     machine_here,
     plan_path,
+    read_checked,
     read_record,
+    rebuild_hint,
 )
 
 
@@ -69,11 +71,11 @@ def prepare_plan(
     """Make sure that a plan for the target is there and was built from this graph.
 
     Raises:
-        EngineError: a plan is there that does not fit and ``rebuild`` was not asked for, or it
-            cannot be built here.
+        EngineError: a plan is there that is damaged or does not fit and ``rebuild`` was not asked
+            for, or it cannot be built here.
         OptionError: the target has no plans, or does not take the graph's precision.
     """
-    target.check_precision(graph.precision)
+    _check_target(bundle, graph, target)
     options = BuildOptions(
         onnx=bundle.path(graph.file),
         onnx_sha256=bundle.manifest.files[graph.file].sha256,
@@ -93,6 +95,22 @@ def prepare_plan(
     return PlanOutcome("built", result.plan, result.record)
 
 
+def _check_target(bundle: Bundle, graph: VisionGraph, target: Target) -> None:
+    if not target.needs_cuda:
+        raise OptionError(
+            f"--target {target.name}: its engine, {target.engine}, runs the ONNX file as it is, so "
+            f"there is no plan to build. Use {bundle.root} as it is, or name a GPU's target "
+            "(python -m engines.targets)."
+        )
+    if graph.precision not in target.precisions:
+        raise OptionError(
+            f"{bundle.root}: {graph.file} is {graph.precision}, but {target.name} ({target.title}) "
+            f"takes {', '.join(target.precisions)}. Export it again: python -m export.build "
+            f"--target {target.name} --precision {target.default_precision}, or name another "
+            "--target (python -m engines.targets)."
+        )
+
+
 def _check_existing(options: BuildOptions, *, trust: bool) -> PlanRecord:
     record = read_record(options.plan)
     gpu = choose_gpu(options.target, find_gpu())
@@ -110,12 +128,12 @@ def _check_existing(options: BuildOptions, *, trust: bool) -> PlanRecord:
             f"{workspace_of(options) >> 20} MB"
         )
     if differences:
-        raise EngineError(f"{options.plan}: {'; '.join(differences)}. {REBUILD_HINT}")
-    if not trust and not is_signed_here(record):
         raise EngineError(
-            f"{options.plan} was not built by this user on this machine. {REBUILD_HINT}, or pass "
-            "--trust if you know who built it: a plan is code that TensorRT runs."
+            f"{options.plan}: {'; '.join(differences)}. {rebuild_hint(options.plan)}."
         )
+    read_checked(options.plan, record)
+    if not trust:
+        check_signature(options.plan, record)
     return record
 
 
@@ -139,7 +157,7 @@ def main(
     ] = None,
     targets: Annotated[Path | None, typer.Option(help="Your own targets (TOML).")] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="Which graph, where the bundle holds several.")
+        int | None, typer.Option(help="One graph of several; left out, a plan for each.")
     ] = None,
     batch: Annotated[str, typer.Option(help="smallest/tuned/largest, or one size.")] = "1/1/8",
     workspace: Annotated[
@@ -151,20 +169,26 @@ def main(
     ] = False,
     as_json: cli.JsonOption = False,
 ) -> None:
-    """Build the TensorRT plan of a bundle's vision graph, on the device that will run it.
+    """Build the TensorRT plans of a bundle's vision graphs, on the device that will run them.
 
-    The precision is the graph's own. RTX targets are built ahead of time, without a GPU.
+    The precision is each graph's own. RTX targets are built ahead of time, without a GPU.
     """
     opened = open_bundle(bundle)
-    graph = opened.vision(tokens)
+    graphs = opened.manifest.vision if tokens is None else (opened.vision(tokens),)
     device = find_target(target or opened.manifest.target, targets)
     request = PlanRequest(parse_batch(batch), workspace, rebuild, trust)
-    _warn_of_memory(opened, graph, device)
-    with progress_on_stderr(f"Building for {device.name}") as progress:
-        outcome = prepare_plan(opened, graph, device, request, progress)
+    _warn_of_memory(opened, graphs, device, request)
+    outcomes = []
+    for graph in graphs:
+        with progress_on_stderr(f"{graph.file} for {device.name}") as progress:
+            outcomes.append(prepare_plan(opened, graph, device, request, progress))
+        if not as_json:
+            _print_outcome(outcomes[-1])
     if as_json:
-        cli.print_json(_json_of(outcome))
-        return
+        cli.print_json({"plans": [_json_of(outcome) for outcome in outcomes]})
+
+
+def _print_outcome(outcome: PlanOutcome) -> None:
     said = {"built": "Built", "adopted": "Adopted", "current": "Already built"}[outcome.action]
     record = outcome.record
     print(
@@ -175,16 +199,23 @@ def main(
     )
 
 
-def _warn_of_memory(bundle: Bundle, graph: VisionGraph, target: Target) -> None:
+def _warn_of_memory(
+    bundle: Bundle, graphs: Sequence[VisionGraph], target: Target, request: PlanRequest
+) -> None:
     """Say beforehand that memory may not do: a builder that runs out is killed without a word."""
+    to_build = [
+        bundle.graph_bytes(graph)
+        for graph in graphs
+        if request.rebuild or not plan_path(bundle, graph, target).exists()
+    ]
     memory = read_memory(Path("/proc/meminfo"))
     room = memory.get("MemAvailable", 0) + memory.get("SwapFree", 0)
-    onnx_bytes = bundle.graph_bytes(graph)
-    needed = predict_build_bytes(onnx_bytes, (target.workspace_mb or 0) << 20)
-    if 0 < room < needed:
+    workspace_mb = request.workspace_mb or target.workspace_mb or 0
+    needed = predict_build_bytes(max(to_build, default=0), workspace_mb << 20)
+    if to_build and 0 < room < needed:
         print(
             f"warning: building takes about {needed / 1e9:.1f} GB, {room / 1e9:.1f} GB of memory "
-            "and swap are free. If it is killed: python -m engines.doctor tells how to add swap.",
+            f"and swap are free. More swap: {add_swap_command(needed - room)}",
             file=sys.stderr,
         )
 

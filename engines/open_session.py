@@ -14,7 +14,7 @@ from engines.bundle import Bundle
 from engines.errors import EngineError, OptionError
 from engines.manifest import VisionGraph
 from engines.session import Session
-from engines.targets import Target, find_target
+from engines.targets import Target, find_target, load_targets
 
 ENGINES = (
     *("ort", "ort-cuda", "ort-tensorrt"),
@@ -71,15 +71,19 @@ def target_of(bundle: Bundle) -> Target:
     Raises:
         OptionError: it is not known here.
     """
-    extra = os.environ.get(TARGETS_VARIABLE)
     try:
-        return find_target(bundle.manifest.target, Path(extra) if extra else None)
+        return find_target(bundle.manifest.target, _own_targets())
     except OptionError as error:
         raise OptionError(
             f"{bundle.root} was built for the target {bundle.manifest.target}, which is not known "
             f"here. Name its file in {TARGETS_VARIABLE}, or choose with --engine: "
             f"{', '.join(ENGINES)}."
         ) from error
+
+
+def _own_targets() -> Path | None:
+    named = os.environ.get(TARGETS_VARIABLE)
+    return Path(named) if named else None
 
 
 def _open_openvino(bundle: Bundle, graph: VisionGraph, name: str, threads: int | None) -> Session:
@@ -98,19 +102,34 @@ def _open_openvino(bundle: Bundle, graph: VisionGraph, name: str, threads: int |
 def _open_plan(bundle: Bundle, graph: VisionGraph, name: str, trust: bool) -> Session:
     from engines.trt.session import open_trt_session
 
-    target = target_of(bundle)
-    if target.engine != name:
-        raise OptionError(
-            f"--engine {name}: the bundle's target {target.name} has {target.engine}, and a plan "
-            "is for one target. Build the bundle for a target of that engine "
-            "(python -m engines.targets)."
-        )
+    target = _target_of_plan(bundle, graph, name)
     try:
         return open_trt_session(bundle, graph, target, trust=trust)
     except EngineError as error:
         raise EngineError(
             f"{error} To run the graph without TensorRT, slower: --engine ort."
         ) from error
+
+
+def _target_of_plan(bundle: Bundle, graph: VisionGraph, name: str) -> Target:
+    """Return the bundle's target, or another one of that engine whose plan lies in the bundle."""
+    from engines.gpu import Gpu, find_gpu
+    from engines.trt.plan import plan_path
+
+    own = target_of(bundle)
+    if own.engine == name:
+        return own
+    others = [target for target in load_targets(_own_targets()).values() if target.engine == name]
+    built = [target for target in others if plan_path(bundle, graph, target).exists()]
+    gpu = find_gpu()
+    fitting = [target for target in built if isinstance(gpu, Gpu) and target.sm == gpu.sm]
+    if built:
+        return (fitting or built)[0]
+    raise OptionError(
+        f"--engine {name}: the bundle's target {own.name} has {own.engine}, and no {name} plan was "
+        f"built of it. Build one: python -m engines.build {bundle.root} --target, with one of "
+        f"{', '.join(target.name for target in others)}."
+    )
 
 
 def _open_ort_on_gpu(bundle: Bundle, graph: VisionGraph, name: str) -> Session:

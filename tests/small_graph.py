@@ -86,9 +86,14 @@ def make_small_graph(
 
 
 def write_small_bundle(
-    destination: Path, *, target: str = "cpu", precision: str = "fp32", refused: bool = False
+    destination: Path,
+    *,
+    target: str = "cpu",
+    precision: str = "fp32",
+    refused: bool = False,
+    graphs: int = 1,
 ) -> Path:
-    """Write a bundle whose vision graph can be run and compiled."""
+    """Write a bundle whose vision graphs can be run and compiled."""
     fields = tiny_manifest(target=target)
     vision = fields["vision"][0]
     vision |= {
@@ -100,9 +105,16 @@ def write_small_bundle(
             {"name": "patch_index", "dtype": "int64", "shape": ["batch", KEPT]},
         ],
     }
+    more = [
+        vision
+        | {"file": f"vision_{number}.onnx", "reducer": {"name": "visionzip", "tokens": 2 + number}}
+        for number in range(1, graphs)
+    ]
+    fields["vision"] += more
     model = make_small_graph(half=precision == "fp16", refused=refused)
     with write_bundle(destination) as draft:
-        draft.path("vision.onnx").write_bytes(model.SerializeToString())
+        for graph in fields["vision"]:
+            draft.path(graph["file"]).write_bytes(model.SerializeToString())
         for name in ("embeddings.safetensors", "tokenizer.json", "decoder/model.onnx"):
             draft.path(name).write_text(name)
         draft.describe(Manifest.model_validate(fields))

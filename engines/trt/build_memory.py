@@ -19,3 +19,12 @@ def predict_build_bytes(onnx_bytes: int, workspace_bytes: int) -> int:
     """Predict the peak memory of building a plan."""
     workspace = min(workspace_bytes, _MOST_WORKSPACE_BYTES)
     return int(BASE_BYTES + BYTES_PER_ONNX_BYTE * onnx_bytes + workspace)
+
+
+def add_swap_command(missing_bytes: int) -> str:
+    """Return the command that adds swap for what is missing, and some more."""
+    gigabytes = max(4, missing_bytes // 10**9 + 2)
+    return (
+        f"sudo fallocate -l {gigabytes}G /swapfile && sudo chmod 600 /swapfile && sudo mkswap "
+        "/swapfile && sudo swapon /swapfile"
+    )

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from engines import __version__
-from engines.errors import EngineError, OptionError
+from engines.errors import EngineError
 from engines.gpu import Gpu, NoGpu, find_gpu
 from engines.manifest import Precision, TensorSpec
 from engines.staging import staged_file
-from engines.targets import Target
+from engines.targets import Target, targets_of_gpu
 from engines.trt.batch_profile import ANY_BATCH, BatchRange, shape_ranges
 from engines.trt.build_progress import ProgressCallback, make_progress_monitor
 from engines.trt.complaints import make_logger
@@ -104,7 +104,8 @@ def choose_gpu(target: Target, found: Gpu | NoGpu) -> Gpu | None:
         raise EngineError(
             f"A TensorRT plan is for one compute capability: {target.name} has sm_{target.sm}, "
             f"this machine's {found.name} has sm_{found.sm}. Copy the bundle to the "
-            f"{target.title} and run there: {there}, or name this GPU's target with --target."
+            f"{target.title} and run there: {there}, or build for this GPU: "
+            f"{targets_of_gpu(found.sm, target.engine)}."
         )
     return found
 
@@ -121,12 +122,6 @@ def build_plan(options: BuildOptions, on_progress: ProgressCallback | None = Non
         OptionError: a batch the graph cannot take.
         KeyboardInterrupt: interrupted; the builder stopped and nothing was written.
     """
-    if not options.target.needs_cuda:
-        raise OptionError(
-            f"--target {options.target.name}: its engine, {options.target.engine}, runs the ONNX "
-            "file as it is, so there is no plan to build. Use the bundle, or name a GPU's target "
-            "(python -m engines.targets)."
-        )
     profile = shape_ranges(options.inputs, options.batch)
     gpu = choose_gpu(options.target, find_gpu())
     library = load_library_for(options.target)

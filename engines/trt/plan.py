@@ -26,7 +26,6 @@ from engines.targets import Target
 from engines.trt.library import LibraryName, TrtLibrary
 
 Buffer = bytes | bytearray | memoryview
-REBUILD_HINT = "Build it again on this machine: `python -m engines.build BUNDLE --rebuild`"
 
 
 class ShapeRange(BaseModel):
@@ -101,6 +100,12 @@ def plan_path(bundle: Bundle, graph: VisionGraph, target: Target) -> Path:
     return bundle.local / plan_name(graph, target)
 
 
+def rebuild_hint(plan: Path) -> str:
+    """Return what to do about a plan that does not fit."""
+    bundle = plan.parent.parent
+    return f"Build it again on this machine: `python -m engines.build {bundle} --rebuild`"
+
+
 def sidecar_path(plan: Path) -> Path:
     """Return where the sidecar of a plan lies."""
     return plan.with_name(f"{plan.name}.json")
@@ -134,7 +139,8 @@ def read_record(plan: Path) -> PlanRecord:
     """
     if not plan.is_file():
         raise EngineError(
-            f"{plan}: there is no such plan. Build it: python -m engines.build BUNDLE"
+            f"{plan}: there is no such plan. Build it on the device that will run it: "
+            f"`python -m engines.build {plan.parent.parent}`."
         )
     path = sidecar_path(plan)
     try:
@@ -142,11 +148,11 @@ def read_record(plan: Path) -> PlanRecord:
     except FileNotFoundError:
         raise EngineError(
             f"{plan}: its sidecar {path.name} is missing, so nobody can say what built the plan. "
-            f"{REBUILD_HINT}"
+            f"{rebuild_hint(plan)}."
         ) from None
     except (OSError, ValidationError) as error:
         count = error.error_count() if isinstance(error, ValidationError) else 1
-        raise EngineError(f"{path}: damaged ({count} problems). {REBUILD_HINT}") from error
+        raise EngineError(f"{path}: damaged ({count} problems). {rebuild_hint(plan)}.") from error
 
 
 def list_differences(record: PlanRecord, machine: Machine) -> list[str]:
@@ -181,23 +187,44 @@ def read_plan(plan: Path, machine: Machine, *, trust: bool = False) -> tuple[byt
     differences = list_differences(record, machine)
     if differences:
         raise EngineError(
-            f"{plan} was not built for this: {'; '.join(differences)}. {REBUILD_HINT}"
+            f"{plan} was not built for this: {'; '.join(differences)}. {rebuild_hint(plan)}."
         )
+    data = read_checked(plan, record)
+    if not trust:
+        check_signature(plan, record)
+    return data, record
+
+
+def read_checked(plan: Path, record: PlanRecord) -> bytes:
+    """Read a plan whose bytes are those that were recorded.
+
+    Raises:
+        EngineError: they are not.
+    """
     data = plan.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if digest != record.plan_sha256:
         raise EngineError(
             f"{plan}: the plan is damaged or was replaced: its SHA-256 is {digest} ({len(data):,} "
             f"bytes), its sidecar says {record.plan_sha256} ({record.plan_bytes:,} bytes). "
-            f"{REBUILD_HINT}"
+            f"{rebuild_hint(plan)}."
         )
-    if not trust and not is_signed_here(record):
+    return data
+
+
+def check_signature(plan: Path, record: PlanRecord) -> None:
+    """Make sure that this user built or adopted a plan.
+
+    Raises:
+        EngineError: somebody else did.
+    """
+    if not is_signed_here(record):
         raise EngineError(
             f"{plan} was not built by this user on this machine (its signature does not fit the "
-            f"key {key_path()}). A plan is code that TensorRT runs. {REBUILD_HINT}, or pass "
-            "--trust if you know who built it."
+            f"key {key_path()}). A plan is code that TensorRT runs. {rebuild_hint(plan)}, or "
+            f"adopt it, if you know who built it: `python -m engines.build {plan.parent.parent} "
+            "--trust`."
         )
-    return data, record
 
 
 def adopt_plan(plan: Path) -> PlanRecord:

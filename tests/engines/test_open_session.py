@@ -40,7 +40,9 @@ def test_an_x86_bundle_runs_on_openvino_with_a_cache_and_stays_whole(tmp_path: P
 
 def test_a_jetson_bundle_without_its_plan_says_how_to_go_on(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path, target="jetson-orin")
-    with pytest.raises(EngineError, match=r"no such plan.*engines\.build.*--engine ort"):
+    with pytest.raises(
+        EngineError, match=r"no such plan.*engines\.build .*bundle`\. To run.*--engine ort"
+    ):
         run(bundle)
     assert run(bundle, "ort")[0] == "CPUExecutionProvider"
 

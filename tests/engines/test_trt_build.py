@@ -12,6 +12,8 @@ from engines import build
 from engines.bundle import open_bundle
 from engines.cli import make_app
 from engines.errors import EngineError, OptionError
+from engines.gpu import NoGpu, find_gpu
+from engines.open_session import open_session
 from engines.targets import find_target
 from tests.small_graph import write_small_bundle
 
@@ -28,7 +30,7 @@ def test_a_plan_is_really_built(tmp_path: Path, target: str, precision: str) -> 
     bundle = write_small_bundle(tmp_path / "bundle", precision=precision)
     result = run_build(bundle, "--target", target, "--json")
     assert result.exit_code == 0, result.stderr
-    answer = json.loads(result.stdout)
+    (answer,) = json.loads(result.stdout)["plans"]
     record = answer["record"]
     assert answer["action"] == "built"
     assert Path(answer["plan"]).stat().st_size == record["plan_bytes"] > 1000
@@ -45,7 +47,8 @@ def test_a_plan_is_really_built(tmp_path: Path, target: str, precision: str) -> 
 
 def test_a_plan_that_fits_is_left_alone(tmp_path: Path) -> None:
     bundle = write_small_bundle(tmp_path / "bundle")
-    plan = Path(json.loads(run_build(bundle, "--target", "rtx-4090", "--json").stdout)["plan"])
+    built = json.loads(run_build(bundle, "--target", "rtx-4090", "--json").stdout)
+    plan = Path(built["plans"][0]["plan"])
     before = plan.stat().st_mtime_ns
     again = run_build(bundle, "--target", "rtx-4090")
     assert again.exit_code == 0 and "Already built" in again.stdout
@@ -76,8 +79,43 @@ def test_a_plan_for_other_options_is_refused_with_both_values(
 def test_a_fixed_batch(tmp_path: Path) -> None:
     bundle = write_small_bundle(tmp_path / "bundle")
     answer = json.loads(run_build(bundle, "--target", "rtx-4090", "--batch", "4", "--json").stdout)
-    shapes = answer["record"]["profile"]["pixel_values"]
+    shapes = answer["plans"][0]["record"]["profile"]["pixel_values"]
     assert set(map(tuple, shapes.values())) == {(4, 3, 8, 8)}
+
+
+def test_every_graph_of_a_bundle_gets_its_plan(tmp_path: Path) -> None:
+    bundle = write_small_bundle(tmp_path / "bundle", graphs=2)
+    one = run_build(bundle, "--target", "rtx-4090", "--tokens", "3")
+    assert one.exit_code == 0 and one.stdout.count("Built: ") == 1 and "vision_1-" in one.stdout
+    all_ = run_build(bundle, "--target", "rtx-4090")
+    assert all_.exit_code == 0
+    assert "Built: " in all_.stdout and "Already built: " in all_.stdout
+    assert {path.name for path in (bundle / "local").glob("*.plan")} == {
+        "vision-tensorrt-rtx-sm89.plan",
+        "vision_1-tensorrt-rtx-sm89.plan",
+    }
+
+
+def test_a_damaged_plan_is_not_called_built(tmp_path: Path) -> None:
+    bundle = write_small_bundle(tmp_path / "bundle")
+    assert run_build(bundle, "--target", "rtx-4090").exit_code == 0
+    plan = next((bundle / "local").glob("*.plan"))
+    plan.write_bytes(plan.read_bytes()[:-9])
+    refused = run_build(bundle, "--target", "rtx-4090", "--trust")
+    assert refused.exit_code == 2
+    assert "damaged or was replaced" in refused.stderr
+    assert f"`python -m engines.build {bundle} --rebuild`" in refused.stderr
+    assert run_build(bundle, "--target", "rtx-4090", "--rebuild").exit_code == 0
+
+
+def test_a_plan_for_another_target_than_the_bundles_is_found(tmp_path: Path) -> None:
+    path = write_small_bundle(tmp_path / "bundle", target="jetson-orin")
+    with pytest.raises(OptionError, match=r"no tensorrt-rtx plan.*--target, with one of rtx-4090"):
+        open_session(open_bundle(path), engine="tensorrt-rtx")
+    assert run_build(path, "--target", "rtx-6000-ada").exit_code == 0
+    if isinstance(find_gpu(), NoGpu):
+        with pytest.raises(EngineError, match=r"sm_89.*cannot run here.*--engine ort"):
+            open_session(open_bundle(path), engine="tensorrt-rtx")
 
 
 def test_nothing_but_the_plan_and_its_reports_is_left(tmp_path: Path) -> None:
@@ -146,7 +184,8 @@ def test_the_other_library_needs_its_own_process(tmp_path: Path) -> None:
 def test_a_precision_the_target_lacks(tmp_path: Path) -> None:
     bundle = open_bundle(write_small_bundle(tmp_path / "bundle", precision="int8"))
     narrow = find_target("rtx-4090").model_copy(update={"precisions": ("fp32", "fp16")})
-    with pytest.raises(OptionError, match=r"int8: target rtx-4090 .* takes fp32, fp16"):
+    said = r"vision.onnx is int8, but rtx-4090 .* takes fp32, fp16\. Export it again"
+    with pytest.raises(OptionError, match=said):
         build.prepare_plan(bundle, bundle.vision(), narrow, build.PlanRequest())
 
 
@@ -157,4 +196,9 @@ def test_too_little_memory_is_told_beforehand(
     monkeypatch.setattr(build, "read_memory", lambda path: {"MemAvailable": 10**9})
     result = run_build(bundle, "--target", "rtx-4090")
     assert result.exit_code == 0
-    assert "GB, 1.0 GB of memory and swap are free" in result.stderr
+    assert "about 2.6 GB, 1.0 GB of memory and swap are free" in result.stderr
+    assert "sudo fallocate -l 4G /swapfile" in result.stderr
+    again = run_build(bundle, "--target", "rtx-4090")
+    assert "warning" not in again.stderr, "nothing is built"
+    less = run_build(bundle, "--target", "rtx-4090", "--workspace", "64", "--rebuild")
+    assert "about 1.6 GB" in less.stderr
