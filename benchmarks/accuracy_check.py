@@ -24,6 +24,7 @@ from engines.bundle import open_bundle
 from export.build import build_bundle
 from export.build_plan import BuildOptions
 from export.checkpoint import open_checkpoint
+from export.language_models import DecoderOptions
 from export.reference import LanguageReference
 from runtime.generate import GenerationOptions
 from runtime.model import open_model
@@ -47,7 +48,11 @@ def main(
     with TemporaryDirectory() as folder:
         out = Path(folder) / "bundle"
         options = BuildOptions(
-            model=str(POCKET), out=out, tokens=(tokens,), precision="fp32", llm_precision="fp32"
+            model=str(POCKET),
+            out=out,
+            tokens=(tokens,),
+            precision="fp32",
+            decoders=DecoderOptions(precision="fp32"),
         )
         build_bundle(options)
         report = compare(out, examination, questions, threads)

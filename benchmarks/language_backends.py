@@ -28,8 +28,11 @@ import typer
 
 from engines import cli
 from engines.bundle import Bundle, open_bundle
+from engines.manifest import LlmPrecision
 from export.build import build_bundle
 from export.build_plan import BuildOptions
+from export.gguf_quantize import GgufPrecision
+from export.language_models import DecoderOptions
 from runtime.backends.chat_server import ServerOptions
 from runtime.conversation import Conversation
 from runtime.generate import GenerationOptions
@@ -217,6 +220,7 @@ def compare(variant: str, heard: Heard, reference: Heard) -> Row:
 @contextmanager
 def _built(model: str, tokens: int) -> Iterator[dict[str, Bundle]]:
     """Build a bundle for every variant; two backends share one where they can."""
+    pairs: tuple[tuple[LlmPrecision, GgufPrecision], ...]
     pairs = (("fp32", "f32"), ("int4", "f16"), ("int4", "q8_0"), ("int4", "q4_k_m"))
     with TemporaryDirectory() as folder:
         bundles: dict[str, Bundle] = {}
@@ -229,9 +233,7 @@ def _built(model: str, tokens: int) -> Iterator[dict[str, Bundle]]:
                     out=out,
                     tokens=(tokens,),
                     precision="fp32",
-                    llm_backends=("ort", "llamacpp"),
-                    llm_precision=precision,  # type: ignore[arg-type]  # one of them
-                    gguf_precision=gguf,  # type: ignore[arg-type]  # one of them
+                    decoders=DecoderOptions(("ort", "llamacpp"), precision, gguf),
                 )
             )
             opened = open_bundle(out)

@@ -92,6 +92,7 @@ def write_random_bundle(directory: Path, shape: Shape) -> Path:
 
     from export.build import build_bundle
     from export.build_plan import BuildOptions
+    from export.language_models import DecoderOptions
 
     torch.manual_seed(0)
     text = LlamaConfig(
@@ -136,7 +137,10 @@ def write_random_bundle(directory: Path, shape: Shape) -> Path:
     (checkpoint / "preprocessor_config.json").write_text(json.dumps(processor | kind))
     build_bundle(
         BuildOptions(
-            str(checkpoint), directory / "bundle", tokens=(8,), llm_backends=("ort", "llamacpp")
+            str(checkpoint),
+            directory / "bundle",
+            tokens=(8,),
+            decoders=DecoderOptions(("ort", "llamacpp")),
         )
     )
     return directory / "bundle"

@@ -107,7 +107,7 @@ class Int8Options:
 
 @dataclass(frozen=True)
 class Int8Flags:
-    """The options of a command that calibrates; the help of each says what it means."""
+    """What INT8 is calibrated on, and what it must keep; the help of each option says more."""
 
     frames: Annotated[
         str | None,

@@ -9,15 +9,19 @@ as one parameter.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
 import json
+import operator
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from engines.errors import FoveateError, OptionError
 
@@ -67,7 +71,8 @@ def make_app(main: Callable[..., int | None], examples: Sequence[str] = ()) -> t
     Args:
         main: its parameters are the options, its docstring the help; it returns the exit code. A
             parameter that is a dataclass stands for the options that are its fields, and its
-            default for theirs.
+            default for theirs; `--help` shows them together under the beginning of
+            the dataclass's docstring.
         examples: command lines shown under ``--help``.
     """
     app = typer.Typer(
@@ -91,7 +96,8 @@ def _spread(main: Callable[..., int | None]) -> Callable[..., int | None]:
         groups[parameter.name] = kind
         for name, field_kind in get_type_hints(kind, include_extras=True).items():
             defaults = kind if parameter.default is inspect.Parameter.empty else parameter.default
-            parameters.append((name, field_kind, getattr(defaults, name, inspect.Parameter.empty)))
+            default = getattr(defaults, name, inspect.Parameter.empty)
+            parameters.append((name, _under_title(field_kind, kind), default))
 
     def gathered(**options: Any) -> int | None:
         for name, kind in groups.items():
@@ -109,6 +115,17 @@ def _spread(main: Callable[..., int | None]) -> Callable[..., int | None]:
         ]
     )
     return gathered
+
+
+def _under_title(kind: Any, group: Any) -> Any:
+    """Return an option's type with the first line of its group's docstring as its help panel."""
+    base, *notes = get_args(kind)
+    (panel,) = re.findall("^[^.:;]*", group.__doc__ or "")
+    titled = [copy.copy(note) for note in notes]
+    for note in titled:
+        if isinstance(note, OptionInfo) and note.rich_help_panel is None:
+            note.rich_help_panel = panel
+    return operator.getitem(Annotated, (base, *titled))
 
 
 def _ending_well(main: Callable[..., int | None]) -> Callable[..., None]:

@@ -7,7 +7,7 @@ would be built.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -21,14 +21,12 @@ from calibration.int8_report import (
     tell_missed_gate,
 )
 from engines import cli
-from engines.errors import GateError, OptionError
-from engines.manifest import LlmPrecision, Precision
+from engines.errors import GateError
+from engines.manifest import Precision
 from engines.progress_bar import show_progress
-from export.build_plan import Budget, BuildOptions, BuildPlan, plan_build
+from export.build_plan import BuildOptions, BuildPlan, plan_build
 from export.build_steps import BuildReport, build_bundle
-from export.gguf_quantize import GgufPrecision
-from export.language_models import DecoderBackend
-from export.reducers import REDUCERS
+from export.options import DecoderFlags, ModelOption, ReducerFlags
 
 __all__ = ["BuildOptions", "BuildReport", "build_bundle", "main"]
 
@@ -41,45 +39,18 @@ _EXAMPLES = (
 
 
 def main(
-    model: Annotated[
-        str, typer.Option(help="LLaVA checkpoint: a directory, or a Hugging Face name.")
-    ],
+    *,
+    model: ModelOption,
     out: Annotated[Path, typer.Option(help="Directory of the bundle.")],
-    int8: Int8Flags,
     target: Annotated[
         str, typer.Option(help="Device; `python -m engines.targets` lists them.")
     ] = "cpu",
-    reducer: Annotated[str, typer.Option(help=f"One of {', '.join(REDUCERS)}.")] = "visionzip",
-    tokens: Annotated[
-        str | None,
-        typer.Option(
-            help="Visual tokens to leave (64 if left out). Several, such as 64,192,all, give a "
-            "graph each, with one file of weights; `runtime.ask --visual-tokens` chooses."
-        ),
-    ] = None,
-    dominant: Annotated[
-        int | None, typer.Option(help="VisionZip: tokens kept as they are, class token included.")
-    ] = None,
-    contextual: Annotated[
-        int | None, typer.Option(help="VisionZip: tokens that merge what is not kept.")
-    ] = None,
-    merge: Annotated[
-        str | None, typer.Option(help="VisionZip: `mean` (the paper) or `reference` (its code).")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Reducer `random`: its seed.")] = None,
     precision: Annotated[
         str | None, typer.Option(help="Of the vision graph; left out, the target's default.")
     ] = None,
-    llm_backend: Annotated[
-        str, typer.Option(help="ort, llamacpp, or both with a comma; the first is the default.")
-    ] = "ort",
-    llm_precision: Annotated[str, typer.Option(help="int4 or fp32.")] = "int4",
-    gguf_precision: Annotated[
-        str | None,
-        typer.Option(
-            help="llama.cpp: q4_k_m, q8_0, f16 or f32; left out, q4_k_m for int4, f16 for fp32."
-        ),
-    ] = None,
+    reducer: ReducerFlags,
+    int8: Int8Flags,
+    decoders: DecoderFlags,
     threads: cli.ThreadsOption = None,
     opset: Annotated[
         int | None,
@@ -99,24 +70,15 @@ def main(
     and night if the robot works by day and night. Every eighth is held out; on these INT8 must keep
     the patches that FP32 keeps (--gate), or nothing is written and the exit code is 1.
     """
-    given = {"dominant": dominant, "contextual": contextual, "merge": merge, "seed": seed}
-    reducer_options = {name: value for name, value in given.items() if value is not None}
     options = BuildOptions(
         model=model,
         out=out,
         target=target,
-        reducer=reducer,
-        tokens=_read_budgets(tokens, reducer, reducer_options),
-        reducer_options=reducer_options,
+        reducer=reducer.reducer,
+        tokens=reducer.budgets(),
+        reducer_options=reducer.options(),
         precision=cli.one_of("--precision", precision, Precision) if precision else None,
-        llm_backends=tuple(
-            cli.one_of("--llm-backend", name.strip(), DecoderBackend)
-            for name in llm_backend.split(",")
-        ),
-        llm_precision=cli.one_of("--llm-precision", llm_precision, LlmPrecision),
-        gguf_precision=cli.one_of("--gguf-precision", gguf_precision, GgufPrecision)
-        if gguf_precision
-        else None,
+        decoders=decoders.options(),
         opset=opset,
         int8=int8.options(threads),
         targets_file=targets,
@@ -137,25 +99,6 @@ def main(
     return 0
 
 
-def _read_budgets(
-    text: str | None, reducer: str, reducer_options: dict[str, Any]
-) -> tuple[Budget, ...]:
-    """Read ``"64"`` or ``"32,64,all"``; left out, what the reducer implies."""
-    if text is None and reducer == "none":
-        return ("all",)
-    if text is None:
-        counted = {"dominant", "contextual"} <= set(reducer_options)
-        return () if counted else BuildOptions.tokens
-    words = [word.strip() for word in text.split(",")]
-    wrong = [word for word in words if word != "all" and not word.isdecimal()]
-    if wrong:
-        raise OptionError(
-            f"--tokens {text}: {', '.join(map(repr, wrong))} is not a number of tokens. Give one "
-            "or more with commas between them, such as 64 or 32,64,all."
-        )
-    return tuple("all" if word == "all" else int(word) for word in words)
-
-
 def _tell_plan(plan: BuildPlan, options: BuildOptions, as_json: bool) -> None:
     graphs = [
         {"reducer": one.name, "tokens": one.token_count(plan.patches), **one.options}
@@ -168,7 +111,7 @@ def _tell_plan(plan: BuildPlan, options: BuildOptions, as_json: bool) -> None:
                 "target": plan.target.name,
                 "precision": plan.precision,
                 "decoders": {
-                    name: options.decoders.precision_of(name) for name in options.llm_backends
+                    name: options.decoders.precision_of(name) for name in options.decoders.backends
                 },
                 "patches": plan.patches,
                 "vision": graphs,
@@ -184,7 +127,7 @@ def _tell_plan(plan: BuildPlan, options: BuildOptions, as_json: bool) -> None:
             f"  vision graph  {plan.precision}, {graph['reducer']}{detail}: "
             f"{graph['tokens']} of {plan.patches} visual tokens"
         )
-    for backend in options.llm_backends:
+    for backend in options.decoders.backends:
         print(f"  decoder       {options.decoders.precision_of(backend)}, {backend}")
     print(f"  into          {options.out}")
 

@@ -17,11 +17,10 @@ from calibration.int8_options import Int8Options
 from calibration.record import Calibration
 from engines.bundle import refuse_occupied
 from engines.errors import OptionError
-from engines.manifest import LlmPrecision, Precision
+from engines.manifest import Precision
 from engines.targets import Target, find_target
 from export.checkpoint import Checkpoint, open_checkpoint
-from export.gguf_quantize import GgufPrecision
-from export.language_models import DecoderBackend, DecoderOptions, check_language_models
+from export.language_models import DecoderOptions, check_language_models
 from export.reducers import Reducer, make_reducer, reducer_for_budget
 
 Budget = int | Literal["all"]
@@ -42,9 +41,7 @@ class BuildOptions:
         tokens: a graph is built for each; without any, for what the reducer's options leave.
         reducer_options: options of the reducer, which take precedence over what a budget implies.
         precision: of the vision graph; None takes the target's default.
-        llm_backends: language backends that get a decoder; the first is the bundle's default.
-        llm_precision: of the language model.
-        gguf_precision: of llama.cpp's decoder; None takes what is like `llm_precision`.
+        decoders: which of them the bundle gets.
         opset: of the vision graph; None takes 18, or 19 where float16 is quantized.
         int8: frames or a calibration, for the precisions ``int8`` and ``mixed``.
         targets_file: a TOML file of the user's own targets.
@@ -58,18 +55,11 @@ class BuildOptions:
     tokens: tuple[Budget, ...] = (64,)
     reducer_options: Mapping[str, int | float | str] = field(default_factory=dict)
     precision: Precision | None = None
-    llm_backends: tuple[DecoderBackend, ...] = ("ort",)
-    llm_precision: LlmPrecision = "int4"
-    gguf_precision: GgufPrecision | None = None
+    decoders: DecoderOptions = field(default_factory=DecoderOptions)
     opset: int | None = None
     int8: Int8Options = field(default_factory=Int8Options)
     targets_file: Path | None = None
     overwrite: bool = False
-
-    @property
-    def decoders(self) -> DecoderOptions:
-        """The part that concerns the language model."""
-        return DecoderOptions(self.llm_backends, self.llm_precision, self.gguf_precision)
 
 
 @dataclass(frozen=True)

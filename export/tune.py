@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ from rich.progress import Progress as RichProgress
 from rich.progress import track
 
 from engines import cli
-from export.reducers import REDUCERS
+from export.options import MergeOption, ModelOption, ReducerOption
 from export.tuning.features import Track
 from export.tuning.run import TuneOptions, TuneReport, json_from_report, tune_checkpoint
 from export.tuning.student import Lora, TrainingPrecision
@@ -33,40 +34,57 @@ _EXAMPLES = (
 )
 
 
+@dataclass(frozen=True)
+class RecipeFlags:
+    """How to train; the help of each option says what it means."""
+
+    epochs: Annotated[int, typer.Option(min=1, help="How often a picture is seen.")] = Recipe.epochs
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps, instead of epochs.")
+    ] = None
+    batch: Annotated[int, typer.Option(min=1, help="Pictures of one pass.")] = Recipe.batch
+    accumulate: Annotated[int, typer.Option(min=1, help="Passes of one step.")] = Recipe.accumulate
+    learning_rate: Annotated[
+        float, typer.Option(min=0, help="The highest; it falls along a cosine.")
+    ] = Recipe.learning_rate
+    weight_decay: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = Recipe.weight_decay
+    validate_every: Annotated[
+        int, typer.Option(min=1, help="Steps between looks, and between saves.")
+    ] = Recipe.validate_every
+    seed: cli.SeedOption = 0
+
+
+@dataclass(frozen=True)
+class AdapterFlags:
+    """What the language model learns; the help of each option says what it means."""
+
+    lora_rank: Annotated[
+        int, typer.Option(min=0, help="Adapters of this rank in the language model; 0: none.")
+    ] = 0
+    lora_alpha: Annotated[
+        int | None, typer.Option(min=1, help="Their scale times the rank; twice the rank if out.")
+    ] = None
+
+    def options(self) -> Lora | None:
+        """Return the adapters; None: the language model learns nothing."""
+        rank = self.lora_rank
+        return Lora(rank, self.lora_alpha or 2 * rank) if rank else None
+
+
 def main(
-    model: Annotated[
-        str, typer.Option(help="LLaVA checkpoint: a directory, or a Hugging Face name.")
-    ],
+    *,
+    model: ModelOption,
     data: Annotated[Path, typer.Option(help="Conversations, LLaVA-format JSON.")],
     images: Annotated[Path, typer.Option(help="Directory of their pictures.")],
     out: Annotated[Path, typer.Option(help="Directory of the tuned checkpoint.")],
-    reducer: Annotated[str, typer.Option(help=f"One of {', '.join(REDUCERS)}.")] = "visionzip",
+    reducer: ReducerOption = "visionzip",
     tokens: Annotated[int, typer.Option(min=1, help="Visual tokens it leaves.")] = 64,
-    merge: Annotated[
-        str | None, typer.Option(help="VisionZip: `mean` (the paper) or `reference` (its code).")
-    ] = None,
-    lora_rank: Annotated[
-        int, typer.Option(min=0, help="Adapters of this rank in the language model; 0: none.")
-    ] = 0,
-    lora_alpha: Annotated[
-        int | None, typer.Option(min=1, help="Their scale times the rank; twice the rank if out.")
-    ] = None,
-    epochs: Annotated[int, typer.Option(min=1)] = Recipe.epochs,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps, instead of epochs.")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures of one pass.")] = Recipe.batch,
-    accumulate: Annotated[int, typer.Option(min=1, help="Passes of one step.")] = Recipe.accumulate,
-    learning_rate: Annotated[
-        float, typer.Option(min=0, help="The highest; it falls along a cosine.")
-    ] = Recipe.learning_rate,
-    weight_decay: Annotated[float, typer.Option(min=0)] = Recipe.weight_decay,
+    merge: MergeOption = None,
+    adapters: AdapterFlags,
+    recipe: RecipeFlags,
     validation: Annotated[
         float, typer.Option(min=0, max=0.5, help="Share of the pictures kept out to look at.")
     ] = TuneOptions.validation,
-    validate_every: Annotated[
-        int, typer.Option(min=1, help="Steps between looks, and between saves.")
-    ] = Recipe.validate_every,
     precision: Annotated[str, typer.Option(help="Of the computation: fp32 or bf16.")] = "fp32",
     device: Annotated[
         str | None, typer.Option(help="A PyTorch device; left out, a GPU where there is one.")
@@ -80,7 +98,6 @@ def main(
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin again; features are kept.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace the checkpoint at --out.")] = False,
-    seed: cli.SeedOption = 0,
     threads: cli.ThreadsOption = None,
     as_json: cli.JsonOption = False,
 ) -> int:
@@ -98,17 +115,8 @@ def main(
         reducer=reducer,
         tokens=tokens,
         reducer_options={"merge": merge} if merge is not None else {},
-        lora=Lora(lora_rank, lora_alpha or 2 * lora_rank) if lora_rank else None,
-        recipe=Recipe(
-            epochs=epochs,
-            steps=steps,
-            batch=batch,
-            accumulate=accumulate,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            validate_every=validate_every,
-            seed=seed,
-        ),
+        lora=adapters.options(),
+        recipe=Recipe(**vars(recipe)),
         validation=validation,
         precision=cli.one_of("--precision", precision, TrainingPrecision),
         device=device,

@@ -18,6 +18,8 @@ from engines.errors import BundleError
 
 @dataclass(frozen=True)
 class Tone:
+    \"\"\"What is heard; more about it.\"\"\"
+
     loud: Annotated[bool, typer.Option("--loud", help="Shout it.")] = False
     word: Annotated[str, typer.Option(help="What to say.")] = "hm"
 
@@ -88,6 +90,8 @@ def test_a_bug_keeps_its_traceback() -> None:
 def test_help_shows_the_examples() -> None:
     ended = end("--help")
     assert "End in many ways." in ended.stdout
-    assert "Shout it." in ended.stdout
+    panel = ended.stdout.partition("What is heard ─")[2]
+    assert "Shout it." in panel
+    assert "--threads" not in panel
     assert "default: yes" in ended.stdout
     assert "python -m end well" in ended.stdout

@@ -21,6 +21,7 @@ from transformers import (
 
 from export.build import build_bundle
 from export.build_plan import BuildOptions
+from export.language_models import DecoderOptions
 from tests.photographs import load_photographs
 from tests.verified_bundles import put_prumerge, rewrite_bundle
 
@@ -170,7 +171,12 @@ def verified_bundle(language_checkpoint: Path, tmp_path_factory: pytest.TempPath
     """A faithful fp32 bundle with a graph of 8 visual tokens and one of all 16."""
     out = tmp_path_factory.mktemp("verified") / "bundle"
     build_bundle(
-        BuildOptions(str(language_checkpoint), out, tokens=(8, "all"), llm_precision="fp32")
+        BuildOptions(
+            str(language_checkpoint),
+            out,
+            tokens=(8, "all"),
+            decoders=DecoderOptions(precision="fp32"),
+        )
     )
     return out
 

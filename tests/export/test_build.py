@@ -19,6 +19,7 @@ from engines.ort import OrtSession
 from export import build_steps, build_vision
 from export.build import build_bundle
 from export.build_plan import BuildOptions, plan_build
+from export.language_models import DecoderOptions
 from export.to_onnx import trace_graph
 from export.visual_graph import build_visual_graph
 from runtime.vision import VisionEncoder
@@ -29,7 +30,9 @@ def built(language_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     """A bundle with two budgets of the tiny checkpoint."""
     out = tmp_path_factory.mktemp("built") / "bundle"
     lines: list[str] = []
-    options = BuildOptions(str(language_checkpoint), out, tokens=(8, "all"), llm_precision="fp32")
+    options = BuildOptions(
+        str(language_checkpoint), out, tokens=(8, "all"), decoders=DecoderOptions(precision="fp32")
+    )
     report = build_bundle(options, lambda line, done: lines.append(line))
     assert lines[-1] == "Done"
     assert set(report.seconds) == {"vision_8", "vision_16", "language_model"}
@@ -170,7 +173,11 @@ def test_a_device_gets_half_precision_and_a_checked_graph(
 
     monkeypatch.setattr(build_vision, "check_graph", record)
     options = BuildOptions(
-        str(language_checkpoint), tmp_path / "b", target=target, tokens=(8,), llm_precision="fp32"
+        str(language_checkpoint),
+        tmp_path / "b",
+        target=target,
+        tokens=(8,),
+        decoders=DecoderOptions(precision="fp32"),
     )
     build_bundle(options)
     bundle = open_bundle(tmp_path / "b")

@@ -24,8 +24,7 @@ def test_a_bundle_for_llama_cpp_alone_has_what_every_backend_shares(
         str(language_checkpoint),
         tmp_path / "bundle",
         tokens=(8,),
-        llm_backends=("llamacpp",),
-        gguf_precision="f16",
+        decoders=DecoderOptions(("llamacpp",), gguf_precision="f16"),
     )
     report = build_bundle(options)
     assert report.notes == ()
@@ -49,7 +48,9 @@ def test_the_gguf_precision_follows_the_other(precision, gguf_precision, chosen:
 
 @pytest.mark.parametrize("backends", [(), ("ort", "ort")])
 def test_backends_are_named_once(language_checkpoint: Path, tmp_path: Path, backends) -> None:
-    options = BuildOptions(str(language_checkpoint), tmp_path / "b", llm_backends=backends)
+    options = BuildOptions(
+        str(language_checkpoint), tmp_path / "b", decoders=DecoderOptions(backends)
+    )
     with pytest.raises(OptionError, match="expected ort, llamacpp or both, each once"):
         plan_build(options)
 
@@ -58,14 +59,16 @@ def test_a_missing_quantizer_is_told_before_anything_slow(
     language_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(language_models, "find_spec", lambda name: None)
-    options = BuildOptions(str(language_checkpoint), tmp_path / "b", llm_backends=("llamacpp",))
+    decoders = DecoderOptions(("llamacpp",))
+    options = BuildOptions(str(language_checkpoint), tmp_path / "b", decoders=decoders)
     with pytest.raises(OptionError, match=r"q4_k_m needs llama-cpp-python.*--gguf-precision f16"):
         plan_build(options)
 
 
 def test_a_model_llama_cpp_cannot_run_is_told_before_anything_slow(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", tiny_llava("llama", hidden_act="gelu"))
-    options = BuildOptions(str(checkpoint), tmp_path / "b", llm_backends=("ort", "llamacpp"))
+    decoders = DecoderOptions(("ort", "llamacpp"))
+    options = BuildOptions(str(checkpoint), tmp_path / "b", decoders=decoders)
     with pytest.raises(CheckpointError, match=r"hidden_act is 'gelu'.*--llm-backend ort"):
         plan_build(options)
 
@@ -77,9 +80,7 @@ def test_both_backends_answer_alike(language_checkpoint: Path, tmp_path: Path) -
         str(language_checkpoint),
         tmp_path / "bundle",
         tokens=(8,),
-        llm_backends=("llamacpp", "ort"),
-        llm_precision="fp32",
-        gguf_precision="f32",
+        decoders=DecoderOptions(("llamacpp", "ort"), "fp32", "f32"),
     )
     build_bundle(options)
     bundle = open_bundle(tmp_path / "bundle")

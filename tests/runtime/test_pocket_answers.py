@@ -16,6 +16,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from engines.bundle import open_bundle
 from export.build import build_bundle
 from export.build_plan import BuildOptions
+from export.language_models import DecoderOptions
 from runtime.camera.answering import FrameAnswerer, FrameEncoder
 from runtime.camera.loop import CameraLoop, CameraOptions
 from runtime.camera.stillness import StillnessOptions
@@ -37,7 +38,11 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     out = tmp_path_factory.mktemp("pocket") / "bundle"
     build_bundle(
         BuildOptions(
-            model=str(POCKET), out=out, reducer="none", tokens=("all",), llm_precision="fp32"
+            model=str(POCKET),
+            out=out,
+            reducer="none",
+            tokens=("all",),
+            decoders=DecoderOptions(precision="fp32"),
         )
     )
     with open_model(open_bundle(out)) as model:

@@ -25,6 +25,7 @@ from engines.errors import BackendError
 from export.build import build_bundle
 from export.build_plan import BuildOptions
 from export.checkpoint import open_checkpoint
+from export.language_models import DecoderOptions
 from export.served_model import SERVER_OPTIONS, write_served_model
 from runtime.backends.chat_server import ServerOptions
 from runtime.conversation import Conversation
@@ -57,7 +58,9 @@ ENVIRONMENT = {
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     out = tmp_path_factory.mktemp("pocket") / "bundle"
-    build_bundle(BuildOptions(str(POCKET), out, precision="fp32", llm_precision="fp32"))
+    build_bundle(
+        BuildOptions(str(POCKET), out, precision="fp32", decoders=DecoderOptions(precision="fp32"))
+    )
     return open_bundle(out)
 
 
