@@ -4,8 +4,9 @@
     python -m benchmarks.camera build/pocket --seconds 60
 
 Goals: p99 age <= 1.2 x (encode + prefill), memory growing by less than 1 % over 10,000 frames,
-preprocessing of a 1080p frame <= 5 ms on one core, the loop's own cost <= 1 ms a frame, and, where
-the bundle has several budgets, a latency target held within a fifth when the load doubles halfway.
+preprocessing of a 1080p frame <= 5 ms with bands of it on all cores, the loop's own cost <= 1 ms a
+frame, and, where the bundle has several budgets, a latency target held within a fifth when the load
+doubles halfway.
 Ends with 1 when a goal is missed.
 """
 
@@ -28,6 +29,7 @@ import numpy as np
 import typer
 
 from engines.bundle import Bundle, open_bundle
+from runtime.bands import Bands
 from runtime.camera.answering import FrameAnswerer, FrameEncoder
 from runtime.camera.budgeted import BudgetedEncoder, ObservedAnswerer
 from runtime.camera.goal import Goal
@@ -130,7 +132,9 @@ def measure_bundle(bundle: Bundle, seconds: float, fps: float, max_tokens: int) 
                 resident.append((loop.frames, resident_bytes()))
         spent_s = time.monotonic() - started_s
         frame = np.random.default_rng(1).integers(0, 256, (1, HEIGHT, WIDTH, 3), dtype=np.uint8)
-        preprocess_ms = _fastest_ms(lambda: preprocess_batch(frame, bundle.preprocessing))
+        alone_ms = _fastest_ms(lambda: preprocess_batch(frame, bundle.preprocessing))
+        with Bands() as bands:
+            banded_ms = _fastest_ms(lambda: preprocess_batch(frame, bundle.preprocessing, bands))
     settled = slice(len(ages) // 10, None)  # the first answers warm up
     p99_age, p50_cost = np.percentile(ages[settled], 99), np.median(costs[settled])
     return {
@@ -142,7 +146,8 @@ def measure_bundle(bundle: Bundle, seconds: float, fps: float, max_tokens: int) 
         "age_p99_over_encode_and_prefill": round(float(p99_age / p50_cost), 2),
         "drops": dict(loop.drops),
         "bundle_memory_growth": round(growth_per_10000_frames(resident[settled]), 4),
-        "preprocess_1080p_ms": round(preprocess_ms, 2),
+        "preprocess_1080p_ms": round(banded_ms, 2),
+        "preprocess_1080p_one_core_ms": round(alone_ms, 2),
     }
 
 

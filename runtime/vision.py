@@ -19,6 +19,7 @@ from engines.errors import BundleError, PictureError
 from engines.manifest import VisionGraph
 from engines.open_session import open_session
 from engines.session import Session
+from runtime.bands import Bands
 from runtime.preprocess import Pixels, check_picture, preprocess_batch
 
 _OUTPUTS = ("visual_tokens", "valid_count", "patch_index", "assignment")
@@ -83,7 +84,8 @@ class VisionEncoder(Closeable):
                 caller's to close.
             engine: which engine to open, a name of `engines.open_session`; the target's own when
                 left out.
-            threads: CPU threads when no session is given; left out, one per physical core.
+            threads: CPU threads, for preprocessing and, when no session is given, the graph; left
+                out, one per core.
             tokens: which of the bundle's graphs, by its number of visual tokens; the first when
                 left out.
 
@@ -95,6 +97,7 @@ class VisionEncoder(Closeable):
         self.bundle = bundle
         self.graph: VisionGraph = bundle.vision(tokens)
         self._owned = session is None
+        self._bands = Bands(threads)
         file = bundle.path(self.graph.file)
         self.session: Session = (
             open_session(bundle, self.graph, engine=engine, threads=threads)
@@ -116,7 +119,8 @@ class VisionEncoder(Closeable):
 
         Args:
             pictures: RGB, uint8[B, H, W, 3], or a list of uint8[H, W, 3] of any sizes. A picture in
-                BGR order (OpenCV's) cannot be told from one in RGB: convert it first.
+                BGR order (OpenCV's) cannot be told from one in RGB: give it as
+                ``picture[:, :, ::-1]``, which costs nothing.
 
         Raises:
             PictureError: a wrong shape or dtype, or no pictures.
@@ -124,7 +128,9 @@ class VisionEncoder(Closeable):
         """
         _check_pictures(pictures)
         started = time.perf_counter()
-        pixel_values = preprocess_batch(pictures, self.bundle.preprocessing)  # [B, 3, H, W]
+        pixel_values = preprocess_batch(
+            pictures, self.bundle.preprocessing, self._bands
+        )  # [B, 3, H, W]
         prepared = time.perf_counter()
         name = self.session.input_names[0]
         outputs = self.session.run({name: pixel_values.astype(self._dtype, copy=False)})
@@ -143,6 +149,7 @@ class VisionEncoder(Closeable):
 
     def close(self) -> None:
         """Free the graph, unless the session was given; calling it again does nothing."""
+        self._bands.close()
         if self._owned:
             self.session.close()
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Picture = NDArray[np.uint8]
-"""uint8[H, W, 3], RGB."""
+"""uint8[H, W, 3], RGB; perhaps a view of something larger, turned or in another order."""
 
 _log = logging.getLogger(__name__)
 

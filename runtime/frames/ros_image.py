@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from engines.errors import SourceError
 from runtime.frames.decoding import import_av
@@ -72,11 +73,19 @@ def stamp_ns(message: Any) -> int:
     return int(seconds) * 1_000_000_000 + int(stamp.nanosec)
 
 
-def _colour(order: tuple[int, ...]) -> Callable[[Bytes, int], Picture]:
+def _colour(step: int) -> Callable[[Bytes, int], Picture]:
+    """Take three bytes as a pixel, in their order or the other way round, without a copy."""
+
     def convert(rows: Bytes, width: int) -> Picture:
-        channels = rows.shape[1] // width
-        pixels = rows.reshape(len(rows), width, channels)
-        return np.ascontiguousarray(pixels[..., order])
+        return rows.reshape(len(rows), width, 3)[..., ::step]
+
+    return convert
+
+
+def _colour_of_four(layout: str) -> Callable[[Bytes, int], Picture]:
+    def convert(rows: Bytes, width: int) -> Picture:
+        size = (width, len(rows))
+        return np.asarray(Image.frombytes("RGB", size, rows.tobytes(), "raw", layout))
 
     return convert
 
@@ -108,11 +117,11 @@ def _through_ffmpeg(pixel_format: str, swap_pairs: bool = False) -> Callable[[By
 
 
 _CONVERSIONS: Mapping[str, tuple[Callable[[Bytes, int], Picture], int]] = {
-    "rgb8": (_colour((0, 1, 2)), 3),
-    "bgr8": (_colour((2, 1, 0)), 3),
-    "8uc3": (_colour((2, 1, 0)), 3),
-    "rgba8": (_colour((0, 1, 2)), 4),
-    "bgra8": (_colour((2, 1, 0)), 4),
+    "rgb8": (_colour(1), 3),
+    "bgr8": (_colour(-1), 3),
+    "8uc3": (_colour(-1), 3),
+    "rgba8": (_colour_of_four("RGBX"), 4),
+    "bgra8": (_colour_of_four("BGRX"), 4),
     "mono8": (_grey, 1),
     "8uc1": (_grey, 1),
     "mono16": (_grey_16_bit, 2),

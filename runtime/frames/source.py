@@ -111,7 +111,7 @@ class FrameSource(Closeable):
             image = image[y : y + height, x : x + width]
         if self._options.rotate:
             image = np.rot90(image, k=-self._options.rotate // 90)
-        return np.ascontiguousarray(image)
+        return image
 
     def close(self) -> None:
         """Stop, from any thread; calling it again does nothing."""
