@@ -133,7 +133,10 @@ def _target_of_plan(bundle: Bundle, graph: VisionGraph, name: str) -> Target:
 
 
 def _open_ort_on_gpu(bundle: Bundle, graph: VisionGraph, name: str) -> Session:
-    """Open ONNX Runtime on a GPU, with TF32 off: a rounded score may keep another patch."""
+    """Open ONNX Runtime on a GPU, with TF32 off: a rounded score may keep another patch.
+
+    Its CUDA provider has an option for that; TensorRT is told by NVIDIA's environment variable.
+    """
     from engines.ort import CUDA, OrtSession, Provider
 
     providers: list[Provider] = [(CUDA, {"use_tf32": "0"})]
@@ -144,12 +147,13 @@ def _open_ort_on_gpu(bundle: Bundle, graph: VisionGraph, name: str) -> Session:
                 f"{graph.precision} graph's FP32 selection too. Use --engine tensorrt, which "
                 "keeps every type as exported, or --engine ort-cuda."
             )
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
         cache = bundle.local / "ort-tensorrt"
         cache.mkdir(parents=True, exist_ok=True)
         options = {
-            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_enable": "True",  # "1" is refused
             "trt_engine_cache_path": str(cache),
-            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_enable": "True",
             "trt_timing_cache_path": str(cache),
         }
         providers.insert(0, (_TENSORRT, options))

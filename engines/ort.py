@@ -7,6 +7,9 @@ ONNX Runtime is configured; the decoder's backend uses it too.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -61,6 +64,7 @@ def create_inference_session(
     """
     onnxruntime = _onnxruntime()
     _refuse_absent_providers(onnxruntime, providers)
+    complaints = "" if _names_of(providers) == [CPU] else _load_gpu_libraries()
     if threads is not None and threads < 1:
         raise EngineError(f"{path}: threads is {threads}, expected 1 or more.")
     options = onnxruntime.SessionOptions()
@@ -75,16 +79,17 @@ def create_inference_session(
     names = _names_of(providers)
     ordered = [*providers, *([] if CPU in names else [CPU])]
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=ordered)
+        # Its own fallback prints on stdout and goes on without the provider.
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=ordered, enable_fallback=0
+        )
     except Exception as error:  # ONNX Runtime's errors share no base class
+        if names[0] != CPU and Path(path).is_file():
+            reason = " ".join(f"{error} {complaints}".split())
+            raise EngineError(_start_message(path, names[0], onnxruntime, reason)) from error
         raise EngineError(_load_message(Path(path), onnxruntime.__version__, error)) from error
     if session.get_providers()[0] != names[0]:
-        raise EngineError(
-            f"{path}: {names[0]} could not start, ONNX Runtime offered {session.get_providers()} "
-            "instead. Check that the GPU driver, CUDA and cuDNN are of the versions that "
-            f"onnxruntime-gpu {onnxruntime.__version__} names, or run on the CPU."
-        )
-    session.disable_fallback()
+        raise EngineError(_start_message(path, names[0], onnxruntime, complaints))
     return session
 
 
@@ -97,6 +102,22 @@ def _onnxruntime() -> Any:
     return onnxruntime
 
 
+@functools.cache
+def _load_gpu_libraries() -> str:
+    """Load the CUDA and cuDNN that pip installed, which ONNX Runtime does not find by itself.
+
+    Returns:
+        What could not be loaded, in ONNX Runtime's words.
+    """
+    import onnxruntime
+
+    said = io.StringIO()
+    if hasattr(onnxruntime, "preload_dlls"):
+        with contextlib.redirect_stdout(said):
+            onnxruntime.preload_dlls()
+    return " ".join(said.getvalue().split())
+
+
 def _names_of(providers: Sequence[Provider]) -> list[str]:
     return [item if isinstance(item, str) else item[0] for item in providers]
 
@@ -107,9 +128,23 @@ def _refuse_absent_providers(onnxruntime: Any, providers: Sequence[Provider]) ->
     if absent or not providers:
         raise EngineError(
             f"The installed onnxruntime {onnxruntime.__version__} cannot run on "
-            f"{', '.join(absent) or 'nothing'}, only on {', '.join(available)}. For {CUDA} replace "
-            "it: `pip uninstall onnxruntime && pip install onnxruntime-gpu`; or run on the CPU."
+            f"{', '.join(absent) or 'nothing'}, only on {', '.join(available)}. For a GPU replace "
+            "it: `pip uninstall onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'`, on a "
+            "Jetson a wheel of pypi.jetson-ai-lab.io for its JetPack; or run on the CPU."
         )
+
+
+def _start_message(
+    path: str | os.PathLike[str], provider: str, onnxruntime: Any, reason: str
+) -> str:
+    reason = reason.rstrip(".")
+    cuda = getattr(onnxruntime, "cuda_version", None) or "12 or 13, as it was built,"
+    return (
+        f"{path}: {provider} could not start{f': {reason}' if reason else ''}. "
+        f"onnxruntime-gpu {onnxruntime.__version__} needs CUDA {cuda}, cuDNN 9 and a driver for "
+        "them: pip install 'onnxruntime-gpu[cuda,cudnn]' brings the first two, "
+        "`python -m engines.doctor` shows the third. Or run on the CPU."
+    )
 
 
 def _load_message(path: Path, version: str, error: Exception) -> str:

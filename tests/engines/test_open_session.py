@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -82,13 +83,20 @@ def test_providers_on_a_gpu_keep_tf32_off_and_caches_in_the_bundle(
             asked.append(providers)
 
     monkeypatch.setattr(ort, "OrtSession", Recorder)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
     bundle = make_bundle(tmp_path)
     open_session(bundle, engine="ort-cuda")
     open_session(bundle, engine="ort-tensorrt")
     assert asked[0] == [("CUDAExecutionProvider", {"use_tf32": "0"})]
     name, options = asked[1][0]  # type: ignore[index]
     assert name == "TensorrtExecutionProvider"
-    assert options["trt_engine_cache_path"] == str(bundle.local / "ort-tensorrt")
+    assert options == {
+        "trt_engine_cache_enable": "True",
+        "trt_engine_cache_path": str(bundle.local / "ort-tensorrt"),
+        "trt_timing_cache_enable": "True",
+        "trt_timing_cache_path": str(bundle.local / "ort-tensorrt"),
+    }
+    assert os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
     open_bundle(bundle.root)
 
 

@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from engines import ort
 from engines.errors import EngineError
 from engines.ort import CPU, CUDA, OrtSession, create_inference_session
 from engines.session import Session
@@ -100,8 +101,29 @@ def test_an_absent_provider_is_never_replaced_silently(
         create_inference_session(graph, providers=["NoSuchExecutionProvider"])
     # A provider that is compiled in and cannot start is only warned about by ONNX Runtime.
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
-    with pytest.raises(EngineError, match="CUDAExecutionProvider could not start"):
+    with pytest.raises(EngineError, match="CUDAExecutionProvider could not start.*cuDNN 9"):
         create_inference_session(graph, providers=[CUDA])
+
+
+def test_what_stops_a_provider_is_told_and_not_printed(
+    graph: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import onnxruntime
+
+    def initialize(self: object, *_: object) -> None:
+        raise RuntimeError("Please install TensorRT libraries")
+
+    def preload() -> None:
+        print("Failed to load libcublas.so.13: no such file")
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload)
+    monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", initialize)
+    ort._load_gpu_libraries.cache_clear()
+    with pytest.raises(EngineError, match=r"start: Please install TensorRT.*libcublas\.so\.13"):
+        create_inference_session(graph, providers=[CUDA])
+    ort._load_gpu_libraries.cache_clear()
+    assert capsys.readouterr().out == "", "stdout belongs to a command's results"
 
 
 def test_threads_are_checked(graph: Path) -> None:
