@@ -101,7 +101,7 @@ def test_an_absent_provider_is_never_replaced_silently(
         create_inference_session(graph, providers=["NoSuchExecutionProvider"])
     # A provider that is compiled in and cannot start is only warned about by ONNX Runtime.
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
-    with pytest.raises(EngineError, match="CUDAExecutionProvider could not start.*cuDNN 9"):
+    with pytest.raises(EngineError, match=r"CUDAExecutionProvider could not start.*cuDNN 9"):
         create_inference_session(graph, providers=[CUDA])
 
 
