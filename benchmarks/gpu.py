@@ -2,35 +2,48 @@
 
 `python -m benchmarks.gpu` wherever a GPU is: the papers' released PyTorch path, transformers
 without reduction, our graph in PyTorch and under torch.compile, ONNX Runtime on CUDA with and
-without a CUDA graph, and TensorRT where it is installed. Random weights: speed does not depend on
-them. A row that cannot run says why instead of a number. It has not run yet on any GPU of ours.
+without a CUDA graph, and TensorRT where it is installed. Every way starts with pixels in the host's
+memory, float32[B, 3, 336, 336], and ends with projected visual tokens there. Random weights: speed
+does not depend on them. A row that cannot run says why instead of a number, and its traceback goes
+to stderr. It has not run yet on any GPU of ours.
 """
 
 from __future__ import annotations
 
 import hashlib
+import platform
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from transformers import CLIPVisionModel
+from numpy.typing import NDArray
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from benchmarks import papers_path, random_graphs
 from engines import cli
-from engines.errors import EngineError, FoveateError
+from engines.errors import EngineError, OptionError
 from engines.gpu import Gpu, NoGpu, find_gpu
+from engines.manifest import Precision
+from engines.ort import CPU, CUDA, Provider
 from engines.targets import Target, load_targets
 
 PIXELS = "pixel_values"
-Step = Callable[[], object]
-"""One batch, finished when it returns."""
+DOMINANT, CONTEXTUAL = 54, 10
+_WARM_UP = 5
+_PACKAGES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime", "tensorrt", "polygraphy")
+Step = Callable[[], NDArray[Any]]
+"""One batch, finished when it returns: [B, N, D] in the host's memory."""
 
 
 @dataclass(frozen=True)
@@ -51,149 +64,194 @@ class Case:
     runs: int
     folder: Path
     gpu: Gpu
+    config: CLIPVisionConfig = field(default_factory=lambda: random_graphs.CLIP_L_336)
+    device: str = "cuda"
+    """Another one where the benchmark itself is tested."""
 
-    def pixels(self) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Return float32[B, 3, 336, 336]."""
-        shape = (self.batch, 3, 336, 336)
+    @property
+    def side(self) -> int:
+        """Pixels along one side."""
+        return int(str(self.config.image_size))
+
+    def pixels(self) -> NDArray[np.float32]:
+        """Return float32[B, 3, H, W]."""
+        shape = (self.batch, 3, self.side, self.side)
         return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
 
 def measure(way: str, case: Case, prepare: Callable[[Case], Step]) -> Timing:
-    """Warm up, then time ``case.runs`` batches one by one."""
+    """Warm up, look at what comes out, then time ``case.runs`` batches one by one."""
     print(f"{way} ...", file=sys.stderr)
     try:
         step = prepare(case)
-        for _ in range(5):
-            step()
+        for _ in range(_WARM_UP):
+            tokens = step()
+        if tokens.ndim != 3 or len(tokens) != case.batch or not np.isfinite(tokens).all():
+            raise EngineError(f"{tokens.dtype}{list(tokens.shape)} came out, or not-a-numbers.")
         spent = []
         for _ in range(case.runs):
             start = time.perf_counter()
             step()
             spent.append((time.perf_counter() - start) * 1e3)
-    except (FoveateError, ImportError, RuntimeError) as error:
-        return Timing(way, None, None, " ".join(str(error).split())[:200])
+    except Exception as error:  # each library has its own, and the other rows are to be measured
+        traceback.print_exc()
+        said = " ".join(str(error).split())[:200].replace("|", "/")
+        return Timing(way, None, None, f"{type(error).__name__}: {said}")
     return Timing(way, float(np.median(spent)), float(np.percentile(spent, 90)))
 
 
-def _model() -> CLIPVisionModel:
-    torch.manual_seed(0)
-    model: CLIPVisionModel = CLIPVisionModel(random_graphs.CLIP_L_336).eval().half().cuda()
-    return model
+def _in_torch(case: Case, encode: Callable[[torch.Tensor], torch.Tensor]) -> Step:
+    """Return a step: pixels to the GPU as FP16, encoded, tokens back, which waits for them."""
+    pixels = torch.from_numpy(case.pixels())
 
-
-def _finished(work: Callable[[], object]) -> Step:
-    def step() -> object:
+    def step() -> NDArray[Any]:
         with torch.inference_mode():
-            result = work()
-        torch.cuda.synchronize()
-        return result
+            tokens: NDArray[Any] = encode(pixels.to(case.device).half()).cpu().numpy()
+        return tokens
 
     return step
 
 
+def _tower_and_projector(case: Case) -> tuple[CLIPVisionModel, nn.Module]:
+    torch.manual_seed(0)
+    model = CLIPVisionModel(case.config).eval().half().to(case.device)
+    return model, random_graphs.make_projector(case.config).half().to(case.device)
+
+
 def papers_pytorch(case: Case) -> Step:
     """Prepare the released code's way: eager attention, every matrix kept, indexing afterwards."""
-    model, pixels = _model(), torch.from_numpy(case.pixels()).half().cuda()
-    return _finished(
-        lambda: papers_path.visionzip(
-            papers_path.run_tower(model, pixels), dominant=54, contextual=10
-        )
-    )
+    model, projector = _tower_and_projector(case)
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        run = papers_path.run_tower(model, pixels)
+        tokens, _ = papers_path.visionzip(run, dominant=DOMINANT, contextual=CONTEXTUAL)
+        projected: torch.Tensor = projector(tokens)
+        return projected
+
+    return _in_torch(case, encode)
 
 
 def transformers_unreduced(case: Case) -> Step:
-    """Prepare transformers' fused attention, all 576 tokens."""
-    model, pixels = _model(), torch.from_numpy(case.pixels()).half().cuda()
-    return _finished(lambda: model(pixels, output_hidden_states=True).hidden_states[-2])
+    """Prepare transformers' fused attention, all patches."""
+    model, projector = _tower_and_projector(case)
 
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        states = model(pixels, output_hidden_states=True).hidden_states
+        projected: torch.Tensor = projector(states[-2][:, 1:])
+        return projected
 
-def _our_graph() -> torch.nn.Module:
-    return random_graphs.make_graph("visionzip", random_graphs.CLIP_L_336).half().cuda()
+    return _in_torch(case, encode)
 
 
 def ours_pytorch(case: Case) -> Step:
     """Prepare our graph in PyTorch."""
-    graph, pixels = _our_graph(), torch.from_numpy(case.pixels()).half().cuda()
-    return _finished(lambda: graph(pixels))
+    graph = random_graphs.make_graph("visionzip", case.config).half().to(case.device)
+    return _in_torch(case, lambda pixels: graph(pixels)[0])
 
 
 def ours_compiled(case: Case) -> Step:
     """Prepare our graph under torch.compile, with CUDA graphs."""
-    graph = torch.compile(_our_graph(), mode="reduce-overhead")
-    pixels = torch.from_numpy(case.pixels()).half().cuda()
-    return _finished(lambda: graph(pixels))
+    graph = random_graphs.make_graph("visionzip", case.config).half().to(case.device)
+    compiled = torch.compile(graph, mode="reduce-overhead")
+    return _in_torch(case, lambda pixels: compiled(pixels)[0])
 
 
-def onnxruntime_cuda(precision: str, *, cuda_graph: bool) -> Callable[[Case], Step]:
-    """Return what prepares ONNX Runtime on CUDA, input and outputs bound to device memory."""
+def onnxruntime_cuda(precision: Precision, *, cuda_graph: bool = False) -> Callable[[Case], Step]:
+    """Return what prepares ONNX Runtime, with buffers on the GPU that stay where they are.
+
+    A CUDA graph replays on the addresses it was captured with, and takes a graph of which nothing
+    runs on the CPU: with the batch known, no shape is left to compute there.
+    """
 
     def prepare(case: Case) -> Step:
-        from engines.ort import CUDA, create_inference_session
+        from onnxruntime import OrtValue
 
-        file = _onnx_file(case, precision)
-        options = {"use_tf32": "0", "enable_cuda_graph": "1" if cuda_graph else "0"}
-        session = create_inference_session(file, providers=[(CUDA, options)])
-        import onnxruntime
+        from engines.ort import create_inference_session
 
+        session = create_inference_session(
+            _onnx_file(case, precision),
+            providers=_providers(case, cuda_graph=cuda_graph),
+            axes={"batch": case.batch},
+        )
+        pixels = case.pixels()
+        given = OrtValue.ortvalue_from_numpy(pixels, case.device, 0)
         binding = session.io_binding()
-        pixels = onnxruntime.OrtValue.ortvalue_from_numpy(case.pixels(), "cuda", 0)
-        binding.bind_ortvalue_input(PIXELS, pixels)
-        for output in session.get_outputs():
-            binding.bind_output(output.name, "cuda")
+        binding.bind_ortvalue_input(PIXELS, given)
+        for node in session.get_outputs():
+            kind = np.int64 if node.type == "tensor(int64)" else np.float32
+            shape = [case.batch if isinstance(axis, str) else axis for axis in node.shape]
+            value = OrtValue.ortvalue_from_shape_and_type(shape, kind, case.device, 0)
+            binding.bind_ortvalue_output(node.name, value)
 
-        def step() -> None:
+        def step() -> NDArray[Any]:
+            given.update_inplace(pixels)
+            binding.synchronize_inputs()
             session.run_with_iobinding(binding)
             binding.synchronize_outputs()
+            tokens: NDArray[Any] = binding.copy_outputs_to_cpu()[0]
+            return tokens
 
         return step
 
     return prepare
 
 
-def tensorrt(precision: str) -> Callable[[Case], Step]:
-    """Return what prepares our own TensorRT session, host to host."""
+def _providers(case: Case, *, cuda_graph: bool) -> list[Provider]:
+    if case.device != "cuda":
+        return [CPU]
+    return [(CUDA, {"use_tf32": "0", "enable_cuda_graph": "1" if cuda_graph else "0"})]
+
+
+def tensorrt(precision: Precision) -> Callable[[Case], Step]:
+    """Return what prepares our own TensorRT session."""
 
     def prepare(case: Case) -> Step:
         from engines.manifest import TensorSpec
+        from engines.trt.batch_profile import BatchRange
         from engines.trt.builder import BuildOptions, build_plan
         from engines.trt.cuda_memory import open_cuda_runtime
         from engines.trt.library import load_library_for
         from engines.trt.session import TrtSession
 
-        target = _target_for(case.gpu)
+        target = target_of_gpu(case.gpu)
         file = _onnx_file(case, precision)
+        shape = ("batch", 3, case.side, case.side)
         options = BuildOptions(
             onnx=file,
             onnx_sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
-            plan=file.with_suffix(f".{precision}.plan"),
+            plan=file.with_suffix(".plan"),
             target=target,
-            precision="fp16" if precision == "fp16" else "fp32",
-            inputs=(TensorSpec(name=PIXELS, dtype="float32", shape=("batch", 3, 336, 336)),),
+            precision=precision,
+            inputs=(TensorSpec(name=PIXELS, dtype="float32", shape=shape),),
+            batch=BatchRange(case.batch, case.batch, case.batch),
         )
         plan = build_plan(options).plan
         session = TrtSession(plan.read_bytes(), load_library_for(target), open_cuda_runtime())
         inputs = {PIXELS: case.pixels()}
-        return lambda: session.run(inputs)
+        return lambda: session.run(inputs)["visual_tokens"]
 
     return prepare
 
 
-def _target_for(gpu: Gpu) -> Target:
+def target_of_gpu(gpu: Gpu) -> Target:
+    """Return a target that TensorRT serves on this GPU; one of the same kind is as good.
+
+    Raises:
+        EngineError: there is none.
+    """
     for target in load_targets().values():
         if target.engine == "tensorrt" and target.sm == gpu.sm:
             return target
-    raise EngineError(f"No target for sm_{gpu.sm}; describe one with --targets.")
+    raise EngineError(f"no TensorRT target has sm_{gpu.sm}; add one to engines/targets.toml")
 
 
-def _onnx_file(case: Case, precision: str) -> Path:
+def _onnx_file(case: Case, precision: Precision) -> Path:
     """Export once, then reuse."""
     fp32 = case.folder / "vision.onnx"
     if not fp32.exists():
-        random_graphs.write_graph(case.folder, "visionzip", random_graphs.CLIP_L_336)
-    typed = case.folder / f"{precision}.onnx"
-    if precision == "fp32" or typed.exists():
-        return fp32 if precision == "fp32" else typed
-    return random_graphs.write_typed_graph(fp32, precision)
+        random_graphs.write_graph(case.folder, "visionzip", case.config)
+    typed = fp32 if precision == "fp32" else case.folder / f"{precision}.onnx"
+    return typed if typed.exists() else random_graphs.write_typed_graph(fp32, precision)
 
 
 WAYS: dict[str, Callable[[Case], Step]] = {
@@ -201,51 +259,84 @@ WAYS: dict[str, Callable[[Case], Step]] = {
     "transformers, no reduction, FP16": transformers_unreduced,
     "our graph, PyTorch, FP16": ours_pytorch,
     "our graph, torch.compile, FP16": ours_compiled,
-    "ONNX Runtime CUDA, FP32": onnxruntime_cuda("fp32", cuda_graph=False),
-    "ONNX Runtime CUDA, FP16": onnxruntime_cuda("fp16", cuda_graph=False),
+    "ONNX Runtime CUDA, FP32": onnxruntime_cuda("fp32"),
+    "ONNX Runtime CUDA, FP16": onnxruntime_cuda("fp16"),
     "ONNX Runtime CUDA, FP16, CUDA graph": onnxruntime_cuda("fp16", cuda_graph=True),
     "TensorRT, FP32": tensorrt("fp32"),
     "TensorRT, FP16": tensorrt("fp16"),
 }
 
 
-def run_all(batch: int, runs: int, gpu: Gpu) -> Iterator[Timing]:
+def choose_ways(only: str) -> dict[str, Callable[[Case], Step]]:
+    """Return the ways whose name holds ``only``.
+
+    Raises:
+        OptionError: there is none.
+    """
+    chosen = {way: prepare for way, prepare in WAYS.items() if only.lower() in way.lower()}
+    if not chosen:
+        raise OptionError(f'--only "{only}": no way has that in its name: {"; ".join(WAYS)}.')
+    return chosen
+
+
+def run_all(case: Case, ways: dict[str, Callable[[Case], Step]]) -> Iterator[Timing]:
     """Time every way."""
-    with tempfile.TemporaryDirectory() as folder:
-        case = Case(batch, runs, Path(folder), gpu)
-        for way, prepare in WAYS.items():
-            yield measure(way, case, prepare)
+    for way, prepare in ways.items():
+        yield measure(way, case, prepare)
+        if case.device == "cuda" and torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def list_versions() -> dict[str, str]:
+    """Return the version of everything that is measured and is installed."""
+    found = {"python": platform.python_version(), "cuda of torch": str(torch.version.cuda)}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def row_of(timing: Timing) -> str:
+    """Return a line of the table."""
+    if timing.median_ms is None:
+        return f"| {timing.way} | - | - | {timing.problem} |"
+    return f"| {timing.way} | {timing.median_ms:.2f} | {timing.p90_ms:.2f} | |"
 
 
 def main(
     *,
-    batch: Annotated[int, typer.Option(min=1)] = 1,
-    runs: Annotated[int, typer.Option(min=3)] = 100,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 1,
+    runs: Annotated[int, typer.Option(min=3, help="Batches to time, one by one.")] = 100,
+    only: Annotated[str, typer.Option(help="Only the ways with this in their name.")] = "",
     as_json: cli.JsonOption = False,
 ) -> None:
     """Time CLIP-L/14-336 with VisionZip on this machine's GPU, every way we know."""
+    ways = choose_ways(only)
     gpu = find_gpu()
     if isinstance(gpu, NoGpu):
-        raise EngineError(f"This benchmark measures a CUDA GPU: {gpu.reason}.")
-    timings = list(run_all(batch, runs, gpu))
-    if as_json:
-        cli.print_json(
-            {"gpu": asdict(gpu), "batch": batch, "timings": [asdict(item) for item in timings]}
+        raise EngineError(
+            f"This benchmark measures a CUDA GPU: {gpu.reason}. For a CPU there is "
+            "python -m benchmarks.x86."
         )
-        return
-    print(f"{gpu.name}, driver {gpu.driver}, batch {batch}, {runs} runs, CLIP-L/14-336\n")
-    print("| way | median ms | p90 ms |\n|---|---:|---:|")
-    for item in timings:
-        cells = (
-            (item.problem, "")
-            if item.median_ms is None
-            else (
-                f"{item.median_ms:.2f}",
-                f"{item.p90_ms:.2f}",
-            )
+    measured_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    versions = list_versions()
+    with tempfile.TemporaryDirectory() as folder:
+        timings = run_all(Case(batch, runs, Path(folder), gpu), ways)
+        if as_json:
+            document = {"measured_at": measured_at, "gpu": asdict(gpu), "versions": versions}
+            rows = [asdict(timing) for timing in timings]
+            cli.print_json(document | {"batch": batch, "runs": runs, "timings": rows})
+            return
+        print(f"{measured_at}, {gpu.name}, sm_{gpu.sm}, driver {gpu.driver}, batch {batch},")
+        print(
+            f"{runs} runs, CLIP-L/14-336, host to host; "
+            + ", ".join(map(" ".join, versions.items()))
         )
-        print(f"| {item.way} | {' | '.join(cells)} |")
+        print("\n| way | median ms | p90 ms | |\n|---|---:|---:|---|")
+        for timing in timings:
+            print(row_of(timing), flush=True)
 
 
 if __name__ == "__main__":

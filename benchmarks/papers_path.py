@@ -72,15 +72,15 @@ def visionzip(
     for number in range(batch):
         best = scores[number].topk(dominant - 1).indices.sort().values
         kept_patches.append(best.tolist())
-        kept = torch.cat([torch.zeros(1, dtype=torch.long), best + 1])
-        left = torch.ones(positions, dtype=torch.bool)
+        kept = torch.cat([best.new_zeros(1), best + 1])
+        left = _all_of(best, positions)
         left[kept] = False
         rest = run.features[number][left]  # [M, D]
         keys = head_keys[number][left]
         keys = keys / keys.norm(dim=-1, keepdim=True)
         step = max(1, len(rest) // contextual)
-        targets = torch.arange(0, len(rest), step)[:contextual]
-        free = torch.ones(len(rest), dtype=torch.bool)
+        targets = torch.arange(0, len(rest), step, device=rest.device)[:contextual]
+        free = _all_of(rest, len(rest))
         free[targets] = False
         nearest = (keys[free] @ keys[targets].T).argmax(dim=1)
         merged = []
@@ -101,7 +101,7 @@ def prumerge(run: TowerRun, plus: bool = False) -> tuple[list[Tensor], list[list
     attention = logits.softmax(dim=-1)[:, 0, 1:]  # [B, P]
     tokens, kept_patches = [], []
     for number, a in enumerate(attention):
-        first, third = torch.quantile(a, torch.tensor([0.25, 0.75]))
+        first, third = torch.quantile(a, a.new_tensor([0.25, 0.75]))
         outliers = int((a > third + 1.5 * (third - first)).sum())
         kept = a.topk(outliers).indices.tolist()
         if plus:
@@ -116,9 +116,14 @@ def prumerge(run: TowerRun, plus: bool = False) -> tuple[list[Tensor], list[list
             similarity[patch] = -torch.inf
             near = similarity.topk(NEIGHBOURS).indices
             rows.append(x[patch] + a[near] @ x[near])
-        pruned = torch.ones(len(a), dtype=torch.bool)
+        pruned = _all_of(a, len(a))
         pruned[kept] = False
         rows.append(a[pruned] @ x[pruned])
         tokens.append(torch.stack(rows))
         kept_patches.append(kept)
     return tokens, kept_patches
+
+
+def _all_of(like: Tensor, length: int) -> Tensor:
+    """Return bool[length], all true, where ``like`` is."""
+    return torch.ones(length, dtype=torch.bool, device=like.device)

@@ -43,6 +43,12 @@ CLIP_L_336 = CLIPVisionConfig(
 NAMES = tuple(REDUCERS)
 
 
+def make_projector(config: CLIPVisionConfig) -> nn.Module:
+    """Return two layers, as LLaVA-1.5 has them, to twice the width of the tower and back."""
+    width = config.hidden_size
+    return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+
 def make_graph(reducer: str, config: CLIPVisionConfig) -> VisualGraph:
     """Return the graph of a reducer in PyTorch, FP32, random weights."""
     torch.manual_seed(0)
@@ -51,8 +57,7 @@ def make_graph(reducer: str, config: CLIPVisionConfig) -> VisualGraph:
     patches = (image_size // patch_size) ** 2
     tokens = None if reducer == "none" else 64 if patches > 64 else 16
     chosen = reducer_for_budget(reducer, tokens, patches)
-    width = config.hidden_size
-    projector = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+    projector = make_projector(config)
     tower = make_tower(model, config.num_hidden_layers - 1, chosen.scoring)
     graph = VisualGraph(tower, chosen, projector, image_size, patches)
     return graph.eval().requires_grad_(False)

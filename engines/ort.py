@@ -49,6 +49,7 @@ def create_inference_session(
     threads: int | None = None,
     providers: Sequence[Provider] = (CPU,),
     optimization: Optimization = "all",
+    axes: Mapping[str, int] | None = None,
 ) -> onnxruntime.InferenceSession:
     """Load an ONNX file with telemetry off and without any silent fallback.
 
@@ -58,6 +59,7 @@ def create_inference_session(
         providers: where to run, in ONNX Runtime's names. The first one must take the graph; the CPU
             is always behind it for the few operators that belong there.
         optimization: how far ONNX Runtime may rewrite the graph.
+        axes: sizes of named axes that will not change, so that shapes are not computed at each run.
 
     Raises:
         EngineError: the file is missing or damaged, or a provider is absent or cannot start.
@@ -76,6 +78,8 @@ def create_inference_session(
         onnxruntime.GraphOptimizationLevel,
         "ORT_DISABLE_ALL" if optimization == "none" else f"ORT_ENABLE_{optimization.upper()}",
     )
+    for axis, size in (axes or {}).items():
+        options.add_free_dimension_override_by_name(axis, size)
     names = _names_of(providers)
     ordered = [*providers, *([] if CPU in names else [CPU])]
     try:

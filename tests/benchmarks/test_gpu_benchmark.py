@@ -1,0 +1,149 @@
+"""The GPU benchmark as far as a CPU runs it: every way at a small size, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPVisionModel
+from typer.testing import CliRunner
+
+from benchmarks import gpu, papers_path, random_graphs
+from engines import cli
+from engines.errors import EngineError, OptionError
+from engines.gpu import Gpu, NoGpu
+from engines.ort import CUDA
+from engines.trt import builder, session
+from engines.trt.batch_profile import shape_ranges
+
+H200 = Gpu("NVIDIA H200", 90, 141_000_000_000, False, "13.0", "580.1")
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> gpu.Case:
+    folder = tmp_path_factory.mktemp("graphs")
+    return gpu.Case(2, 3, folder, H200, random_graphs.TINY, device="cpu")
+
+
+@pytest.mark.parametrize("way", [way for way in gpu.WAYS if "TensorRT" not in way])
+def test_every_way_gives_tokens(way: str, case: gpu.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda graph, **options: asked.append(options) or graph)
+    timing = gpu.measure(way, case, gpu.WAYS[way])
+    assert timing.problem == "" and timing.median_ms is not None
+    assert 0 < timing.median_ms <= (timing.p90_ms or 0)
+    assert asked == ([{"mode": "reduce-overhead"}] if "compile" in way else [])
+
+
+def test_the_ways_of_our_graph_agree(case: gpu.Case) -> None:
+    exact = gpu.onnxruntime_cuda("fp32")(case)()
+    half = gpu.onnxruntime_cuda("fp16")(case)()
+    assert exact.shape == half.shape == (2, 16, 64)
+    np.testing.assert_allclose(half, exact, atol=0.02)
+    kept = gpu.papers_pytorch(case)()
+    assert kept.shape == (2, gpu.DOMINANT + gpu.CONTEXTUAL, 64)
+
+
+def test_cuda_is_asked_for_exact_products_and_a_graph(case: gpu.Case) -> None:
+    there = replace(case, device="cuda")
+    said = gpu._providers(there, cuda_graph=True)
+    assert said == [(CUDA, {"use_tf32": "0", "enable_cuda_graph": "1"})]
+
+
+def test_a_known_batch_leaves_no_named_axis(case: gpu.Case) -> None:
+    from engines.ort import create_inference_session
+
+    file = gpu._onnx_file(case, "fp32")
+    opened = create_inference_session(file, axes={"batch": 2})
+    shapes = [node.shape for node in (*opened.get_inputs(), *opened.get_outputs())]
+    assert all(isinstance(axis, int) for shape in shapes for axis in shape)
+
+
+def test_tensorrt_is_built_for_the_batch_and_precision(
+    case: gpu.Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[builder.BuildOptions] = []
+
+    def build_plan(options: builder.BuildOptions) -> SimpleNamespace:
+        built.append(options)
+        options.plan.write_bytes(b"plan")
+        return SimpleNamespace(plan=options.plan)
+
+    tokens = np.zeros((2, 16, 64), np.float32)
+    opened = SimpleNamespace(run=lambda inputs: {"visual_tokens": tokens})
+    monkeypatch.setattr(builder, "build_plan", build_plan)
+    monkeypatch.setattr(session, "TrtSession", lambda *_: opened)
+    monkeypatch.setattr("engines.trt.library.load_library_for", lambda target: None)
+    monkeypatch.setattr("engines.trt.cuda_memory.open_cuda_runtime", lambda: None)
+    assert gpu.measure("TensorRT", case, gpu.tensorrt("fp16")).problem == ""
+    (options,) = built
+    assert (options.precision, options.target.sm, options.onnx.name) == ("fp16", 90, "fp16.onnx")
+    ranges = shape_ranges(options.inputs, options.batch)["pixel_values"]
+    assert ranges.smallest == ranges.largest == (2, 3, 56, 56)
+
+
+def test_a_gpu_without_a_target_is_named() -> None:
+    with pytest.raises(EngineError, match="no TensorRT target has sm_121"):
+        gpu.target_of_gpu(replace(H200, sm=121))
+
+
+class OddError(Exception):
+    """Of no kind that anything here knows, as ONNX Runtime's are."""
+
+
+def fails(case: gpu.Case) -> gpu.Step:
+    raise OddError("no kernel | for this")
+
+
+def gives(value: float) -> Callable[[gpu.Case], gpu.Step]:
+    return lambda case: lambda: np.full((case.batch, 16, 64), value)
+
+
+def test_a_way_that_fails_costs_its_row_only(case: gpu.Case) -> None:
+    timing = gpu.measure("odd", case, fails)
+    assert timing.median_ms is None and timing.problem == "OddError: no kernel / for this"
+    assert "not-a-numbers" in gpu.measure("nan", case, gives(np.nan)).problem
+
+
+def run_benchmark(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.make_app(gpu.main), ["--runs", "3", *arguments])
+
+
+def test_one_table_with_date_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "find_gpu", lambda: H200)
+    monkeypatch.setattr(gpu, "WAYS", {"good": gives(1.0), "odd": fails})
+    printed = run_benchmark().stdout
+    assert re.match(r"\d{4}-\d\d-\d\dT.*, NVIDIA H200, sm_90, driver 580\.1, batch 1", printed)
+    assert f"torch {torch.__version__}" in printed and "onnxruntime 1." in printed
+    assert re.search(r"\| good \| [\d.]+ \| [\d.]+ \| \|\n\| odd \| - \| - \| OddError: ", printed)
+    document = json.loads(run_benchmark("--json", "--only", "good").stdout)
+    assert [row["way"] for row in document["timings"]] == ["good"]
+    assert document["gpu"]["sm"] == 90 and document["versions"]["torch"] and document["measured_at"]
+
+
+def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match=r'--only "tpu".*torch\.compile'):
+        gpu.choose_ways("tpu")
+    monkeypatch.setattr(gpu, "find_gpu", lambda: NoGpu("none is here"))
+    refused = run_benchmark()
+    assert refused.exit_code == 2 and "measures a CUDA GPU: none is here" in refused.stderr
+
+
+def test_the_papers_path_runs_where_its_model_is() -> None:
+    model = CLIPVisionModel(random_graphs.TINY).eval()
+    pixels = torch.zeros(1, 3, 56, 56)
+    torch.set_default_device("meta")  # what is made without naming a device is made elsewhere
+    try:
+        run = papers_path.run_tower(model, pixels)
+        tokens, _ = papers_path.visionzip(run, dominant=10, contextual=4)
+        papers_path.prumerge(run, plus=True)
+    finally:
+        torch.set_default_device(None)
+    assert tokens.shape == (1, 14, 64) and tokens.device.type == "cpu"
