@@ -17,6 +17,7 @@ from calibration.dataset import CalibrationSet, collect_frames
 from calibration.graph_check import oldest_tensorrt
 from calibration.int8_graphs import Int8Graphs, Int8Task, make_int8_graphs
 from calibration.int8_options import Int8Options
+from calibration.int8_unfinished import Unfinished
 from engines import __version__
 from engines.bundle import Bundle, BundleDraft, refuse_occupied, write_bundle
 from engines.errors import OptionError
@@ -80,7 +81,8 @@ def calibrate_bundle(
     refuse_occupied(out, overwrite)
     patch_pixels = bundle.preprocessing.height // bundle.vision().patch_rows
     frames = collect(options, bundle.preprocessing, patch_pixels, progress)
-    with write_bundle(out, overwrite=overwrite) as draft:
+    unfinished = Unfinished(out)
+    with unfinished.kept(), write_bundle(out, overwrite=overwrite) as draft:
         task = Int8Task(
             sources={graph.file: bundle.path(graph.file) for graph in bundle.manifest.vision},
             root=draft.root,
@@ -89,7 +91,7 @@ def calibrate_bundle(
             options=options,
             frames=frames,
             record=record,
-            resume=resume_file(out),
+            unfinished=unfinished,
         )
         made = make_int8_graphs(task, progress)
         graphs = tuple(made.describe(graph, precision) for graph in bundle.manifest.vision)
@@ -131,11 +133,6 @@ def collect(
     for warning in frames.coverage.warnings:
         _log.warning("%s: %s", frames.source, warning)
     return frames
-
-
-def resume_file(out: Path) -> Path:
-    """Return where an interrupted calibration is kept: beside the bundle that is to be."""
-    return out.with_name(f"{out.name}.calibrating")
 
 
 def _refuse_rounded(bundle: Bundle) -> None:

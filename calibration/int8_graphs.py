@@ -22,6 +22,7 @@ from calibration.graph_check import check_graph
 from calibration.graph_file import ExportedGraph, set_opset, write_graph
 from calibration.half_precision import convert_to_fp16
 from calibration.int8_options import Int8Options
+from calibration.int8_unfinished import Unfinished
 from calibration.quantize import apply_calibration, calibrate
 from calibration.record import Calibration
 from calibration.sensitivity import Gate, SensitivityReport, search_exclusions
@@ -92,7 +93,7 @@ class Int8Task:
         options: as the user gave them.
         frames: the user's; None only with a record.
         record: a calibration to be used again.
-        resume: file that keeps an interrupted calibration.
+        unfinished: where to keep what was measured so far; None keeps nothing.
     """
 
     sources: Mapping[str, Path]
@@ -102,7 +103,7 @@ class Int8Task:
     options: Int8Options
     frames: CalibrationSet | None
     record: Calibration | None = None
-    resume: Path | None = None
+    unfinished: Unfinished | None = None
 
     @property
     def gate(self) -> Gate:
@@ -148,7 +149,8 @@ def make_int8_graphs(task: Int8Task, progress: Progress = lambda line, done: Non
 
 def _calibrate(task: Int8Task, frames: CalibrationSet, progress: Progress) -> Calibration:
     first = next(iter(task.sources.values()))
-    found = calibrate(first, frames, task.options.how, progress=progress, resume=task.resume)
+    resume = task.unfinished.sums if task.unfinished is not None else None
+    found = calibrate(first, frames, task.options.how, progress=progress, resume=resume)
     whole = task.frames.digest if task.frames is not None else found.frames.sha256
     return found.model_copy(update={"notes": {**found.notes, _SET_NOTE: whole}})
 
@@ -166,6 +168,7 @@ def _search(
             task.gate,
             threads=task.options.how.threads,
             progress=progress,
+            resume=task.unfinished.trials if task.unfinished is not None else None,
         )
         calibration = reports[name].calibration
     return calibration, reports

@@ -12,8 +12,8 @@ from typing import Any
 
 from calibration.coverage import document_from_coverage, lines_from_coverage
 from calibration.dataset import CalibrationSet
-from calibration.int8_bundle import resume_file
 from calibration.int8_graphs import RECORD_NAME, Int8Graphs
+from calibration.int8_unfinished import Unfinished
 from calibration.sensitivity_report import json_from_report, table_from_report
 from engines import cli
 from engines.errors import GateError
@@ -78,9 +78,9 @@ def tell_missed_gate(error: GateError, as_json: bool) -> int:
 
 def tell_interruption(out: Path) -> None:
     """Say where an interrupted calibration goes on."""
-    if resume_file(out).exists():
+    folder = Unfinished(out).folder
+    if folder.exists():
         print(
-            f"Interrupted. {resume_file(out)} keeps what was measured: the same command goes on "
-            "from there.",
+            f"Interrupted. {folder} keeps what was measured: the same command goes on from there.",
             file=sys.stderr,
         )

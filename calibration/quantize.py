@@ -74,7 +74,8 @@ def calibrate(
         options: how.
         progress: told of every frame.
         resume: a file that keeps what was gathered while it runs. If it is there, the calibration
-            that was interrupted goes on; it is removed at the end.
+            that was interrupted goes on, or was done and is made again from it; it stays, for the
+            caller to remove.
 
     Raises:
         CalibrationError: the graph is not a float32 vision graph, a weight or an activation is not
@@ -86,7 +87,7 @@ def calibrate(
     _refuse_not_finite(sites, graph_file)
     digests = {layer.name: layer.digest() for site in sites for layer in site.layers}
     kept = {name: value for name, value in asdict(options).items() if name != "threads"}
-    identity = hashlib.sha256(json.dumps([kept, digests]).encode()).hexdigest()
+    identity = hashlib.sha256(json.dumps([kept, digests, len(frames)]).encode()).hexdigest()
     states = StateFile(resume, identity)
     recorder = Recorder(model, sites, frames, states, options.threads, progress)
 
@@ -111,7 +112,6 @@ def calibrate(
             )
             for name, top in largest.items()
         }
-    states.clear()
     return Calibration(
         method=options.method,
         percentile=options.percentile,

@@ -81,13 +81,8 @@ class StateFile:
                 "to start anew."
             ) from error
         if header["identity"] != self.identity:
-            raise self.refusal("another checkpoint or with other options")
+            raise self.refusal("another checkpoint, other options or another number of frames")
         return State(header["step"], header["seen"], header["chain"], arrays)
-
-    def clear(self) -> None:
-        """Remove the file, when the calibration is done."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
 
     def refusal(self, made_from: str) -> CalibrationError:
         """Return the error for a state that cannot be continued."""

@@ -3,25 +3,25 @@
 Enters: a float32 vision graph, a calibration of it, frames and a gate. Leaves: the error of each
 site quantized alone, and the same calibration with the costliest sites excluded, as few as the gate
 needs. Error is told at the graph's own outputs, in patches kept and tokens that match: an
-element-wise difference says nothing once a reducer has picked another patch.
+element-wise difference says nothing once a reducer has picked another patch. Decisions follow from
+what was measured and nothing else, so that a search that was interrupted takes the same ones again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
-from calibration.agreement import Agreement, average_agreement, compare_visual_tokens
-from calibration.graph_agreement import run_graph
-from calibration.layers import find_sites
-from calibration.quantize import apply_calibration
+from calibration.agreement import Agreement
+from calibration.layers import Site, find_sites
 from calibration.record import Calibration
 from calibration.statistics import Frames
-from engines.errors import CalibrationError, GateError
+from calibration.trials import Trials
+from engines.errors import GateError
 from engines.progress_bar import Progress
 
 
@@ -89,6 +89,7 @@ def search_exclusions(
     *,
     threads: int | None = None,
     progress: Progress = lambda line, done: None,
+    resume: Path | None = None,
 ) -> SensitivityReport:
     """Give layers back to floating point until a gate holds.
 
@@ -104,96 +105,74 @@ def search_exclusions(
         gate: what is to be reached.
         threads: CPU threads.
         progress: told of every trial.
+        resume: a file that keeps every trial, for searches on other graphs too. What it holds is
+            not measured again; it stays, for the caller to remove.
 
     Raises:
         GateError: the gate cannot be reached; the costliest sites are named.
-        CalibrationError: the calibration is not of this graph, or there are no frames.
+        CalibrationError: the calibration is not of this graph, there are no frames, or ``resume``
+            is damaged.
     """
     with TemporaryDirectory() as folder:
-        bench = _Bench(graph_file, calibration, frames, threads, Path(folder))
-        before = bench.measure(calibration.excluded)
+        trials = Trials(graph_file, calibration, frames, threads, Path(folder), resume)
+        before = trials.measure(calibration.excluded)
         if gate.holds(before):
             return SensitivityReport((), gate, before, before, calibration)
-        costs = _measure_sites(bench, gate, progress)
-        chosen, after = _choose_exclusions(bench, costs, gate, progress)
+        search = _Search(trials, calibration, gate, progress)
+        costs = search.measure_sites(find_sites(ir.load(graph_file)))
+        chosen, after = search.choose_exclusions(costs)
     if not gate.holds(after):
         raise _gate_error(costs, gate, before, after)
     return SensitivityReport(tuple(costs), gate, before, after, calibration.excluding(chosen))
 
 
-class _Bench:
-    """Measures one choice of layers after the other, on the same graph and frames."""
+@dataclass(frozen=True)
+class _Search:
+    trials: Trials
+    calibration: Calibration
+    gate: Gate
+    progress: Progress
 
-    def __init__(
-        self,
-        graph_file: Path,
-        calibration: Calibration,
-        frames: Frames,
-        threads: int | None,
-        folder: Path,
-    ) -> None:
-        self.graph_file = graph_file
-        self.calibration = calibration
-        self.frames = frames
-        self.threads = threads
-        self.trial_file = folder / "trial.onnx"
-        self.sites = [
-            (site, left)
-            for site in find_sites(ir.load(graph_file))
-            if (left := [one for one in site.layers if one.name not in calibration.excluded])
-        ]
-        self.exact = list(run_graph(graph_file, frames, threads))
-        if not self.exact:
-            raise CalibrationError("There are no frames to search on, expected at least one.")
+    def measure_sites(self, sites: Sequence[Site]) -> list[SiteCost]:
+        """Return what each site costs alone, the costliest for its weights first."""
+        costs = []
+        for number, site in enumerate(sites):
+            layers = [one for one in site.layers if one.name not in self.calibration.excluded]
+            if not layers:
+                continue
+            self.progress(f"{site.name} alone", 0.8 * number / len(sites))
+            names = tuple(layer.name for layer in layers)
+            alone = self.trials.measure(set(self.calibration.layers) - set(names))
+            weights = sum(layer.matrix().size for layer in layers)
+            costs.append(SiteCost(site.name, names, weights, alone, self.gate.cost(alone)))
+        return sorted(costs, key=lambda cost: cost.cost / cost.weights, reverse=True)
 
-    def measure(self, excluded: Collection[str]) -> Agreement:
-        """Return the agreement of the graph with all but the excluded layers quantized."""
-        model = ir.load(self.graph_file)
-        names = tuple(name for name in self.calibration.layers if name in excluded)
-        apply_calibration(model, self.calibration.excluding(names))
-        ir.save(model, self.trial_file, external_data="trial.data")
-        made = run_graph(self.trial_file, self.frames, self.threads)
-        return average_agreement(map(compare_visual_tokens, self.exact, made))
+    def choose_exclusions(self, costs: Sequence[SiteCost]) -> tuple[tuple[str, ...], Agreement]:
+        """Return the fewest costly layers without which the gate holds, and the agreement then."""
+        few, enough = 0, len(costs)
+        chosen, after = list(costs), self._measure_without(costs)
+        if not self.gate.holds(after):
+            return self._layers_of(chosen), after
+        while enough - few > 1:
+            middle = (few + enough) // 2
+            self.progress(f"the {middle} costliest sites in floating point", 0.85)
+            if self.gate.holds(found := self._measure_without(costs[:middle])):
+                enough, chosen, after = middle, list(costs[:middle]), found
+            else:
+                few = middle
+        for cost in reversed(chosen[:-1]):
+            self.progress(f"without {cost.site}", 0.95)
+            fewer = [one for one in chosen if one is not cost]
+            if self.gate.holds(found := self._measure_without(fewer)):
+                chosen, after = fewer, found
+        return self._layers_of(chosen), after
 
+    def _measure_without(self, sites: Sequence[SiteCost]) -> Agreement:
+        return self.trials.measure(self._layers_of(sites))
 
-def _measure_sites(bench: _Bench, gate: Gate, progress: Progress) -> list[SiteCost]:
-    costs = []
-    everything = set(bench.calibration.layers)
-    for number, (site, layers) in enumerate(bench.sites):
-        progress(f"{site.name} alone", 0.8 * number / len(bench.sites))
-        names = tuple(layer.name for layer in layers)
-        alone = bench.measure(everything - set(names))
-        weights = sum(layer.matrix().size for layer in layers)
-        costs.append(SiteCost(site.name, names, weights, alone, gate.cost(alone)))
-    return sorted(costs, key=lambda cost: cost.cost / cost.weights, reverse=True)
-
-
-def _choose_exclusions(
-    bench: _Bench, costs: Sequence[SiteCost], gate: Gate, progress: Progress
-) -> tuple[tuple[str, ...], Agreement]:
-    """Return the fewest costly layers without which the gate holds, and the agreement then."""
-
-    def layers_of(sites: Sequence[SiteCost]) -> tuple[str, ...]:
-        names = {*bench.calibration.excluded, *(name for cost in sites for name in cost.layers)}
-        return tuple(name for name in bench.calibration.layers if name in names)
-
-    few, enough = 0, len(costs)
-    chosen, after = list(costs), bench.measure(layers_of(costs))
-    if not gate.holds(after):
-        return layers_of(chosen), after
-    while enough - few > 1:
-        middle = (few + enough) // 2
-        progress(f"the {middle} costliest sites in floating point", 0.85)
-        if gate.holds(found := bench.measure(layers_of(costs[:middle]))):
-            enough, chosen, after = middle, list(costs[:middle]), found
-        else:
-            few = middle
-    for cost in reversed(chosen[:-1]):
-        progress(f"without {cost.site}", 0.95)
-        fewer = [one for one in chosen if one is not cost]
-        if gate.holds(found := bench.measure(layers_of(fewer))):
-            chosen, after = fewer, found
-    return layers_of(chosen), after
+    def _layers_of(self, sites: Sequence[SiteCost]) -> tuple[str, ...]:
+        names = {*self.calibration.excluded, *(name for cost in sites for name in cost.layers)}
+        return tuple(name for name in self.calibration.layers if name in names)
 
 
 def _gate_error(

@@ -17,6 +17,7 @@ from pathlib import Path
 from calibration.dataset import CalibrationSet
 from calibration.int8_bundle import collect
 from calibration.int8_graphs import Int8Graphs
+from calibration.int8_unfinished import Unfinished
 from engines import __version__
 from engines.bundle import write_bundle
 from engines.manifest import Manifest
@@ -68,7 +69,8 @@ def build_bundle(
             preprocessing = plan.checkpoint.preprocessing
             patch_pixels = preprocessing.height // plan.checkpoint.patch_side
             frames = collect(options.int8, preprocessing, patch_pixels, part)
-    with write_bundle(options.out, overwrite=options.overwrite) as draft:
+    unfinished = Unfinished(options.out)
+    with unfinished.kept(), write_bundle(options.out, overwrite=options.overwrite) as draft:
         vision = export_vision(plan, options, frames, draft, steps.step)
         names = ", ".join(options.decoders.backends)
         with steps.step("language_model", f"Language model for {names}") as part:

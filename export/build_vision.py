@@ -17,8 +17,8 @@ from calibration.dataset import CalibrationSet
 from calibration.graph_check import check_graph, oldest_tensorrt
 from calibration.graph_file import write_graph
 from calibration.half_precision import convert_to_fp16
-from calibration.int8_bundle import resume_file
 from calibration.int8_graphs import Int8Graphs, Int8Task, make_int8_graphs
+from calibration.int8_unfinished import Unfinished
 from calibration.shared_weights import SharedWeights
 from engines.bundle import BundleDraft
 from engines.manifest import Precision, ReducerSpec, VisionGraph
@@ -83,7 +83,7 @@ def export_vision(
             options=options.int8,
             frames=frames,
             record=plan.record,
-            resume=resume_file(options.out),
+            unfinished=Unfinished(options.out),
         )
         with step("int8", "INT8") as progress:
             made = make_int8_graphs(task, progress)

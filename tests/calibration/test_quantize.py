@@ -366,15 +366,25 @@ def test_an_interrupted_calibration_ends_with_the_same_bits(
     )
     assert len(seen) == 8 - stop
     assert resumed.digest() == whole.digest()
-    assert not state.exists()
+    seen.clear()
+    again = calibrate(
+        graphs["none"],
+        some,
+        OPTIONS,
+        resume=state,
+        progress=lambda line, done: seen.append(line),
+    )
+    assert (seen, again.digest()) == ([], whole.digest())
 
 
 def test_a_state_of_something_else_is_refused(graphs, frames, tmp_path) -> None:
     state = tmp_path / "state.safetensors"
     with pytest.raises(KeyboardInterrupt):
         calibrate(graphs["none"], Stops(frames[:3], 2), OPTIONS, resume=state)
-    with pytest.raises(CalibrationError, match="another checkpoint or with other options"):
+    with pytest.raises(CalibrationError, match="another checkpoint, other options or"):
         calibrate(graphs["none"], frames[:3], replace(OPTIONS, method="max"), resume=state)
+    with pytest.raises(CalibrationError, match="or another number of frames"):
+        calibrate(graphs["none"], frames[:1], OPTIONS, resume=state)
     with pytest.raises(CalibrationError, match="made from other frames"):
         calibrate(graphs["none"], frames[3:6], OPTIONS, resume=state)
     state.write_bytes(json.dumps({}).encode())

@@ -86,6 +86,68 @@ def test_what_is_excluded_already_stays_so(report, graph, frames) -> None:
     assert again.calibration.excluded == report.calibration.excluded
 
 
+@pytest.fixture
+def measured(monkeypatch) -> list[tuple[str, ...]]:
+    """What each trial that is really measured leaves in floating point."""
+    found: list[tuple[str, ...]] = []
+
+    def apply(model: ir.Model, calibration: Calibration) -> None:
+        found.append(calibration.excluded)
+        apply_calibration(model, calibration)
+
+    monkeypatch.setattr("calibration.trials.apply_calibration", apply)
+    return found
+
+
+@pytest.mark.parametrize("stop", [1, 7, 17])
+def test_an_interrupted_search_measures_nothing_twice(
+    report, graph, calibration, frames, tmp_path, measured, stop
+) -> None:
+    kept = tmp_path / "trials.json"
+
+    def search(interrupted: bool) -> SensitivityReport:
+        def tell(line: str, done: float) -> None:
+            if interrupted and len(measured) == stop:
+                raise KeyboardInterrupt
+
+        return search_exclusions(
+            graph, calibration, frames[4:6], report.gate, threads=1, progress=tell, resume=kept
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        search(interrupted=True)
+    assert len(measured) == stop
+    resumed = search(interrupted=False)
+    assert json_from_report(resumed) == json_from_report(report)
+    assert resumed.calibration.digest() == report.calibration.digest()
+    assert len(set(measured)) == len(measured) > stop
+    search(interrupted=False)
+    assert len(set(measured)) == len(measured), "a search that is done is told again for nothing"
+
+
+def test_trials_of_something_else_are_not_taken(
+    graph, calibration, frames, tmp_path, measured
+) -> None:
+    kept, loose = tmp_path / "trials.json", Gate(0.0, 0.0)
+    search_exclusions(graph, calibration, frames[:1], loose, threads=1, resume=kept)
+    search_exclusions(graph, calibration, frames[:1], loose, threads=1, resume=kept)
+    assert len(measured) == 1
+    other_graph = random_graphs.write_graph(tmp_path, "visionzip")[0]
+    other_sites = {name: site.model_copy(update={"threshold": site.threshold * 2})
+                   for name, site in calibration.sites.items()}  # fmt: skip
+    for changed in (
+        (graph, calibration, frames[1:2]),
+        (other_graph, calibration, frames[:1]),
+        (graph, calibration.model_copy(update={"sites": other_sites}), frames[:1]),
+    ):
+        before = len(measured)
+        search_exclusions(*changed, loose, threads=1, resume=kept)
+        assert len(measured) == before + 1
+    kept.write_text(kept.read_text()[:-9])
+    with pytest.raises(CalibrationError, match="cut short or damaged"):
+        search_exclusions(graph, calibration, frames[:1], loose, threads=1, resume=kept)
+
+
 def test_a_gate_out_of_reach_names_the_worst_layers(graph, calibration, frames) -> None:
     with pytest.raises(FoveateError) as caught:
         search_exclusions(graph, calibration, frames[4:5], Gate(0.97, 1.1), threads=1)

@@ -13,9 +13,10 @@ import onnx_ir as ir
 import pytest
 from PIL import Image
 
-from calibration.int8_bundle import calibrate_bundle, resume_file
+from calibration.int8_bundle import calibrate_bundle
 from calibration.int8_graphs import RECORD_NAME
 from calibration.int8_options import Int8Options, gate_from_text
+from calibration.int8_unfinished import Unfinished
 from calibration.record import load_calibration
 from calibration.sensitivity import Gate
 from engines.bundle import Bundle, open_bundle
@@ -257,7 +258,7 @@ def test_an_interrupted_calibration_goes_on(
 
     with pytest.raises(KeyboardInterrupt):
         calibrate_bundle(fp32, out, options, progress=interrupt)
-    assert list(tmp_path.iterdir()) == [resume_file(out)]
+    assert list(tmp_path.iterdir()) == [Unfinished(out).folder]
     lines.clear()
     calibrate_bundle(fp32, out, options, progress=lambda line, done: lines.append(line))
     assert list(tmp_path.iterdir()) == [out]
@@ -287,6 +288,34 @@ def test_mixed_gives_layers_back_until_the_gate_holds(
     )
     for name in again.made.written:
         assert (tmp_path / "again" / name).read_bytes() == made.path(name).read_bytes()
+
+
+def test_an_interrupted_search_goes_on(fp32: Bundle, folder: Path, tmp_path: Path) -> None:
+    options = Int8Options(frames=str(folder), gate=Gate(overlap=0.0, cosine=0.99999))
+    calibrate_bundle(fp32, tmp_path / "whole", options, precision="mixed")
+    lines: list[str] = []
+
+    def interrupt(line: str, done: float) -> None:
+        lines.append(line)
+        if sum(line.endswith(" alone") for line in lines) == 4:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "resumed"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_bundle(fp32, out, options, precision="mixed", progress=interrupt)
+    kept = Unfinished(out)
+    assert sorted(tmp_path.iterdir()) == [kept.folder, tmp_path / "whole"]
+    known = json.loads(kept.trials.read_text())
+    assert len(known) == 4  # with everything in INT8, and three sites alone
+    lines.clear()
+    calibrate_bundle(
+        fp32, out, options, precision="mixed", progress=lambda line, done: lines.append(line)
+    )
+    assert not any(line.startswith(("channels", "histograms")) for line in lines)
+    assert sorted(tmp_path.iterdir()) == [out, tmp_path / "whole"]
+    for name in open_bundle(out).manifest.files:
+        if name.startswith("vision/"):
+            assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_only_a_float32_bundle_is_calibrated(
