@@ -39,10 +39,11 @@ from benchmarks.accuracy_report import (
     write_report,
 )
 from benchmarks.packed_answers import POCKET, Examination
-from calibration.graph_file import write_graph
-from calibration.half_precision import write_fp16_graph
-from calibration.quantize import CalibrationOptions, apply_calibration, calibrate
-from calibration.record import Calibration, load_calibration
+from calibration.graph.file import write_graph
+from calibration.graph.half_precision import write_fp16_graph
+from calibration.scales.apply import apply_calibration
+from calibration.scales.find import CalibrationOptions, calibrate
+from calibration.scales.record import Calibration, load_calibration
 from engines.ort import OrtSession
 from export.accuracy_table import ACCURACY_FILE
 from export.checkpoint import Checkpoint, open_checkpoint

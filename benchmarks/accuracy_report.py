@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.packed_answers import Examination
-from calibration.line_chart import Axes, Line, line_chart
 from engines.staging import staged_file
+from export.line_chart import Axes, Line, line_chart
 
 from evaluate import paired_interval, wilson_interval  # isort: skip - found by packed_answers
 

@@ -25,10 +25,11 @@ from benchmarks.clip_large import (
     random_clip_large,
     random_projector,
 )
-from calibration.graph_agreement import compare_graphs
-from calibration.graph_file import write_graph
-from calibration.half_precision import write_fp16_graph
-from calibration.quantize import CalibrationOptions, apply_calibration, calibrate
+from calibration.agreement.graphs import compare_graphs
+from calibration.graph.file import write_graph
+from calibration.graph.half_precision import write_fp16_graph
+from calibration.scales.apply import apply_calibration
+from calibration.scales.find import CalibrationOptions, calibrate
 from engines import cli
 from engines.manifest import Preprocessing
 from export.reducers import reducer_for_budget

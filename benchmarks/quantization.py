@@ -23,12 +23,14 @@ import onnx_ir as ir
 import typer
 from numpy.typing import NDArray
 
-from calibration.graph_agreement import compare_graphs
-from calibration.graph_file import write_graph
-from calibration.quantize import CalibrationOptions, apply_calibration, calibrate
-from calibration.ranges import Method
-from calibration.record import Calibration
-from calibration.sensitivity import search_exclusions
+from calibration.agreement.gate import Gate
+from calibration.agreement.graphs import compare_graphs
+from calibration.graph.file import write_graph
+from calibration.scales.apply import apply_calibration
+from calibration.scales.find import CalibrationOptions, calibrate
+from calibration.scales.ranges import Method
+from calibration.scales.record import Calibration
+from calibration.sensitivity.search import search_exclusions
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.reducers import reducer_for_budget
 from export.to_onnx import trace_graph
@@ -65,7 +67,7 @@ def main(
         options = CalibrationOptions(threads=threads)
         calibration = calibrate(first, drawn[:frames], options, progress=_tell)
         report = search_exclusions(
-            first, calibration, drawn[frames:], threads=threads, progress=_tell
+            first, calibration, drawn[frames:], Gate(), threads=threads, progress=_tell
         )
         if save is not None:
             report.calibration.save(save)

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from calibration import graph_file
-from calibration.half_precision import convert_to_fp16, write_fp16_graph
-from calibration.quantize import CalibrationOptions, apply_calibration, calibrate
-from calibration.record import Calibration
+from calibration.graph import file as graph_file
+from calibration.graph.half_precision import convert_to_fp16, write_fp16_graph
+from calibration.scales.apply import apply_calibration
+from calibration.scales.find import CalibrationOptions, calibrate
+from calibration.scales.record import Calibration
 from engines.manifest import TensorSpec
 from export.reducers import REDUCERS, reducer_for_budget
 from export.to_onnx import export_onnx

@@ -13,9 +13,9 @@ from typing import Annotated
 import typer
 
 try:
-    from calibration.int8_bundle import calibrate_bundle
-    from calibration.int8_options import Int8Flags, int8_precision
-    from calibration.int8_report import (
+    from calibration.int8.bundle import calibrate_bundle
+    from calibration.int8.options import Int8Flags, int8_precision
+    from calibration.int8.report import (
         document_from_int8,
         lines_from_frames,
         lines_from_int8,

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from calibration.int8_options import Int8Flags
-from calibration.int8_report import (
+from calibration.int8.options import Int8Flags
+from calibration.int8.report import (
     document_from_int8,
     lines_from_frames,
     lines_from_int8,

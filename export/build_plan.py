@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from calibration.graph_file import check_opset
-from calibration.int8_graphs import HALF_OPSET
-from calibration.int8_options import Int8Options
-from calibration.record import Calibration
+from calibration.graph.file import check_opset
+from calibration.int8.graphs import HALF_OPSET
+from calibration.int8.options import Int8Options
+from calibration.scales.record import Calibration
 from engines.bundle import refuse_occupied
 from engines.errors import OptionError
 from engines.manifest import Precision

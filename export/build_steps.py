@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from calibration.dataset import CalibrationSet
-from calibration.int8_bundle import collect
-from calibration.int8_graphs import Int8Graphs
-from calibration.int8_unfinished import Unfinished
+from calibration.frames.dataset import CalibrationSet
+from calibration.int8.bundle import collect
+from calibration.int8.graphs import Int8Graphs
+from calibration.int8.unfinished import Unfinished
 from engines import __version__
 from engines.bundle import write_bundle
 from engines.manifest import Manifest

@@ -2,7 +2,7 @@
 
 Enters: a `BuildPlan`. Leaves: a graph for each budget in the bundle's draft. FP32 and FP16 graphs
 are written as they are traced; for INT8 they are first written in FP32 beside the bundle, and what
-`calibration.int8_graphs` makes of them goes into it.
+`calibration.int8.graphs` makes of them goes into it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
 
-from calibration.dataset import CalibrationSet
-from calibration.graph_check import check_graph, oldest_tensorrt
-from calibration.graph_file import write_graph
-from calibration.half_precision import convert_to_fp16
-from calibration.int8_graphs import Int8Graphs, Int8Task, make_int8_graphs
-from calibration.int8_unfinished import Unfinished
-from calibration.shared_weights import SharedWeights
+from calibration.frames.dataset import CalibrationSet
+from calibration.graph.check import check_graph, oldest_tensorrt
+from calibration.graph.file import write_graph
+from calibration.graph.half_precision import convert_to_fp16
+from calibration.graph.shared_weights import SharedWeights
+from calibration.int8.graphs import Int8Graphs, Int8Task, make_int8_graphs
+from calibration.int8.unfinished import Unfinished
 from engines.bundle import BundleDraft
 from engines.manifest import Precision, ReducerSpec, VisionGraph
 from engines.progress_bar import Progress

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from calibration.stages import EMBEDDINGS, KEYS, MERGING, SCORES, layer_stage
+from calibration.agreement.stages import EMBEDDINGS, KEYS, MERGING, SCORES, layer_stage
 from export.checkpoint import Checkpoint
 from export.reducers import Reducer
 from export.towers import Scoring, TowerOutput

@@ -23,8 +23,8 @@ import torch
 from onnx_ir.passes import common as passes
 from onnxscript import opset18 as op
 
-from calibration.graph_file import ExportedGraph, check_opset, write_graph
-from calibration.modules import MODULE_KEY
+from calibration.graph.file import ExportedGraph, check_opset, write_graph
+from calibration.graph.modules import MODULE_KEY
 from engines import __version__
 from export.visual_graph import INPUT, OUTPUTS, VisualGraph
 

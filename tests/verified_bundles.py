@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from calibration.half_precision import write_fp16_graph
+from calibration.graph.half_precision import write_fp16_graph
 from engines.bundle import open_bundle, write_bundle
 from engines.manifest import ReducerSpec
 from export.checkpoint import open_checkpoint

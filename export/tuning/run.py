@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from calibration.line_chart import Axes, Line, line_chart
 from engines.errors import OptionError
 from engines.staging import staged_file
 from export.checkpoint import Checkpoint, open_checkpoint
+from export.line_chart import Axes, Line, line_chart
 from export.reducers import reducer_for_budget
 from export.tuning.conversations import ConversationSet, read_conversations, refuse_unusable
 from export.tuning.features import ReducedPictures, Track, reduce_pictures

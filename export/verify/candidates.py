@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from calibration.agreement import Array
-from calibration.stages import run_stages, tap_graph
+from calibration.agreement.stages import run_stages, tap_graph
+from calibration.agreement.tokens import Array
 from engines.bundle import Bundle
 from engines.errors import EngineError, OptionError
 from engines.manifest import VisionGraph

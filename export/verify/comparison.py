@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from calibration.agreement import compare_visual_tokens
-from calibration.stages import measure_stages
+from calibration.agreement.stages import measure_stages
+from calibration.agreement.tokens import compare_visual_tokens
 from engines.bundle import Bundle, open_bundle
 from engines.errors import OptionError
 from engines.manifest import VisionGraph

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from calibration.graph_file import write_graph
+from calibration.graph.file import write_graph
 from engines.bundle import Bundle, open_bundle
 from engines.errors import OptionError
 from engines.manifest import VisionGraph

@@ -20,7 +20,7 @@ import numpy as np
 from jinja2 import Environment
 from PIL import Image
 
-from calibration.stages import SELECTION
+from calibration.agreement.stages import SELECTION
 from engines import __version__
 from engines.errors import OptionError
 from engines.staging import staged_file

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from calibration.agreement import TokenAgreement, average_agreement
-from calibration.stages import SELECTION, StageError
+from calibration.agreement.stages import SELECTION, StageError
+from calibration.agreement.tokens import TokenAgreement, average_agreement
 from export.tolerances import Tolerances
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.agreement import measure_cosine
+from calibration.agreement.tokens import measure_cosine
 from engines.bundle import Bundle
 from engines.errors import OptionError
 from engines.manifest import VisionGraph

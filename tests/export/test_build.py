@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration.graph_file import write_graph
+from calibration.graph.file import write_graph
 from engines.bundle import Bundle, open_bundle
 from engines.errors import BundleError, FoveateError
 from engines.ort import OrtSession
@@ -191,7 +191,7 @@ def test_a_device_gets_half_precision_and_a_checked_graph(
 def test_a_graph_tensorrt_refuses_is_not_published(
     language_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("calibration.graph_check._LARGEST_K", 3)
+    monkeypatch.setattr("calibration.graph.check._LARGEST_K", 3)
     options = BuildOptions(
         str(language_checkpoint), tmp_path / "b", target="jetson-orin", tokens=(8,)
     )

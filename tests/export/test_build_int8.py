@@ -13,12 +13,12 @@ import onnx_ir as ir
 import pytest
 from PIL import Image
 
-from calibration.int8_bundle import calibrate_bundle
-from calibration.int8_graphs import RECORD_NAME
-from calibration.int8_options import Int8Options, gate_from_text
-from calibration.int8_unfinished import Unfinished
-from calibration.record import load_calibration
-from calibration.sensitivity import Gate
+from calibration.agreement.gate import Gate
+from calibration.int8.bundle import calibrate_bundle
+from calibration.int8.graphs import RECORD_NAME
+from calibration.int8.options import Int8Options, gate_from_text
+from calibration.int8.unfinished import Unfinished
+from calibration.scales.record import load_calibration
 from engines.bundle import Bundle, open_bundle
 from engines.errors import CalibrationError, FoveateError, GateError, OptionError, SourceError
 from export.build import BuildOptions, BuildReport, build_bundle

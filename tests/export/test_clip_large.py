@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.clip_large import clip_large_graph, random_clip_large, random_projector
 from benchmarks.papers_path import NEIGHBOURS, TowerRun, prumerge, run_tower, visionzip
-from calibration.half_precision import write_fp16_graph
+from calibration.graph.half_precision import write_fp16_graph
 from engines.ort import OrtSession
 from export.reducers import make_reducer
 from export.to_onnx import export_onnx

@@ -9,14 +9,14 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.graph_check import check_graph
-from calibration.half_precision import (
+from calibration.graph.check import check_graph
+from calibration.graph.half_precision import (
     FP32_MODULES,
     PRECISION_KEY,
     convert_to_fp16,
     write_fp16_graph,
 )
-from calibration.modules import is_inside, module_of
+from calibration.graph.modules import is_inside, module_of
 from engines.errors import OptionError
 from engines.ort import OrtSession
 from export.checkpoint import open_checkpoint

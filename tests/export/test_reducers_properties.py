@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from calibration.graph_check import TENSORRT_OPS
+from calibration.graph.check import TENSORRT_OPS
 from export.reducers import REDUCERS, Reduced, make_reducer, reducer_for_budget
 from export.towers import Scoring, TowerOutput
 from tests.export.reducer_cases import EVERY_REDUCER, onnx_of, random_tower, run_onnx

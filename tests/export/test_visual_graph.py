@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from benchmarks.papers_path import TowerRun, prumerge, run_tower, visionzip
-from calibration.graph_check import TENSORRT_OPS
-from calibration.graph_file import OPSETS, ExportedGraph, write_graph
-from calibration.modules import MODULE_KEY
+from calibration.graph.check import TENSORRT_OPS
+from calibration.graph.file import OPSETS, ExportedGraph, write_graph
+from calibration.graph.modules import MODULE_KEY
 from engines import __version__
 from engines.errors import CheckpointError, OptionError
 from engines.ort import OrtSession

@@ -1,0 +1,1 @@
+"""How alike two encodings of a picture are, where they part, and when that is good enough."""

@@ -1,0 +1,55 @@
+"""Are red and blue exchanged? A suspicion with a number, never a verdict.
+
+OpenCV reads and writes BGR; one forgotten conversion and a robot calibrates on blue faces. In
+photographs most of what has a colour is warm (skin, wood, soil, brick, lamplight), red over blue;
+exchanged, it is cool. One frame says little, a blue sky is cool too; most frames of a set saying
+the same is worth a warning. Scenes that are blue (a pool, a lawn under a wide sky) look alike to
+this, and the warning says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from calibration.frames.likeness import Signature
+
+_COLOURED = 16
+"""Levels of 255 between a block's channels from which on it has a colour."""
+_LEAST_AREA = 0.02
+"""Share of a frame that must have a colour for the frame to have a say."""
+_LEAST_FRAMES = 16
+_SUSPICIOUS = 0.8
+
+
+@dataclass(frozen=True)
+class ColourOrder:
+    """Which of red and blue outweighs the other.
+
+    Attributes:
+        coloured: frames in which enough has a colour.
+        cool: of these, frames in which more of it is blue over red than red over blue.
+    """
+
+    coloured: int
+    cool: int
+
+    @property
+    def is_suspicious(self) -> bool:
+        """Whether exchanging red and blue would make the set look more like photographs."""
+        return self.coloured >= _LEAST_FRAMES and self.cool >= _SUSPICIOUS * self.coloured
+
+
+def judge_colour_order(signatures: Sequence[Signature]) -> ColourOrder:
+    """Count coloured and cool frames."""
+    coloured = cool = 0
+    for signature in signatures:
+        has_colour = signature.max(axis=2) - signature.min(axis=2) >= _COLOURED  # [16, 16]
+        if has_colour.mean() < _LEAST_AREA:
+            continue
+        red, blue = signature[has_colour][:, 0], signature[has_colour][:, 2]
+        coloured += 1
+        cool += bool(np.sum(blue > red) > np.sum(red > blue))
+    return ColourOrder(coloured, cool)

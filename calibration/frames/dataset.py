@@ -1,0 +1,193 @@
+"""The user's own frames become a calibration set.
+
+Enters: a folder of pictures, a video, a ROS bag, an MCAP file or a camera (`runtime.frames`) and
+the bundle's own preprocessing. Leaves: a `CalibrationSet`: distinct frames from the whole of the
+source, as the vision tower sees them, with what they cover and a digest that names them. Frames are
+kept as uint8, a quarter of the memory of `pixel_values` (at 336 x 336, 256 frames are 87 MB, and
+twice that while they are collected).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from calibration.frames.coverage import Coverage, measure_coverage
+from calibration.frames.even_sample import EvenSample
+from engines.errors import OptionError, SourceError
+from engines.manifest import Preprocessing
+from runtime.frames import Frame, FrameSource, SourceOptions, open_source
+from runtime.frames.source import FrameClock
+from runtime.preprocess import Pixels, PixelValues, normalise, resize_picture
+
+MOST_UNREADABLE = 0.1
+"""Share of the frames that may be unreadable before something is wrong with the source."""
+
+_LIVE_FPS = 1.0
+_HELD_OUT_EVERY = 8
+_SMALL = "smaller than a patch"
+
+Progress = Callable[[int, int], None]
+"""Called with how many frames were read and how many of them are kept."""
+
+
+@dataclass(frozen=True)
+class FrameOptions:
+    """Which frames to take.
+
+    Attributes:
+        max_frames: most frames in the set.
+        view: how the source is looked at, the same as when the robot watches: rotation, crop, most
+            frames per second (a live source gives one per second if left out), topic of a bag.
+        live_s: seconds after which a live source has given enough.
+        patch_pixels: pixels along a patch of the tower; smaller frames are unreadable.
+    """
+
+    max_frames: int = 256
+    view: SourceOptions = field(default_factory=SourceOptions)
+    live_s: float = 600.0
+    patch_pixels: int = 14
+
+    def __post_init__(self) -> None:
+        if self.max_frames < 2 or not self.live_s > 0:
+            raise OptionError(
+                f"max_frames is {self.max_frames} and live_s {self.live_s:g}, expected at least 2 "
+                "frames (one of them to check on) and more than 0 seconds."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationSet:
+    """Frames to calibrate with; iterate over it as often as you like.
+
+    Attributes:
+        pictures: uint8[height, width, 3] each, resized and cropped.
+        preprocessing: how they become `pixel_values`.
+        source: where they are from.
+        coverage: what they cover; of the whole set, also for a part of it.
+    """
+
+    pictures: tuple[Pixels, ...]
+    preprocessing: Preprocessing
+    source: str
+    coverage: Coverage
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __iter__(self) -> Iterator[PixelValues]:
+        """Yield `pixel_values`, float32[1, 3, height, width], made one at a time."""
+        for picture in self.pictures:
+            yield normalise(picture, self.preprocessing)[None]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the pictures in their order, as hexadecimal digits."""
+        digest = hashlib.sha256()
+        for picture in self.pictures:
+            digest.update(repr(picture.shape).encode())
+            digest.update(picture.tobytes())
+        return digest.hexdigest()
+
+    def split(self) -> tuple[CalibrationSet, CalibrationSet]:
+        """Return seven frames of eight, to calibrate with, and every eighth, to check on."""
+        first = min(_HELD_OUT_EVERY, len(self)) // 2
+        held_out = set(range(first, len(self), _HELD_OUT_EVERY))
+        rest = tuple(p for at, p in enumerate(self.pictures) if at not in held_out)
+        checked = tuple(self.pictures[at] for at in sorted(held_out))
+        return replace(self, pictures=rest), replace(self, pictures=checked)
+
+
+def collect_frames(
+    source: str | FrameSource,
+    preprocessing: Preprocessing,
+    options: FrameOptions | None = None,
+    progress: Progress = lambda read, kept: None,
+) -> CalibrationSet:
+    """Read a source and keep distinct frames from the whole of it.
+
+    Args:
+        source: what `runtime.frames.open_source` opens, or an open source, which is closed.
+        preprocessing: the bundle's, or the checkpoint's.
+        options: which frames to take; `options.view` does not apply to an open source.
+        progress: called after each frame.
+
+    Raises:
+        SourceError: the source cannot be opened, more than a tenth of its frames are unreadable,
+            or fewer than two are different.
+        OptionError: an option has no meaning for this source.
+    """
+    options = options or FrameOptions()
+    if isinstance(source, str):
+        view = options.view
+        source = open_source(
+            source, rotate=view.rotate, crop=view.crop, fps=view.fps, topic=view.topic
+        )
+    sample = EvenSample(options.max_frames)
+    with ExitStack() as open_things:
+        frames = open_things.enter_context(source)
+        for frame in _frames_of(frames, sample, options, open_things):
+            height, width = frame.image.shape[:2]
+            if min(height, width) < options.patch_pixels:
+                size = f"{width}x{height} pixels, and a patch alone is {options.patch_pixels}"
+                frames.errors.count(_SMALL, f"a frame has {size}")
+                continue
+            sample.add(resize_picture(frame.image, preprocessing))
+            progress(sample.read, len(sample))
+            if frames.live and len(sample) == options.max_frames:
+                break
+    _refuse_unreadable(frames, sample)
+    kept = sample.frames()
+    if len(kept) < 2:
+        raise SourceError(
+            f"{frames.name} has {len(kept)} distinct frames ({sample.read} read, "
+            f"{sample.repeated} of them the same picture as another), expected 2 at the very least "
+            "and better 128 or more. Give a longer recording, or a folder with more pictures."
+        )
+    return CalibrationSet(
+        pictures=tuple(frame.levels for frame in kept),
+        preprocessing=preprocessing,
+        source=frames.name,
+        coverage=measure_coverage(
+            sample, [frame.signature for frame in kept], frames.errors.counts
+        ),
+    )
+
+
+def _frames_of(
+    frames: FrameSource, sample: EvenSample, options: FrameOptions, open_things: ExitStack
+) -> Iterator[Frame]:
+    """Return the frames to look at: of a recording spread over all of it, of a camera for a time.
+
+    A live source that is asked at no particular rate would give a second's worth of nearly equal
+    frames; it is asked once per second, and closed when its time is over even if it hangs.
+    """
+    if not frames.live:
+        return frames.chosen(sample.wants_next)
+    clock = FrameClock(options.view.fps or _LIVE_FPS)
+    timer = threading.Timer(options.live_s, frames.close)
+    timer.daemon = True
+    timer.start()
+    open_things.callback(timer.cancel)
+    return frames.chosen(lambda: clock.wants(time.monotonic_ns()) and sample.wants_next())
+
+
+def _refuse_unreadable(frames: FrameSource, sample: EvenSample) -> None:
+    """Count pictures against those that were tried, and damage of the stream against all of it."""
+    counts = frames.errors.counts
+    pictures = counts["undecodable"] + counts[_SMALL]
+    stream = counts.total() - pictures
+    share = pictures / max(sample.read + pictures, 1) + stream / max(sample.seen + stream, 1)
+    if share <= MOST_UNREADABLE:
+        return
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    raise SourceError(
+        f"{frames.name}: {share:.0%} of its frames cannot be used ({reasons}; {sample.read} were "
+        f"read), expected at most {MOST_UNREADABLE:.0%}. The last one: {frames.errors.last}. Mend "
+        "the recording, or give another."
+    )

@@ -1,0 +1,158 @@
+"""A float32 bundle and the user's frames become an INT8 bundle, without PyTorch.
+
+Enters: an opened bundle and `Int8Options`. Leaves: a new bundle beside it: INT8 vision graphs, the
+record they were made with, and everything else as it was, hard-linked where the disk allows it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+from calibration.frames.dataset import CalibrationSet, collect_frames
+from calibration.graph.check import oldest_tensorrt
+from calibration.int8.graphs import Int8Graphs, Int8Task, make_int8_graphs
+from calibration.int8.options import Int8Options
+from calibration.int8.unfinished import Unfinished
+from engines import __version__
+from engines.bundle import Bundle, BundleDraft, refuse_occupied, write_bundle
+from engines.errors import OptionError
+from engines.manifest import Precision, Preprocessing
+from engines.progress_bar import Progress
+from engines.targets import find_target
+from engines.trt.on_device import PAGE_NAME, SCRIPT_NAME, write_device_files
+
+_log = logging.getLogger(__name__)
+
+_REWRITTEN = {"README.md", SCRIPT_NAME, PAGE_NAME}
+_TOOLS = ("onnx", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Int8Bundle:
+    """What was made.
+
+    Attributes:
+        bundle: its directory.
+        made: its graphs.
+        frames: what they were made from.
+    """
+
+    bundle: Path
+    made: Int8Graphs
+    frames: CalibrationSet | None
+
+
+def calibrate_bundle(
+    bundle: Bundle,
+    out: Path,
+    options: Int8Options,
+    *,
+    precision: Precision = "int8",
+    overwrite: bool = False,
+    targets_file: Path | None = None,
+    progress: Progress = lambda line, done: None,
+) -> Int8Bundle:
+    """Make an INT8 bundle of a float32 one.
+
+    Args:
+        bundle: from `open_bundle`.
+        out: where the new one is to be.
+        options: frames, method, gate.
+        precision: ``int8`` or ``mixed``.
+        overwrite: replace a bundle that is there.
+        targets_file: TOML file of the user's own targets.
+        progress: told of every frame.
+
+    Raises:
+        GateError: the result agrees too little with FP32; nothing is written.
+        FoveateError: options, frames or bundle cannot be used.
+    """
+    record = options.check(precision)
+    target = find_target(bundle.manifest.target, targets_file)
+    target.check_precision(precision)
+    _refuse_rounded(bundle)
+    if out.resolve() == bundle.root.resolve():
+        raise OptionError(f"--out {out} is the bundle itself. Give another directory.")
+    refuse_occupied(out, overwrite)
+    patch_pixels = bundle.preprocessing.height // bundle.vision().patch_rows
+    frames = collect(options, bundle.preprocessing, patch_pixels, progress)
+    unfinished = Unfinished(out)
+    with unfinished.kept(), write_bundle(out, overwrite=overwrite) as draft:
+        task = Int8Task(
+            sources={graph.file: bundle.path(graph.file) for graph in bundle.manifest.vision},
+            root=draft.root,
+            precision=precision,
+            tensorrt=oldest_tensorrt(target),
+            options=options,
+            frames=frames,
+            record=record,
+            unfinished=unfinished,
+        )
+        made = make_int8_graphs(task, progress)
+        graphs = tuple(made.describe(graph, precision) for graph in bundle.manifest.vision)
+        _copy_rest(bundle, draft)
+        write_device_files(draft.root, graphs, target)
+        versions = {"foveate": __version__} | {tool: version(tool) for tool in _TOOLS}
+        draft.describe(
+            bundle.manifest.model_copy(
+                update={
+                    "vision": graphs,
+                    "calibration_digest": made.set_digest,
+                    "versions": {**bundle.manifest.versions, **versions},
+                    "files": {},
+                }
+            )
+        )
+        progress("Hashing and publishing", 1.0)
+    return Int8Bundle(out, made, frames)
+
+
+def collect(
+    options: Int8Options, preprocessing: Preprocessing, patch_pixels: int, progress: Progress
+) -> CalibrationSet | None:
+    """Collect the frames that the options ask for; None where they ask for none.
+
+    What they lack is logged at once: whoever waits for the calibration may want to stop it.
+
+    Raises:
+        SourceError: as `collect_frames`.
+    """
+    if options.frames is None:
+        return None
+    frames = collect_frames(
+        options.frames,
+        preprocessing,
+        replace(options.choice, patch_pixels=patch_pixels),
+        lambda read, kept: progress(f"Reading frames: {read:,} read, {kept} kept", 0.0),
+    )
+    for warning in frames.coverage.warnings:
+        _log.warning("%s: %s", frames.source, warning)
+    return frames
+
+
+def _refuse_rounded(bundle: Bundle) -> None:
+    rounded = [graph for graph in bundle.manifest.vision if graph.precision != "fp32"]
+    if rounded:
+        raise OptionError(
+            f"{bundle.root}: {rounded[0].file} is {rounded[0].precision}, and calibration starts "
+            "from fp32. Build the bundle with --precision fp32 and calibrate that one; for a "
+            "TensorRT device what is not quantized becomes fp16 by itself."
+        )
+
+
+def _copy_rest(bundle: Bundle, draft: BundleDraft) -> None:
+    """Link or copy what does not change: the language model, the tokenizer, the embeddings."""
+    replaced = {graph.file for graph in bundle.manifest.vision}
+    replaced |= {graph.weights for graph in bundle.manifest.vision if graph.weights}
+    for name in bundle.manifest.files:
+        if name in replaced or name in _REWRITTEN:
+            continue
+        try:
+            os.link(bundle.path(name), draft.path(name))
+        except OSError:  # another disk, or one without links
+            shutil.copy2(bundle.path(name), draft.path(name))

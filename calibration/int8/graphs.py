@@ -1,0 +1,235 @@
+"""The float32 vision graphs of a bundle become INT8 ones, or nothing does.
+
+Enters: one float32 graph for each budget and the user's frames (or a calibration made from them).
+Leaves: the same graphs with Q/DQ in the tower, for TensorRT with float16 around it, and the record
+they were made with. One calibration serves them all. Frames that were held out decide whether the
+result is good enough; that is measured on the files that will be published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import onnx_ir as ir
+
+from calibration.agreement.gate import Gate
+from calibration.agreement.graphs import compare_graphs, rank_stages
+from calibration.agreement.tokens import Agreement
+from calibration.frames.dataset import CalibrationSet
+from calibration.graph.check import check_graph
+from calibration.graph.file import ExportedGraph, set_opset, write_graph
+from calibration.graph.half_precision import convert_to_fp16
+from calibration.graph.shared_weights import SharedWeights
+from calibration.int8.options import Int8Options
+from calibration.int8.unfinished import Unfinished
+from calibration.scales.apply import apply_calibration
+from calibration.scales.find import calibrate
+from calibration.scales.record import Calibration
+from calibration.sensitivity.report import svg_from_report
+from calibration.sensitivity.search import SensitivityReport, search_exclusions
+from engines.errors import GateError
+from engines.manifest import Precision, VisionGraph
+from engines.progress_bar import Progress
+
+RECORD_NAME = "vision/calibration.json"
+"""Where a bundle keeps what its INT8 graphs were made with."""
+
+HALF_OPSET = 19
+"""The first ONNX operator set that quantizes float16."""
+
+_SET_NOTE = "calibration_set_sha256"
+_SUSPECTS = 5
+_SUSPECT_FRAMES = 2
+
+
+@dataclass(frozen=True)
+class Int8Graphs:
+    """What became of a bundle's graphs.
+
+    Attributes:
+        written: each graph by its place in the bundle.
+        calibration: what they were made with.
+        agreements: with FP32 on frames held out, by graph; empty where there were no frames.
+        held_out: how many frames that were.
+        searches: what `--precision mixed` found, by graph.
+    """
+
+    written: Mapping[str, ExportedGraph]
+    calibration: Calibration
+    agreements: Mapping[str, Agreement]
+    held_out: int
+    searches: Mapping[str, SensitivityReport]
+
+    def describe(self, graph: VisionGraph, precision: Precision) -> VisionGraph:
+        """Return what a manifest says of a graph that was float32 before."""
+        exported = self.written[graph.file]
+        weights = exported.weights_file
+        return graph.model_copy(
+            update={
+                "precision": precision,
+                "opset": exported.opset,
+                "weights": f"vision/{weights.name}" if weights is not None else None,
+            }
+        )
+
+    @property
+    def set_digest(self) -> str:
+        """SHA-256 of the frames, for the bundle's manifest."""
+        return self.calibration.notes.get(_SET_NOTE, self.calibration.frames.sha256)
+
+
+@dataclass(frozen=True)
+class Int8Task:
+    """What is to be done.
+
+    Attributes:
+        sources: float32 graphs by their place in the bundle; the first is calibrated on.
+        root: the bundle's (staging) directory.
+        precision: ``int8``, or ``mixed`` to give layers back to floating point until the gate
+            holds.
+        tensorrt: the oldest version that is to take the graphs; what is not quantized then becomes
+            float16. None: it stays float32, as CPUs want it.
+        options: as the user gave them.
+        frames: the user's; None only with a record.
+        record: a calibration to be used again.
+        unfinished: where to keep what was measured so far; None keeps nothing.
+    """
+
+    sources: Mapping[str, Path]
+    root: Path
+    precision: Precision
+    tensorrt: str | None
+    options: Int8Options
+    frames: CalibrationSet | None
+    record: Calibration | None = None
+    unfinished: Unfinished | None = None
+
+    @property
+    def gate(self) -> Gate:
+        """The least agreement that is good enough."""
+        return self.options.gate_for(self.precision)
+
+
+def make_int8_graphs(task: Int8Task, progress: Progress = lambda line, done: None) -> Int8Graphs:
+    """Calibrate, quantize, write, check.
+
+    Raises:
+        GateError: the graphs agree too little with FP32; the worst layers are named.
+        CalibrationError: the frames, the graphs or the record do not go together.
+        EngineError: TensorRT will not take a graph.
+    """
+    calibrated, held_out = task.frames.split() if task.frames is not None else (None, None)
+    calibration = task.record
+    searches: dict[str, SensitivityReport] = {}
+    if calibration is None:
+        if calibrated is None or held_out is None:
+            raise RuntimeError("neither frames nor a record; Int8Options.check refuses that")
+        calibration = _calibrate(task, calibrated, _part(progress, 0.0, 0.5))
+        if task.precision == "mixed":
+            part = _part(progress, 0.5, 0.8)
+            calibration, searches = _search(task, calibration, held_out, part)
+    written = dict(_write_graphs(task, calibration, _part(progress, 0.8, 0.9)))
+    agreements = {}
+    if held_out is not None:
+        part = _part(progress, 0.9, 1.0)
+        threads = task.options.how.threads
+        agreements = {
+            name: compare_graphs(task.sources[name], exported.file, held_out, threads, part)
+            for name, exported in written.items()
+        }
+        _refuse_below_gate(task, calibration, agreements, held_out)
+    calibration.save(task.root / RECORD_NAME)
+    for name, search in searches.items():
+        if search.sites:
+            chart = (task.root / name).with_suffix(".sensitivity.svg")
+            chart.write_text(svg_from_report(search), encoding="utf-8")
+    return Int8Graphs(written, calibration, agreements, len(held_out or ()), searches)
+
+
+def _calibrate(task: Int8Task, frames: CalibrationSet, progress: Progress) -> Calibration:
+    first = next(iter(task.sources.values()))
+    resume = task.unfinished.sums if task.unfinished is not None else None
+    found = calibrate(first, frames, task.options.how, progress=progress, resume=resume)
+    whole = task.frames.digest if task.frames is not None else found.frames.sha256
+    return found.model_copy(update={"notes": {**found.notes, _SET_NOTE: whole}})
+
+
+def _search(
+    task: Int8Task, calibration: Calibration, frames: CalibrationSet, progress: Progress
+) -> tuple[Calibration, dict[str, SensitivityReport]]:
+    """Meet the gate on one graph after the other; what one excludes stays excluded."""
+    reports = {}
+    for name, source in task.sources.items():
+        reports[name] = search_exclusions(
+            source,
+            calibration,
+            frames,
+            task.gate,
+            threads=task.options.how.threads,
+            progress=progress,
+            resume=task.unfinished.trials if task.unfinished is not None else None,
+        )
+        calibration = reports[name].calibration
+    return calibration, reports
+
+
+def _write_graphs(
+    task: Int8Task, calibration: Calibration, progress: Progress
+) -> Iterator[tuple[str, ExportedGraph]]:
+    several = len(task.sources) > 1
+    shared = SharedWeights(task.root / "vision/weights.data") if several else None
+    for at, (name, source) in enumerate(task.sources.items()):
+        progress(f"Quantizing {name}", at / len(task.sources))
+        model = ir.load(source)
+        apply_calibration(model, calibration)
+        opset = model.opset_imports[""]
+        if task.tensorrt is not None:
+            opset = max(opset, HALF_OPSET)
+            set_opset(model, opset)
+            convert_to_fp16(model)
+        exported = write_graph(model, task.root / name, opset=opset, shared=shared)
+        if task.tensorrt is not None:
+            check_graph(exported.file, task.tensorrt)
+        yield name, exported
+
+
+def _refuse_below_gate(
+    task: Int8Task,
+    calibration: Calibration,
+    agreements: Mapping[str, Agreement],
+    held_out: CalibrationSet,
+) -> None:
+    gate = task.gate
+    missed = {name: one for name, one in agreements.items() if not gate.holds(one)}
+    if not missed:
+        return
+    told = "; ".join(
+        f"{name} keeps {one.overlap:.1%} of the patches and its tokens have a cosine of "
+        f"{one.cosine:.4f}"
+        for name, one in missed.items()
+    )
+    name = next(iter(missed))
+    few = islice(held_out, _SUSPECT_FRAMES)
+    worst = rank_stages(task.sources[name], task.root / name, few, task.options.how.threads)
+    layers = ", ".join(f"{one.stage} ({one.growth:+.1%})" for one in worst[:_SUSPECTS])
+    advice = (
+        "--precision mixed leaves such layers in floating point until the gate holds; more and "
+        "more varied frames, or another --method, may help too."
+        if task.precision == "int8"
+        else "Calibrate on frames that are more like these, or lower the gate."
+    )
+    raise GateError(
+        f"INT8 misses the gate of {gate.overlap:.0%} kept patches and a cosine of {gate.cosine:g} "
+        f"on {len(held_out)} frames held out: {told}. What adds most to the error in "
+        f"{name}: {layers}. Nothing was written. {advice}"
+    )
+
+
+def _part(progress: Progress, begin: float, end: float) -> Progress:
+    def tell(line: str, done: float) -> None:
+        progress(line, begin + done * (end - begin))
+
+    return tell

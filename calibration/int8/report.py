@@ -1,0 +1,86 @@
+"""What a calibration did, for people and for machines.
+
+Enters: `Int8Graphs` and the frames they were made from. Leaves: lines, or one JSON object.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from calibration.frames.coverage import document_from_coverage, lines_from_coverage
+from calibration.frames.dataset import CalibrationSet
+from calibration.int8.graphs import RECORD_NAME, Int8Graphs
+from calibration.int8.unfinished import Unfinished
+from calibration.sensitivity.report import json_from_report, table_from_report
+from engines import cli
+from engines.errors import GateError
+
+
+def document_from_int8(made: Int8Graphs, frames: CalibrationSet | None) -> dict[str, Any]:
+    """Return it as a JSON object."""
+    calibration = made.calibration
+    return {
+        "record": RECORD_NAME,
+        "method": calibration.method,
+        "frames_sha256": made.set_digest,
+        "coverage": document_from_coverage(frames.coverage) if frames is not None else None,
+        "held_out": made.held_out,
+        "agreement": {name: asdict(one) for name, one in made.agreements.items()},
+        "quantized_layers": len(calibration.quantized),
+        "excluded_layers": list(calibration.excluded),
+        "sensitivity": {name: json_from_report(search) for name, search in made.searches.items()},
+    }
+
+
+def lines_from_int8(made: Int8Graphs) -> list[str]:
+    """Return it as lines; coverage is told before, by `tell_coverage`."""
+    calibration = made.calibration
+    lines = [
+        f"  INT8 in {len(calibration.quantized)} of {len(calibration.layers)} layers of the tower"
+    ]
+    if calibration.excluded:
+        lines.append(f"  left in floating point: {', '.join(calibration.excluded)}")
+    for name, one in made.agreements.items():
+        lines.append(
+            f"  {name} on {made.held_out} frames held out: {one.overlap:.1%} of the patches kept "
+            f"alike, {one.assignment:.1%} of the others merged alike, cosine {one.cosine:.5f}"
+        )
+    if not made.agreements:
+        lines.append("  not checked: there were no frames to check on (--frames)")
+    return lines
+
+
+def print_searches(made: Int8Graphs) -> None:
+    """Print what `--precision mixed` found, a table for each graph that needed a search."""
+    from rich.console import Console
+
+    for search in made.searches.values():
+        if search.sites:
+            Console().print(table_from_report(search))
+
+
+def lines_from_frames(frames: CalibrationSet | None) -> list[str]:
+    """Return what the frames cover."""
+    return [] if frames is None else lines_from_coverage(frames.coverage)
+
+
+def tell_missed_gate(error: GateError, as_json: bool) -> int:
+    """Say that INT8 was not good enough; returns the exit code."""
+    if as_json:
+        cli.print_json({"passed": False, "failure": str(error)})
+    else:
+        print(f"failed: {error}", file=sys.stderr)
+    return 1
+
+
+def tell_interruption(out: Path) -> None:
+    """Say where an interrupted calibration goes on."""
+    folder = Unfinished(out).folder
+    if folder.exists():
+        print(
+            f"Interrupted. {folder} keeps what was measured: the same command goes on from there.",
+            file=sys.stderr,
+        )

@@ -1,0 +1,74 @@
+"""A calibration written into a graph: symmetric Q/DQ around the layers it names.
+
+Enters: a float32 graph and a `Calibration` of its tower. Leaves: the graph with per-tensor
+activations, per-channel weights, zero points 0 and biases in floating point. TensorRT takes its
+precision from exactly these nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from calibration.scales.layers import Site, find_sites
+from calibration.scales.record import Calibration
+from calibration.scales.rewrite import quantize_site, smooth_site
+from engines.errors import CalibrationError
+
+CALIBRATION_KEY = "foveate.calibration"
+"""Metadata of the model: digest of the calibration that was applied."""
+
+
+def apply_calibration(model: ir.Model, calibration: Calibration) -> None:
+    """Quantize a graph as a calibration says, in place.
+
+    Layers it excludes stay as they are. A norm whose layers are all excluded is not smoothed.
+
+    Args:
+        model: a float32 graph of the checkpoint the calibration was made on, such as
+            `export.to_onnx.trace_graph` gives; convert to float16 afterwards.
+        calibration: from `calibrate` or `load_calibration`.
+
+    Raises:
+        CalibrationError: the graph is not float32, or the calibration is of other weights.
+    """
+    sites = find_sites(model)
+    _refuse_other_weights(sites, calibration)
+    kept = {
+        site: [layer for layer in site.layers if layer.name not in calibration.excluded]
+        for site in sites
+    }
+    for site, layers in kept.items():
+        smoothing = calibration.sites[site.name].smoothing
+        if layers and smoothing is not None:
+            smooth_site(model.graph, site, smoothing.shift, smoothing.scale)
+    for site, layers in kept.items():
+        if layers:
+            found = calibration.sites[site.name]
+            quantize_site(model.graph, layers, found.threshold, found.mean)
+    model.metadata_props[CALIBRATION_KEY] = calibration.digest()
+
+
+def _refuse_other_weights(sites: Sequence[Site], calibration: Calibration) -> None:
+    layers = [layer for site in sites for layer in site.layers]
+    known = {name: record.site for name, record in calibration.layers.items()}
+    unknown = [
+        layer.name for site in sites for layer in site.layers if known.get(layer.name) != site.name
+    ]
+    if unknown:
+        raise CalibrationError(
+            f"The graph has {len(unknown)} layers that were not calibrated, the first is "
+            f"{unknown[0]}: the calibration is of another model, or of a graph that reads fewer "
+            "layers of this one. Calibrate on this graph."
+        )
+    changed = [
+        layer.name
+        for layer in layers
+        if layer.digest() != calibration.layers[layer.name].weight_sha256
+    ]
+    if changed:
+        raise CalibrationError(
+            f"The calibration was made on other weights: {len(changed)} of {len(layers)} layers "
+            f"differ, the first is {changed[0]}. Calibrate again on this checkpoint."
+        )

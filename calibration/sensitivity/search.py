@@ -1,0 +1,174 @@
+"""Which layers INT8 costs most, and how few of them in floating point meet a gate.
+
+Enters: a float32 vision graph, a calibration of it, frames and a gate. Leaves: the error of each
+site quantized alone, and the same calibration with the costliest sites excluded, as few as the gate
+needs. Error is told at the graph's own outputs, in patches kept and tokens that match: an
+element-wise difference says nothing once a reducer has picked another patch. Decisions follow from
+what was measured and nothing else, so that a search that was interrupted takes the same ones again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx_ir as ir
+
+from calibration.agreement.gate import Gate
+from calibration.agreement.tokens import Agreement
+from calibration.frames.pixels import Frames
+from calibration.scales.layers import Site, find_sites
+from calibration.scales.record import Calibration
+from calibration.sensitivity.trials import Trials
+from engines.errors import GateError
+from engines.progress_bar import Progress
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """What it costs to quantize one site and nothing else.
+
+    Attributes:
+        site: its name; a norm, or a layer that reads its activation alone.
+        layers: what is quantized with it.
+        weights: how many numbers those layers multiply by, a measure of their time.
+        alone: agreement with only these layers in INT8.
+        cost: `Gate.cost` of it.
+    """
+
+    site: str
+    layers: tuple[str, ...]
+    weights: int
+    alone: Agreement
+    cost: float
+
+
+@dataclass(frozen=True)
+class SensitivityReport:
+    """What a search found.
+
+    Attributes:
+        sites: every site that was quantized, the costliest for its weights first: the order in
+            which they were excluded.
+        gate: that was to be met.
+        before: agreement with everything quantized that the calibration quantizes.
+        after: agreement with what is left.
+        calibration: the same, with what the search excluded.
+    """
+
+    sites: tuple[SiteCost, ...]
+    gate: Gate
+    before: Agreement
+    after: Agreement
+    calibration: Calibration
+
+
+def search_exclusions(
+    graph_file: Path,
+    calibration: Calibration,
+    frames: Frames,
+    gate: Gate,
+    *,
+    threads: int | None = None,
+    progress: Progress = lambda line, done: None,
+    resume: Path | None = None,
+) -> SensitivityReport:
+    """Give layers back to floating point until a gate holds.
+
+    What the calibration excludes already stays excluded, so that the gate can be met on one graph
+    of a bundle after the other. Sites go in the order of what each costs alone per weight, because
+    the weights tell how much time INT8 saves there. How many are needed is found by bisection, and
+    each that turns out not to be needed is quantized again.
+
+    Args:
+        graph_file: a float32 vision graph with the reducer that is to be right.
+        calibration: of its checkpoint.
+        frames: float32[1, 3, H, W] each; better others than it was calibrated on.
+        gate: what is to be reached.
+        threads: CPU threads.
+        progress: told of every trial.
+        resume: a file that keeps every trial, for searches on other graphs too. What it holds is
+            not measured again; it stays, for the caller to remove.
+
+    Raises:
+        GateError: the gate cannot be reached; the costliest sites are named.
+        CalibrationError: the calibration is not of this graph, there are no frames, or ``resume``
+            is damaged.
+    """
+    with TemporaryDirectory() as folder:
+        trials = Trials(graph_file, calibration, frames, threads, Path(folder), resume)
+        before = trials.measure(calibration.excluded)
+        if gate.holds(before):
+            return SensitivityReport((), gate, before, before, calibration)
+        search = _Search(trials, calibration, gate, progress)
+        costs = search.measure_sites(find_sites(ir.load(graph_file)))
+        chosen, after = search.choose_exclusions(costs)
+    if not gate.holds(after):
+        raise _gate_error(costs, gate, before, after)
+    return SensitivityReport(tuple(costs), gate, before, after, calibration.excluding(chosen))
+
+
+@dataclass(frozen=True)
+class _Search:
+    trials: Trials
+    calibration: Calibration
+    gate: Gate
+    progress: Progress
+
+    def measure_sites(self, sites: Sequence[Site]) -> list[SiteCost]:
+        """Return what each site costs alone, the costliest for its weights first."""
+        costs = []
+        for number, site in enumerate(sites):
+            layers = [one for one in site.layers if one.name not in self.calibration.excluded]
+            if not layers:
+                continue
+            self.progress(f"{site.name} alone", 0.8 * number / len(sites))
+            names = tuple(layer.name for layer in layers)
+            alone = self.trials.measure(set(self.calibration.layers) - set(names))
+            weights = sum(layer.matrix().size for layer in layers)
+            costs.append(SiteCost(site.name, names, weights, alone, self.gate.cost(alone)))
+        return sorted(costs, key=lambda cost: cost.cost / cost.weights, reverse=True)
+
+    def choose_exclusions(self, costs: Sequence[SiteCost]) -> tuple[tuple[str, ...], Agreement]:
+        """Return the fewest costly layers without which the gate holds, and the agreement then."""
+        few, enough = 0, len(costs)
+        chosen, after = list(costs), self._measure_without(costs)
+        if not self.gate.holds(after):
+            return self._layers_of(chosen), after
+        while enough - few > 1:
+            middle = (few + enough) // 2
+            self.progress(f"the {middle} costliest sites in floating point", 0.85)
+            if self.gate.holds(found := self._measure_without(costs[:middle])):
+                enough, chosen, after = middle, list(costs[:middle]), found
+            else:
+                few = middle
+        for cost in reversed(chosen[:-1]):
+            self.progress(f"without {cost.site}", 0.95)
+            fewer = [one for one in chosen if one is not cost]
+            if self.gate.holds(found := self._measure_without(fewer)):
+                chosen, after = fewer, found
+        return self._layers_of(chosen), after
+
+    def _measure_without(self, sites: Sequence[SiteCost]) -> Agreement:
+        return self.trials.measure(self._layers_of(sites))
+
+    def _layers_of(self, sites: Sequence[SiteCost]) -> tuple[str, ...]:
+        names = {*self.calibration.excluded, *(name for cost in sites for name in cost.layers)}
+        return tuple(name for name in self.calibration.layers if name in names)
+
+
+def _gate_error(
+    costs: Sequence[SiteCost], gate: Gate, before: Agreement, after: Agreement
+) -> GateError:
+    worst = ", ".join(
+        f"{cost.site} (overlap {cost.alone.overlap:.3f}, cosine {cost.alone.cosine:.4f} alone)"
+        for cost in sorted(costs, key=lambda cost: cost.cost, reverse=True)[:3]
+    )
+    return GateError(
+        f"The gate (overlap {gate.overlap:g}, cosine {gate.cosine:g}) cannot be reached: overlap "
+        f"{before.overlap:.4f} and cosine {before.cosine:.5f} with INT8, {after.overlap:.4f} and "
+        f"{after.cosine:.5f} with every layer back in floating point. The costliest are {worst}. "
+        "Ask for less than 1, or build with --precision fp16."
+    )

@@ -1,0 +1,119 @@
+"""Which layers quantized cost how much: each trial measured once, even over an interruption.
+
+Enters: a float32 vision graph, a calibration of it, frames, and one choice of layers after the
+other. Leaves: how far the graph with these layers in INT8 agrees with the float32 one. What was
+measured is kept in a file, so that a search that was interrupted decides again what it decided
+before, without measuring it again, and goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from pydantic import TypeAdapter, ValidationError
+
+from calibration.agreement.graphs import run_graph
+from calibration.agreement.tokens import Agreement, average_agreement, compare_visual_tokens
+from calibration.frames.pixels import Frames
+from calibration.scales.apply import apply_calibration
+from calibration.scales.record import Calibration
+from engines.errors import CalibrationError
+from engines.staging import staged_file
+from runtime.vision import VisualTokens
+
+_FILE = TypeAdapter(dict[str, Agreement])
+
+
+class Trials:
+    """Measures one choice of layers after the other, on the same graph and frames.
+
+    Attributes:
+        measured: how many choices were measured rather than remembered.
+    """
+
+    def __init__(
+        self,
+        graph_file: Path,
+        calibration: Calibration,
+        frames: Frames,
+        threads: int | None,
+        folder: Path,
+        kept: Path | None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            graph_file: the float32 graph, as `calibration.graph.file` writes it: with the digest of
+                its weights in it, if they lie beside it.
+            calibration: of its checkpoint; what it excludes has no meaning here.
+            frames: float32[1, 3, H, W] each.
+            threads: CPU threads.
+            folder: where quantized graphs are written for a moment.
+            kept: file that keeps what is measured, of other graphs, calibrations and frames too;
+                None keeps nothing.
+
+        Raises:
+            CalibrationError: there are no frames, or the file is damaged.
+        """
+        if len(frames) == 0:
+            raise CalibrationError("There are no frames to search on, expected at least one.")
+        self.measured = 0
+        self._graph_file, self._frames, self._threads = graph_file, frames, threads
+        self._calibration = calibration
+        self._trial_file = folder / "trial.onnx"
+        self._kept = kept
+        self._known = _load(kept)
+        self._subject = _identify(graph_file, calibration, frames)
+
+    def measure(self, excluded: Collection[str]) -> Agreement:
+        """Return the agreement of the graph with all but the excluded layers quantized."""
+        names = tuple(name for name in self._calibration.layers if name in excluded)
+        key = hashlib.sha256("\n".join((self._subject, *names)).encode()).hexdigest()
+        if key not in self._known:
+            model = ir.load(self._graph_file)
+            apply_calibration(model, self._calibration.excluding(names))
+            ir.save(model, self._trial_file, external_data="trial.data")
+            made = run_graph(self._trial_file, self._frames, self._threads)
+            self._known[key] = average_agreement(map(compare_visual_tokens, self._exact, made))
+            self.measured += 1
+            self._save()
+        return self._known[key]
+
+    @cached_property
+    def _exact(self) -> list[VisualTokens]:
+        return list(run_graph(self._graph_file, self._frames, self._threads))
+
+    def _save(self) -> None:
+        if self._kept is None:
+            return
+        content = {key: asdict(agreement) for key, agreement in self._known.items()}
+        with staged_file(self._kept, CalibrationError) as staged:
+            staged.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _identify(graph_file: Path, calibration: Calibration, frames: Frames) -> str:
+    """Return a digest of what an agreement depends on, beside the layers that are quantized."""
+    digest = hashlib.sha256(np.memmap(graph_file, np.uint8, "r").data)
+    digest.update(calibration.excluding(()).digest().encode())
+    for frame in frames:
+        digest.update(np.ascontiguousarray(frame).tobytes())
+    return digest.hexdigest()
+
+
+def _load(kept: Path | None) -> dict[str, Agreement]:
+    if kept is None or not kept.exists():
+        return {}
+    try:
+        return _FILE.validate_json(kept.read_bytes())
+    except (ValidationError, OSError) as error:
+        raise CalibrationError(
+            f"{kept} does not hold the trials of an interrupted search: it is cut short or "
+            "damaged. Delete it to measure them anew."
+        ) from error

@@ -1,0 +1,213 @@
+"""The search for what to leave in floating point, and the bundled checkpoint in INT8."""
+
+from __future__ import annotations
+
+import math
+from io import StringIO
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from rich.console import Console
+
+from benchmarks import random_graphs
+from calibration.agreement.gate import Gate
+from calibration.agreement.graphs import compare_graphs
+from calibration.agreement.tokens import Agreement
+from calibration.graph.file import write_graph
+from calibration.scales.apply import apply_calibration
+from calibration.scales.find import CalibrationOptions, calibrate
+from calibration.scales.record import Calibration, load_calibration
+from calibration.sensitivity.report import json_from_report, svg_from_report, table_from_report
+from calibration.sensitivity.search import SensitivityReport, search_exclusions
+from engines.errors import CalibrationError, FoveateError
+from export.checkpoint import open_checkpoint
+from export.reducers import reducer_for_budget
+from export.to_onnx import export_onnx
+from export.visual_graph import build_visual_graph
+from runtime.pictures import load_picture
+from runtime.preprocess import preprocess_batch
+from tests.photographs import clip_pixels
+
+POCKET = Path("models/pocket-llava")
+OPTIONS = CalibrationOptions(method="max", alphas=(0.5,), sample_rows=64, threads=1)
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[np.ndarray]:
+    return [pixels[None].astype(np.float32) for pixels in clip_pixels(56)]
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nothing is selected here, so that only the cosine speaks: untrained scores tie."""
+    return random_graphs.write_graph(tmp_path_factory.mktemp("none"), "none")[0]
+
+
+@pytest.fixture(scope="module")
+def calibration(graph, frames) -> Calibration:
+    return calibrate(graph, frames[:4], OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def report(graph, calibration, frames) -> SensitivityReport:
+    with_all = search_exclusions(graph, calibration, frames[4:6], Gate(0.97, 0.5), threads=1)
+    assert with_all.sites == ()
+    between = 1 - (1 - with_all.before.cosine) / 3
+    return search_exclusions(graph, calibration, frames[4:6], Gate(0.97, between), threads=1)
+
+
+def test_a_gate_that_holds_excludes_nothing(graph, calibration, frames) -> None:
+    report = search_exclusions(graph, calibration, frames[4:6], Gate(0.9, 0.9), threads=1)
+    assert report.calibration is calibration
+    assert report.before == report.after
+    assert "holds as it is" in svg_from_report(report)
+
+
+def test_the_search_meets_the_gate_with_few_layers(report, calibration) -> None:
+    assert not report.gate.holds(report.before)
+    assert report.gate.holds(report.after)
+    assert 1 <= len(report.calibration.excluded) < len(calibration.layers)
+    assert len(report.sites) == len(calibration.sites)
+    per_weight = [site.cost / site.weights for site in report.sites]
+    assert per_weight == sorted(per_weight, reverse=True)
+
+
+def test_its_result_is_replayed_from_a_file(report, graph, frames, tmp_path) -> None:
+    report.calibration.save(tmp_path / "c.json")
+    model = ir.load(graph)
+    apply_calibration(model, load_calibration(tmp_path / "c.json"))
+    write_graph(model, tmp_path / "mixed.onnx")
+    assert compare_graphs(graph, tmp_path / "mixed.onnx", frames[4:6], 1) == report.after
+
+
+def test_what_is_excluded_already_stays_so(report, graph, frames) -> None:
+    again = search_exclusions(graph, report.calibration, frames[4:6], report.gate, threads=1)
+    assert again.calibration.excluded == report.calibration.excluded
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[tuple[str, ...]]:
+    """What each trial that is really measured leaves in floating point."""
+    found: list[tuple[str, ...]] = []
+
+    def apply(model: ir.Model, calibration: Calibration) -> None:
+        found.append(calibration.excluded)
+        apply_calibration(model, calibration)
+
+    monkeypatch.setattr("calibration.sensitivity.trials.apply_calibration", apply)
+    return found
+
+
+@pytest.mark.parametrize("stop", [1, 7, 17])
+def test_an_interrupted_search_measures_nothing_twice(
+    report, graph, calibration, frames, tmp_path, measured, stop
+) -> None:
+    kept = tmp_path / "trials.json"
+
+    def search(interrupted: bool) -> SensitivityReport:
+        def tell(line: str, done: float) -> None:
+            if interrupted and len(measured) == stop:
+                raise KeyboardInterrupt
+
+        return search_exclusions(
+            graph, calibration, frames[4:6], report.gate, threads=1, progress=tell, resume=kept
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        search(interrupted=True)
+    assert len(measured) == stop
+    resumed = search(interrupted=False)
+    assert json_from_report(resumed) == json_from_report(report)
+    assert resumed.calibration.digest() == report.calibration.digest()
+    assert len(set(measured)) == len(measured) > stop
+    search(interrupted=False)
+    assert len(set(measured)) == len(measured), "a search that is done is told again for nothing"
+
+
+def test_trials_of_something_else_are_not_taken(
+    graph, calibration, frames, tmp_path, measured
+) -> None:
+    kept, loose = tmp_path / "trials.json", Gate(0.0, 0.0)
+    search_exclusions(graph, calibration, frames[:1], loose, threads=1, resume=kept)
+    search_exclusions(graph, calibration, frames[:1], loose, threads=1, resume=kept)
+    assert len(measured) == 1
+    other_graph = random_graphs.write_graph(tmp_path, "visionzip")[0]
+    other_sites = {name: site.model_copy(update={"threshold": site.threshold * 2})
+                   for name, site in calibration.sites.items()}  # fmt: skip
+    for changed in (
+        (graph, calibration, frames[1:2]),
+        (other_graph, calibration, frames[:1]),
+        (graph, calibration.model_copy(update={"sites": other_sites}), frames[:1]),
+    ):
+        before = len(measured)
+        search_exclusions(*changed, loose, threads=1, resume=kept)
+        assert len(measured) == before + 1
+    kept.write_text(kept.read_text()[:-9])
+    with pytest.raises(CalibrationError, match="cut short or damaged"):
+        search_exclusions(graph, calibration, frames[:1], loose, threads=1, resume=kept)
+
+
+def test_a_gate_out_of_reach_names_the_worst_layers(graph, calibration, frames) -> None:
+    with pytest.raises(FoveateError) as caught:
+        search_exclusions(graph, calibration, frames[4:5], Gate(0.97, 1.1), threads=1)
+    assert "cannot be reached" in str(caught.value)
+    assert str(caught.value).count(" alone)") == 3
+
+
+def test_no_frames_to_search_on(graph, calibration) -> None:
+    with pytest.raises(CalibrationError, match="no frames to search on"):
+        search_exclusions(graph, calibration, [], Gate(), threads=1)
+
+
+def test_table_chart_and_json_tell_the_same(report) -> None:
+    excluded = report.calibration.excluded
+    console = Console(width=140, record=True, file=StringIO())
+    console.print(table_from_report(report))
+    text = console.export_text()
+    chart = ElementTree.fromstring(svg_from_report(report))
+    told = json_from_report(report)
+    float_sites = [site["site"] for site in told["sites"] if site["excluded"]]
+    assert told["excluded"] == list(excluded)
+    in_float = [line for line in text.splitlines() if line.rstrip().endswith(" float")]
+    assert len(in_float) == len(float_sites)
+    bars = [bar for bar in chart.iter() if bar.get("fill") == "#d9480f"]
+    assert len(bars) == len(float_sites)
+    assert all(site.site in text for site in report.sites)
+
+
+def test_cost_is_in_multiples_of_what_the_gate_allows() -> None:
+    gate = Gate(overlap=0.9, cosine=0.99)
+    assert gate.cost(Agreement(0.9, 0.0, 1.0)) == pytest.approx(1)
+    assert gate.cost(Agreement(0.8, 0.0, 0.98)) == pytest.approx(4)
+    assert gate.holds(Agreement(0.9, 0.0, 0.99))
+    assert not gate.holds(Agreement(1.0, 1.0, 0.98))
+    assert not gate.holds(Agreement(1.0, 1.0, math.nan))
+
+
+@pytest.fixture(scope="module")
+def pocket(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndarray]]:
+    checkpoint = open_checkpoint(str(POCKET))
+    reducer = reducer_for_budget("visionzip", 64, checkpoint.patch_side**2)
+    file = tmp_path_factory.mktemp("pocket") / "visionzip.onnx"
+    export_onnx(build_visual_graph(checkpoint, reducer), file)
+    files = sorted((POCKET / "test").glob("*.png"))[::10]
+    frames = [
+        preprocess_batch([load_picture(picture)], checkpoint.preprocessing) for picture in files
+    ]
+    return file, frames
+
+
+def test_the_bundled_checkpoint_in_int8_keeps_patches_and_tokens(pocket, tmp_path) -> None:
+    """Judged on pictures that neither calibration nor search has seen."""
+    file, frames = pocket
+    calibration = load_calibration(POCKET / "calibration.json")
+    assert len(calibration.quantized) >= 0.7 * len(calibration.layers)
+    model = ir.load(file)
+    apply_calibration(model, calibration)
+    write_graph(model, tmp_path / "int8.onnx")
+    agreement = compare_graphs(file, tmp_path / "int8.onnx", frames, 1)
+    assert agreement.overlap >= 0.97
+    assert agreement.cosine >= 0.99
