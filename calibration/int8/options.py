@@ -153,7 +153,7 @@ class Int8Flags:
         str | None,
         typer.Option(
             help="Least agreement with FP32 on frames that were held out: overlap of the kept "
-            "patches (IoU) and cosine of the matched tokens, on average. Left out, "
+            "patches (IoU) and cosine of the tokens made of the same, on average. Left out, "
             f"{_told(GATES['int8'])} for int8, {_told(GATES['mixed'])} for mixed."
         ),
     ] = None
