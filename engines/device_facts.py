@@ -21,16 +21,23 @@ from engines.trt.cuda_memory import open_cuda_runtime
 from engines.trt.library import load_library
 
 _TOOL_SECONDS = 10
-# Release of Jetson Linux -> JetPack, newest first. From NVIDIA's JetPack archive (36.x) and, for
-# 38.x and 39.x, github.com/roboflow/inference pull 2531.
-_JETPACKS = (
-    ("39.2", "7.2"),
-    ("38.4", "7.1"),
-    ("38.2", "7.0"),
-    ("36.4.3", "6.2"),
-    ("36.4", "6.1"),
-    ("36.3", "6.0"),
-)
+_JETPACKS = {
+    "39.2.1": "7.2.1",
+    "39.2.0": "7.2",
+    "38.4.0": "7.1",
+    "38.2.1": "7.0",
+    "38.2.0": "7.0",
+    "36.5.2": "6.2.3",
+    "36.5.0": "6.2.2",
+    "36.4.7": "6.2.1",
+    "36.4.4": "6.2.1",
+    "36.4.3": "6.2",
+    "36.4.0": "6.1",
+    "36.3.0": "6.0",
+}
+"""Release of Jetson Linux -> JetPack, from NVIDIA's JetPack archive as others copied it (36.4.7, an
+update without a JetPack of its own, from github.com/dusty-nv/jetson-containers). No other release is
+guessed at: 36.4 holds two JetPacks."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +72,7 @@ class DeviceFacts:
     @property
     def jetpack(self) -> str | None:
         """JetPack's release, as far as the table knows it."""
-        if self.jetson_linux is None:
-            return None
-        for release, jetpack in _JETPACKS:
-            if self.jetson_linux == release or self.jetson_linux.startswith(f"{release}."):
-                return jetpack
-        return None
+        return _JETPACKS.get(self.jetson_linux or "")
 
 
 def read_facts(place: Path = Path(), root: Path = Path("/")) -> DeviceFacts:

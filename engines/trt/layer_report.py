@@ -102,9 +102,11 @@ def report_engine(inspector_json: str) -> EngineReport:
 def _type_of(tensor: dict[str, Any]) -> str:
     """Return the type in a tensor's description.
 
-    TensorRT 10 says "Half"; 8.6 said "Row major linear FP16 format", where only FP16 matters.
+    TensorRT 10 says "Half" under "Format/Datatype", 11 under "DataType"; 8.6 said "Row major linear
+    FP16 format", where only FP16 matters.
     """
-    text = str(tensor.get("Datatype") or tensor.get("Format/Datatype") or "unknown")
+    fields = {name.lower(): value for name, value in tensor.items()}
+    text = str(fields.get("datatype") or fields.get("format/datatype") or "unknown")
     words = text.removesuffix(" format").split()
     return words[-1] if words else "unknown"
 

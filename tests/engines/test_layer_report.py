@@ -54,3 +54,9 @@ def test_names_alone_are_counted() -> None:
 
 def test_an_engine_without_layers() -> None:
     assert report_engine("{}").layers == 0
+
+
+def test_the_type_is_found_as_tensorrt_11_tells_it() -> None:
+    tensor = {"Name": "t", "DataType": "Half", "Format": "Row major linear FP16 format (kLINEAR)"}
+    found = report({"Name": "fc1", "LayerType": "gemm", "Outputs": [tensor]})
+    assert found.output_types == {"Half": 1}
