@@ -35,8 +35,8 @@ _JETPACKS = {
     "36.4.0": "6.1",
     "36.3.0": "6.0",
 }
-"""Release of Jetson Linux -> JetPack, from NVIDIA's JetPack archive as others copied it (36.4.7, an
-update without a JetPack of its own, from github.com/dusty-nv/jetson-containers). No other release is
+"""Release of Jetson Linux -> JetPack, from NVIDIA's JetPack archive as others copied it; 36.4.7, an
+update without a JetPack of its own, from github.com/dusty-nv/jetson-containers. No other release is
 guessed at: 36.4 holds two JetPacks."""
 
 

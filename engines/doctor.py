@@ -128,8 +128,8 @@ def _examine_device(facts: DeviceFacts, target: Target) -> Finding | None:
         )
     if isinstance(gpu, NoGpu):
         fix = (
-            "in a container: docker run --runtime nvidia; else: sudo apt install nvidia-jetpack, "
-            "and restart"
+            "sudo apt install nvidia-jetpack, and restart; in a container: docker run "
+            "--runtime nvidia"
             if facts.is_jetson
             else f"copy the bundle to a {target.title}, and ask the doctor there"
         )

@@ -49,7 +49,10 @@ def find_gpu() -> Gpu | NoGpu:
     """Ask the CUDA driver for GPU 0."""
     library = _open_driver()
     if library is None:
-        return NoGpu("no NVIDIA driver is installed (libcuda.so.1 is not found)")
+        return NoGpu(
+            "no NVIDIA driver is installed (libcuda.so.1 is not found; a container sees it when "
+            "started with --runtime nvidia or --gpus all)"
+        )
     status = library.cuInit(0)
     if status != 0:
         return NoGpu(f"the NVIDIA driver does not start (cuInit returns {_error(library, status)})")

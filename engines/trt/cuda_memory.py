@@ -166,13 +166,25 @@ def open_cuda_runtime() -> CudaRuntime:
     tried = []
     for candidate in _candidates():
         try:
-            return CudaRuntime(ctypes.CDLL(candidate))
+            library = ctypes.CDLL(candidate)
         except OSError:
             tried.append(candidate)
+            continue
+        if not _is_too_new(library):
+            return CudaRuntime(library)
+        tried.append(f"{candidate}, which is newer than the driver")
     raise EngineError(
-        f"The CUDA runtime is not installed (tried {', '.join(tried)}). On a Jetson: sudo apt "
+        f"The CUDA runtime is not installed (tried {'; '.join(tried)}). On a Jetson: sudo apt "
         "install nvidia-jetpack. Elsewhere: pip install nvidia-cuda-runtime-cu12."
     )
+
+
+def _is_too_new(library: ctypes.CDLL) -> bool:
+    """Tell whether the driver serves CUDA 12, say, and this is the runtime of 13."""
+    runtime, driver = ctypes.c_int(), ctypes.c_int()
+    library.cudaRuntimeGetVersion(ctypes.byref(runtime))
+    library.cudaDriverGetVersion(ctypes.byref(driver))  # 0 where there is no driver
+    return 0 < driver.value // 1000 < runtime.value // 1000
 
 
 def _candidates() -> Iterator[str]:

@@ -93,7 +93,7 @@ def test_prediction_grows_with_the_graph_and_is_never_below_the_base() -> None:
 @pytest.mark.parametrize(
     ("change", "about", "found", "fix"),
     [
-        ({"gpu": NoGpu("asleep")}, "device", "no GPU: asleep", "docker run --runtime nvidia"),
+        ({"gpu": NoGpu("asleep")}, "device", "no GPU: asleep", "--runtime nvidia"),
         (
             {"gpu": NoGpu("asleep"), "jetson_linux": None, "board": None},
             "device",

@@ -5,22 +5,32 @@ None of these has run yet: no machine with a GPU has been at hand.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks import random_graphs
 from engines.build import PlanRequest, prepare_plan
 from engines.bundle import Bundle, open_bundle
 from engines.errors import EngineError
 from engines.gpu import Gpu, NoGpu, find_gpu
+from engines.manifest import Precision
 from engines.open_session import open_session
+from engines.ort import OrtSession
 from engines.targets import Target, load_targets
+from engines.trt.builder import BuildOptions, build_plan
+from engines.trt.cuda_memory import open_cuda_runtime
+from engines.trt.library import TrtLibrary, load_library_for, load_polygraphy
 from engines.trt.plan import plan_path, read_record, sidecar_path
+from engines.trt.session import TrtSession
 from tests.small_graph import SIDE, write_small_bundle
 
 pytestmark = pytest.mark.gpu
 RANDOM = np.random.default_rng(11)
+LEAST_SAME = 0.9
+"""Share of the slots that stand for the same patch; half-precision sums differ in their order."""
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +50,26 @@ def target(request: pytest.FixtureRequest, gpu: Gpu) -> Target:
 
 
 @pytest.fixture
-def built(target: Target, tmp_path: Path) -> Bundle:
-    bundle = open_bundle(write_small_bundle(tmp_path / "bundle", target=target.name))
+def library(target: Target) -> TrtLibrary:
+    """Skip where it is not installed; everything else that goes wrong is a failure."""
     try:
-        prepare_plan(bundle, bundle.vision(), target, PlanRequest())
+        found = load_library_for(target)
+        load_polygraphy(found)
     except EngineError as error:
         pytest.skip(str(error))
+    return found
+
+
+@pytest.fixture
+def built(target: Target, library: TrtLibrary, tmp_path: Path) -> Bundle:
+    bundle = open_bundle(write_small_bundle(tmp_path / "bundle", target=target.name))
+    prepare_plan(bundle, bundle.vision(), target, PlanRequest())
     return bundle
 
 
 def test_a_plan_gives_what_onnx_runtime_gives(built: Bundle) -> None:
     with open_session(built) as session, open_session(built, engine="ort") as reference:
-        for batch in (1, 1, 1, 8, 3, 1):
+        for batch in (1, 1, 1, 8, 3, 1, 8, 8, 8, 1, 1, 1):
             shape = (batch, 3, SIDE, SIDE)
             inputs = {"pixel_values": RANDOM.standard_normal(shape).astype(np.float32)}
             found, expected = session.run(inputs), reference.run(inputs)
@@ -75,6 +93,27 @@ def test_a_plan_of_another_driver_is_refused(built: Bundle, target: Target) -> N
     sidecar_path(plan).write_text(text)
     with pytest.raises(EngineError, match=r"driver: the plan has 1\.2\.3"):
         open_session(built)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("reducer", random_graphs.NAMES)
+def test_a_reducer_keeps_what_onnx_runtime_keeps(
+    reducer: str, precision: Precision, target: Target, library: TrtLibrary, tmp_path: Path
+) -> None:
+    fp32, inputs = random_graphs.write_graph(tmp_path, reducer)
+    typed = random_graphs.write_typed_graph(fp32, precision)
+    sha256 = hashlib.sha256(typed.read_bytes()).hexdigest()
+    options = BuildOptions(typed, sha256, tmp_path / "a.plan", target, precision, inputs)
+    result = build_plan(options)
+    assert result.layers.engine is not None, "the layer report reads the engine on its own GPU"
+    pixels = {"pixel_values": RANDOM.standard_normal((2, 3, 56, 56)).astype(np.float32)}
+    plan = result.plan.read_bytes()
+    with TrtSession(plan, library, open_cuda_runtime()) as session:
+        found = session.run(pixels)
+    with OrtSession(typed) as reference:
+        expected = reference.run(pixels)
+    same = float((found["patch_index"] == expected["patch_index"]).mean())
+    assert same == 1.0 if precision == "fp32" else same >= LEAST_SAME
 
 
 def test_onnx_runtime_on_cuda(gpu: Gpu, tmp_path: Path) -> None:

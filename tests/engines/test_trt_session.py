@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from engines.bundle import open_bundle
 from engines.errors import EngineError
 from engines.gpu import NoGpu, driver_version, find_gpu
 from engines.targets import find_target
+from engines.trt import cuda_memory
 from engines.trt.complaints import make_logger
 from engines.trt.cuda_memory import CudaRuntime, open_cuda_runtime
 from engines.trt.library import TrtLibrary, load_library
@@ -245,6 +249,32 @@ def test_driver_version_is_read_or_unknown(tmp_path: Path) -> None:
     assert driver_version(proc) == "unknown"
 
 
+def load_fake_runtime(name: str) -> SimpleNamespace:
+    """Load a libcudart on a driver that serves CUDA 12.6."""
+    if not name.startswith("libcudart.so.1"):
+        raise OSError(name)
+
+    def answer(version: int) -> Callable[[Any], None]:
+        return lambda to: setattr(to._obj, "value", version)
+
+    return SimpleNamespace(
+        cudaRuntimeGetVersion=answer(13_000 if name.endswith("13") else 12_060),
+        cudaDriverGetVersion=answer(12_060),
+        cudaGetErrorString=SimpleNamespace(),
+        name=name,
+    )
+
+
+def test_a_cuda_runtime_newer_than_the_driver_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ctypes.CDLL", load_fake_runtime)
+    assert open_cuda_runtime()._library.name == "libcudart.so.12"
+    monkeypatch.setattr(cuda_memory, "_candidates", lambda: iter(["libcudart.so.13"]))
+    with pytest.raises(EngineError, match=r"libcudart\.so\.13, which is newer than the driver"):
+        open_cuda_runtime()
+
+
 @pytest.mark.trt
 @pytest.mark.usefixtures("compiler")
 def test_the_cuda_runtime_itself_says_what_is_wrong() -> None:
@@ -263,6 +293,8 @@ def test_the_cuda_runtime_itself_says_what_is_wrong() -> None:
 @pytest.mark.parametrize(
     "function",
     [
+        "cudaRuntimeGetVersion",
+        "cudaDriverGetVersion",
         "cudaMalloc",
         "cudaMallocHost",
         "cudaFree",
