@@ -50,8 +50,8 @@ from export.checkpoint import Checkpoint, open_checkpoint
 from export.reducers import Reducer, make_reducer, reducer_for_budget
 from export.to_onnx import trace_graph
 from export.visual_graph import build_visual_graph
-from runtime.pictures import load_picture
-from runtime.preprocess import preprocess_batch
+from runtime.vision.pictures import load_picture
+from runtime.vision.preprocess import preprocess_batch
 
 from scenes import generate_scene  # isort: skip - found by packed_answers
 

@@ -26,10 +26,10 @@ from export.build_plan import BuildOptions
 from export.checkpoint import open_checkpoint
 from export.language_models import DecoderOptions
 from export.reference import LanguageReference
-from runtime.generate import GenerationOptions
+from runtime.language.generate import GenerationOptions
+from runtime.language.prompt import PromptWriter, Turn
 from runtime.model import open_model
-from runtime.pictures import load_picture
-from runtime.prompt import PromptWriter, Turn
+from runtime.vision.pictures import load_picture
 
 _LONGEST = 24
 

@@ -29,18 +29,18 @@ import numpy as np
 import typer
 
 from engines.bundle import Bundle, open_bundle
-from runtime.bands import Bands
 from runtime.camera.answering import FrameAnswerer, FrameEncoder
-from runtime.camera.budgeted import BudgetedEncoder, ObservedAnswerer
-from runtime.camera.goal import Goal
+from runtime.camera.budgets.budgeted import BudgetedEncoder, ObservedAnswerer
+from runtime.camera.budgets.goal import Goal
 from runtime.camera.loop import CameraLoop, CameraOptions
 from runtime.camera.parts import CameraAnswer, Said
 from runtime.frames import FrameSource, Picture
 from runtime.frames.frame import Capture, ReadErrors
-from runtime.generate import GenerationOptions
+from runtime.language.generate import GenerationOptions
 from runtime.model import open_model
-from runtime.preprocess import preprocess_batch
 from runtime.vision import VisualTokens
+from runtime.vision.bands import Bands
+from runtime.vision.preprocess import preprocess_batch
 
 HEIGHT, WIDTH = 1080, 1920
 QUESTION = "What is in the picture?"

@@ -35,11 +35,11 @@ from export.gguf_quantize import GgufPrecision
 from export.language_models import DecoderOptions
 from runtime.backends.chat_server import ServerOptions
 from runtime.conversation import Conversation
-from runtime.generate import GenerationOptions
+from runtime.language.generate import GenerationOptions
+from runtime.language.parts import Embeddings, Logits
+from runtime.language.prompt import Turn
 from runtime.model import Model, open_model
-from runtime.parts import Embeddings, Logits
-from runtime.pictures import load_picture
-from runtime.prompt import Turn
+from runtime.vision.pictures import load_picture
 
 VARIANTS: tuple[tuple[str, str], ...] = (
     ("ort", "fp32"),

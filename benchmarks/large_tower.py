@@ -34,7 +34,7 @@ from engines import cli
 from engines.manifest import Preprocessing
 from export.reducers import reducer_for_budget
 from export.to_onnx import export_onnx
-from runtime.preprocess import preprocess_batch
+from runtime.vision.preprocess import preprocess_batch
 from tests.photographs import load_photographs
 
 Frames = list[NDArray[np.float32]]

@@ -28,7 +28,7 @@ import typer
 from engines import cli
 from engines.bundle import Bundle, open_bundle
 from engines.errors import FoveateError
-from runtime.parts import Embeddings
+from runtime.language.parts import Embeddings
 
 VISUAL_TOKENS = (64, 576)
 TEXT_TOKENS = 32
@@ -162,7 +162,7 @@ def measure(bundle: Bundle, backend: str, threads: int, answer: int, repeats: in
             token = forward(rows)
             spent.append((time.perf_counter() - began) * 1e3)
         prefill_ms[count] = round(min(spent[1:]), 1)
-    from runtime.embeddings import EmbeddingTable
+    from runtime.language.embeddings import EmbeddingTable
 
     table = EmbeddingTable(bundle)
     began = time.perf_counter()

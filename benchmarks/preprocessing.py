@@ -22,9 +22,9 @@ import typer
 from PIL import Image
 
 from engines.manifest import Preprocessing
-from runtime.bands import Bands
-from runtime.geometry import lay_out
-from runtime.preprocess import Pixels, PixelValues, normalise, preprocess
+from runtime.vision.bands import Bands
+from runtime.vision.geometry import lay_out
+from runtime.vision.preprocess import Pixels, PixelValues, normalise, preprocess
 
 HEIGHT, WIDTH, SIDE = 1080, 1920, 336
 GOAL_MS = 5.0

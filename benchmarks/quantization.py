@@ -35,8 +35,8 @@ from export.checkpoint import Checkpoint, open_checkpoint
 from export.reducers import reducer_for_budget
 from export.to_onnx import trace_graph
 from export.visual_graph import build_visual_graph
-from runtime.pictures import load_picture
-from runtime.preprocess import preprocess_batch
+from runtime.vision.pictures import load_picture
+from runtime.vision.preprocess import preprocess_batch
 
 GRAPHS = (("visionzip", 64), ("visionzip", 192), ("prumerge", 64), ("prumerge_plus", 144))
 Frames = list[NDArray[np.float32]]

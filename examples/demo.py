@@ -18,10 +18,10 @@ from engines.bundle import open_bundle
 from engines.progress_bar import show_progress
 from export.build import build_bundle
 from export.build_plan import BuildOptions
-from runtime.generate import GenerationOptions
+from runtime.language.generate import GenerationOptions
 from runtime.model import Answer, Model, Pixels, open_model
-from runtime.overlay import save_overlay
-from runtime.pictures import load_picture
+from runtime.vision.overlay import save_overlay
+from runtime.vision.pictures import load_picture
 
 CHECKPOINT = Path("models/pocket-llava")
 PICTURE = CHECKPOINT / "test/00000.png"

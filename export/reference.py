@@ -21,7 +21,7 @@ from calibration.agreement.stages import EMBEDDINGS, KEYS, MERGING, SCORES, laye
 from export.checkpoint import Checkpoint
 from export.reducers import Reducer
 from export.towers import Scoring, TowerOutput
-from runtime.parts import Part
+from runtime.language.parts import Part
 from runtime.vision import VisualTokens
 
 

@@ -10,9 +10,9 @@ import typer
 
 from engines.cli import MaxTokensOption, SeedOption
 from engines.errors import OptionError
-from runtime.generate import GenerationOptions
-from runtime.grammar import Grammar
-from runtime.sampling import Sampling
+from runtime.language.generate import GenerationOptions
+from runtime.language.grammar import Grammar
+from runtime.language.sampling import Sampling
 
 SystemOption = Annotated[
     str | None,

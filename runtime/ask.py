@@ -17,15 +17,15 @@ import typer
 from engines import __version__
 from engines.cli import JsonOption, print_json, run
 from runtime.answer_options import AnswerOptions, SystemOption
-from runtime.clip_options import ClipOptions, is_clip
-from runtime.generate import GenerationOptions
+from runtime.clips.clip_options import ClipOptions, is_clip
+from runtime.language.generate import GenerationOptions
 from runtime.model_options import ModelOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from engines.bundle import Bundle
-    from runtime.clip import ClipAnswer
+    from runtime.clips.clip import ClipAnswer
     from runtime.frames import Frame
     from runtime.model import Answer, Model, Show
 
@@ -79,8 +79,8 @@ def ask(
     Raises:
         FoveateError: anything the user can mend.
     """
-    from runtime.clip import read_clip
-    from runtime.pictures import load_picture
+    from runtime.clips.clip import read_clip
+    from runtime.vision.pictures import load_picture
 
     chosen = options or AskOptions()
     started = time.perf_counter()
@@ -97,7 +97,7 @@ def ask(
             answer = _ask_about_clip(model, clip, question, chosen, show)
             picture = clip[answer.last_told].image
     if chosen.overlay is not None:
-        from runtime.overlay import save_overlay
+        from runtime.vision.overlay import save_overlay
 
         save_overlay(chosen.overlay, picture, answer.seen[-1], model.bundle)
     spent = {"load": load_ms, **answer.milliseconds}
@@ -108,8 +108,8 @@ def ask(
 def _ask_about_clip(
     model: Model, clip: Sequence[Frame], question: str, options: AskOptions, show: Show | None
 ) -> ClipAnswer:
-    from runtime.camera.graph_pool import GraphPool
-    from runtime.clip import ask_about_clip
+    from runtime.clips.clip import ask_about_clip
+    from runtime.vision.graph_pool import GraphPool
 
     with GraphPool(
         model.bundle,
@@ -132,7 +132,7 @@ def _ask_about_clip(
 
 def document_from_answer(answer: Answer, bundle: Bundle) -> dict[str, Any]:
     """Return an answer as the JSON object that `--json` prints."""
-    from runtime.clip import ClipAnswer
+    from runtime.clips.clip import ClipAnswer
 
     here = {model.backend: model.precision for model in bundle.manifest.language_models}
     graph = bundle.vision(answer.seen[0].tokens.shape[1])

@@ -16,7 +16,7 @@ import typer
 from engines.cli import JsonOption, print_json, run
 from engines.errors import FoveateError, OptionError
 from runtime.answer_options import AnswerOptions, SystemOption
-from runtime.generate import GenerationOptions
+from runtime.language.generate import GenerationOptions
 from runtime.model_options import ModelOptions
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Chat:
             _tell(f"(the context is full: {self.conversation.dropped} exchanges were dropped)")
 
     def _obey(self, line: str) -> bool:
-        from runtime.pictures import load_picture
+        from runtime.vision.pictures import load_picture
 
         name, _, rest = line.partition(" ")
         rest = rest.strip()
@@ -156,8 +156,8 @@ def main(
     that cannot be answered ends the chat with exit code 2.
     """
     from runtime.conversation import Conversation
-    from runtime.pictures import load_picture
     from runtime.transcript import restore_conversation
+    from runtime.vision.pictures import load_picture
 
     options = answering.generation()
     picture = load_picture(image) if image is not None else None

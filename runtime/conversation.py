@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.generate import GenerationOptions
+from runtime.language.generate import GenerationOptions
+from runtime.language.parts import Embeddings
+from runtime.language.prompt import Turn
 from runtime.model import Answer, Model, Show
-from runtime.parts import Embeddings
-from runtime.prompt import Turn
 from runtime.vision import VisualTokens
 
 Pixels = NDArray[np.uint8]

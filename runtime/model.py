@@ -18,11 +18,11 @@ from engines.errors import BackendError
 from runtime.backends import TextBackend
 from runtime.backends.chat_server import ServerOptions
 from runtime.backends.opening import open_text_backend
-from runtime.context import Context
-from runtime.generate import Finish, GenerationOptions
-from runtime.local_text import LocalText
-from runtime.parts import Embeddings
-from runtime.prompt import PromptWriter, Turn
+from runtime.language.context import Context
+from runtime.language.generate import Finish, GenerationOptions
+from runtime.language.local_text import LocalText
+from runtime.language.parts import Embeddings
+from runtime.language.prompt import PromptWriter, Turn
 from runtime.vision import VisionEncoder, VisualTokens
 
 Pixels = NDArray[np.uint8]

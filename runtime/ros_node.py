@@ -24,7 +24,7 @@ import typer
 from engines.cli import run
 from engines.errors import SourceError
 from runtime.answer_options import AnswerOptions, SystemOption
-from runtime.camera.budget_options import BudgetOptions
+from runtime.camera.budgets.budget_options import BudgetOptions
 from runtime.camera.view_options import ViewOptions
 from runtime.frames import FrameSource
 from runtime.frames.frame import Capture, ReadErrors

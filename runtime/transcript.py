@@ -18,8 +18,8 @@ from engines.bundle import Bundle
 from engines.errors import OptionError
 from engines.staging import staged_file
 from runtime.conversation import Conversation, Exchange, Picture
+from runtime.language.parts import Embeddings
 from runtime.model import Model
-from runtime.parts import Embeddings
 
 _FORMAT = 1
 

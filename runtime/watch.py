@@ -21,19 +21,19 @@ import typer
 from engines.cli import run
 from engines.errors import OptionError
 from runtime.answer_options import AnswerOptions, SystemOption
-from runtime.camera.budget_options import BudgetOptions
+from runtime.camera.budgets.budget_options import BudgetOptions
 from runtime.camera.view_options import ViewOptions
 from runtime.model_options import ModelOptions
 
 if TYPE_CHECKING:
     from runtime.camera.answer_stream import AnswerStream
     from runtime.camera.answering import FrameEncoder
-    from runtime.camera.budget import BudgetController
-    from runtime.camera.budgeted import BudgetedEncoder
-    from runtime.camera.goal import Goal
+    from runtime.camera.budgets.budgeted import BudgetedEncoder
+    from runtime.camera.budgets.controller import BudgetController
+    from runtime.camera.budgets.goal import Goal
     from runtime.camera.parts import Answerer, CameraAnswer, CameraOptions
     from runtime.frames import FrameSource, SourceOptions
-    from runtime.generate import GenerationOptions
+    from runtime.language.generate import GenerationOptions
     from runtime.model import Model
 
 EXAMPLES = (
@@ -169,8 +169,8 @@ def _budgeted(
     model: Model, answerer: Answerer, options: WatchOptions, goal: Goal, open_things: ExitStack
 ) -> tuple[BudgetedEncoder, Answerer]:
     """Put a budget controller between the loop and the bundle's graphs."""
-    from runtime.camera.budgeted import BudgetedEncoder, ObservedAnswerer
-    from runtime.camera.power import Tegrastats
+    from runtime.camera.budgets.budgeted import BudgetedEncoder, ObservedAnswerer
+    from runtime.camera.budgets.power import Tegrastats
 
     if options.model.visual_tokens is not None:
         raise OptionError(

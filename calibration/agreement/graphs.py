@@ -19,8 +19,8 @@ from calibration.frames.pixels import Frames
 from engines.ort import OrtSession
 from engines.progress_bar import Progress
 from engines.session import Array
-from runtime.preprocess import PixelValues
 from runtime.vision import VisualTokens
+from runtime.vision.preprocess import PixelValues
 
 
 def compare_graphs(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from calibration.frames.likeness import Signature, is_repeated, measure_change, sign_frame
-from runtime.preprocess import Pixels
+from runtime.vision.preprocess import Pixels
 
 
 @dataclass(frozen=True, eq=False)

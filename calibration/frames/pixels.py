@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from runtime.preprocess import PixelValues
+from runtime.vision.preprocess import PixelValues
 
 
 class Frames(Protocol):

@@ -28,7 +28,7 @@ from calibration.scales.resume import State, StateFile
 from engines.errors import CalibrationError
 from engines.ort import OrtSession
 from engines.progress_bar import Progress
-from runtime.preprocess import PixelValues
+from runtime.vision.preprocess import PixelValues
 
 Rows = NDArray[np.float32]
 Update = Callable[[Site, Rows], dict[str, NDArray[Any]]]
@@ -209,7 +209,7 @@ def _checked(frame: PixelValues, at: int) -> PixelValues:
         got = f"{frame.dtype}[{', '.join(map(str, frame.shape))}]"
         raise CalibrationError(
             f"frame {at + 1} is {got}, expected float32[1, 3, H, W]: what the bundle's "
-            "preprocessing (`runtime.preprocess`) makes of one picture."
+            "preprocessing (`runtime.vision.preprocess`) makes of one picture."
         )
     if not np.isfinite(frame).all():
         raise CalibrationError(

@@ -29,7 +29,7 @@ from export.tuning.student import Lora, Student, TrainingPrecision
 from export.tuning.training import LOG_FILE, STATE_FILE, Progress, Recipe, TrainingLog, train
 from export.tuning.training_text import Row, TrainingText, fit_text, group_rows, write_text
 from export.tuning.tuned_checkpoint import write_tuned_checkpoint
-from runtime.prompt import PromptWriter
+from runtime.language.prompt import PromptWriter
 
 RECORD_FILE, CHART_FILE = "tuning.json", "tuning.svg"
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from engines.errors import OptionError
 from export.tuning.conversations import Conversation
-from runtime.prompt import PromptWriter, Turn
+from runtime.language.prompt import PromptWriter, Turn
 
 IGNORED = -100
 """Target of a position that nothing is learned from."""

@@ -41,9 +41,9 @@ from export.verify.sides import (
     recipe_of,
     refuse_other_checkpoint,
 )
-from runtime.pictures import load_picture
-from runtime.preprocess import Pixels, PixelValues
 from runtime.vision import VisualTokens
+from runtime.vision.pictures import load_picture
+from runtime.vision.preprocess import Pixels, PixelValues
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2"}
 

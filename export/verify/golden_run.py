@@ -34,8 +34,8 @@ from export.verify.comparison import VerifyOptions, find_pictures
 from export.verify.golden_scripts.compare_outputs import GOLDEN
 from export.verify.sides import find_checkpoint, refuse_other_checkpoint
 from export.visual_graph import OUTPUTS
-from runtime.pictures import load_picture
-from runtime.preprocess import preprocess_batch
+from runtime.vision.pictures import load_picture
+from runtime.vision.preprocess import preprocess_batch
 
 MODEL = "model.onnx"
 MOST_PICTURES = 16

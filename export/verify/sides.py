@@ -25,9 +25,9 @@ from export.reducers import make_reducer
 from export.reference import LanguageReference, Observation, VisionReference
 from export.verify.report import AnswerAgreement
 from runtime.backends.opening import open_backend
-from runtime.generate import Generation, GenerationOptions
-from runtime.preprocess import Pixels, PixelValues, preprocess_batch
-from runtime.prompt import PromptWriter, Turn
+from runtime.language.generate import Generation, GenerationOptions
+from runtime.language.prompt import PromptWriter, Turn
+from runtime.vision.preprocess import Pixels, PixelValues, preprocess_batch
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import numpy as np
 
 from engines.errors import BackendError
 from runtime.backends.llama_library import BUILD_HINT, load_llama_library, take_log, uses_amx
-from runtime.embeddings import EmbeddingTable
-from runtime.parts import Embeddings, Logits
+from runtime.language.embeddings import EmbeddingTable
+from runtime.language.parts import Embeddings, Logits
 
 BATCH_ROWS = 512
 """Most rows of one call: the attention scores grow with its product with the context length."""

@@ -19,8 +19,8 @@ from engines.errors import BackendError
 from runtime.backends import IN_PROCESS, Capabilities
 from runtime.backends.llama_decoder import BATCH_ROWS, LlamaDecoder
 from runtime.backends.rows import require_rewind, require_room, rows_from_parts
-from runtime.embeddings import EmbeddingTable
-from runtime.parts import Embeddings, Logits, Part, TokenIds
+from runtime.language.embeddings import EmbeddingTable
+from runtime.language.parts import Embeddings, Logits, Part, TokenIds
 
 _DEFAULT_CONTEXT_LENGTH = 4096
 """llama.cpp takes the cache's memory at once, so by default not all a long-context model allows."""

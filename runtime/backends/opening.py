@@ -9,7 +9,7 @@ from engines.bundle import Bundle
 from engines.errors import OptionError
 from runtime.backends import LanguageBackend, TextBackend
 from runtime.backends.chat_server import ServerOptions
-from runtime.prompt import PromptWriter
+from runtime.language.prompt import PromptWriter
 
 BACKENDS = ("ort", "llamacpp", "vllm")
 
@@ -58,7 +58,7 @@ def open_text_backend(
             f'--llm-url {server.url} is the address of a server, and the backend "{name}" runs '
             "here. Leave one of them out."
         )
-    from runtime.local_text import LocalText
+    from runtime.language.local_text import LocalText
 
     local = open_backend(bundle, name, threads=threads, context_length=context_length)
     return LocalText(local, writer)

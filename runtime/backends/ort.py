@@ -21,8 +21,8 @@ from engines.errors import BackendError
 from engines.ort import CPU, CUDA, create_inference_session
 from runtime.backends import IN_PROCESS, Capabilities
 from runtime.backends.rows import require_rewind, require_room, rows_from_parts
-from runtime.embeddings import EmbeddingTable
-from runtime.parts import Embeddings, Logits, Part, TokenIds
+from runtime.language.embeddings import EmbeddingTable
+from runtime.language.parts import Embeddings, Logits, Part, TokenIds
 
 if TYPE_CHECKING:
     import onnxruntime as ort

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from engines.errors import BackendError
-from runtime.embeddings import EmbeddingTable
-from runtime.parts import Embeddings, Part
+from runtime.language.embeddings import EmbeddingTable
+from runtime.language.parts import Embeddings, Part
 
 
 def rows_from_parts(parts: Sequence[Part], table: EmbeddingTable) -> Embeddings:

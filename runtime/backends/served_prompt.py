@@ -14,7 +14,7 @@ from typing import Any
 
 from engines.errors import OptionError
 from engines.manifest import Prompt
-from runtime.prompt import PromptWriter, Turn
+from runtime.language.prompt import PromptWriter, Turn
 
 _PLACEHOLDER = "<prompt_embeds>"
 """What vLLM puts in the place of a picture; it refuses words that contain it."""

@@ -15,7 +15,7 @@ import zipfile
 import numpy as np
 
 from engines.errors import BackendError
-from runtime.parts import Embeddings
+from runtime.language.parts import Embeddings
 
 
 def payload_from_rows(rows: Embeddings, hidden_size: int) -> str:

@@ -22,10 +22,10 @@ from runtime.backends.chat_server import ChatServer, ServerOptions
 from runtime.backends.rows import require_room
 from runtime.backends.served_prompt import ServedPrompt
 from runtime.backends.tensor_payload import payload_from_rows
-from runtime.generate import Finish, GenerationOptions
-from runtime.grammar import Grammar
-from runtime.parts import Embeddings
-from runtime.prompt import PromptWriter, Turn
+from runtime.language.generate import Finish, GenerationOptions
+from runtime.language.grammar import Grammar
+from runtime.language.parts import Embeddings
+from runtime.language.prompt import PromptWriter, Turn
 
 _SPECIAL = re.compile(r"[.^$*+?()\[\]{}|\\]")
 """What a regular expression would not read as itself."""

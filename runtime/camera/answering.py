@@ -11,9 +11,9 @@ from contextlib import closing
 
 from runtime.camera.parts import Said
 from runtime.frames import Picture
-from runtime.generate import GenerationOptions
+from runtime.language.generate import GenerationOptions
+from runtime.language.prompt import Turn
 from runtime.model import Model
-from runtime.prompt import Turn
 from runtime.vision import VisionEncoder, VisualTokens
 
 

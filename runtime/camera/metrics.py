@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
     from runtime.camera.answer_stream import AnswerStream
-    from runtime.camera.budget import BudgetController
+    from runtime.camera.budgets.controller import BudgetController
     from runtime.camera.parts import CameraAnswer
 
 ADDRESS = "127.0.0.1"

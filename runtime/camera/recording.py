@@ -21,7 +21,7 @@ from engines.bundle import Bundle
 from engines.errors import OptionError
 from engines.staging import staged_file
 from runtime.camera.parts import CameraAnswer
-from runtime.overlay import save_overlay
+from runtime.vision.overlay import save_overlay
 
 _WAITING = 4
 """Answers that may wait for the disk; more are dropped and counted."""

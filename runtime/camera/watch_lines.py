@@ -12,7 +12,7 @@ from runtime.camera.parts import CameraAnswer, Stall
 
 if TYPE_CHECKING:
     from runtime.camera.answer_stream import AnswerStream
-    from runtime.camera.budget import BudgetController
+    from runtime.camera.budgets.controller import BudgetController
     from runtime.camera.recording import Recording
 
 

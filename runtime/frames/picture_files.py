@@ -64,6 +64,6 @@ def _natural_order(file: Path) -> list[tuple[int, str]]:
 
 
 def _load(file: Path) -> Picture:
-    from runtime.pictures import load_picture
+    from runtime.vision.pictures import load_picture
 
     return load_picture(file)

@@ -54,7 +54,7 @@ def image_from_compressed_message(message: Any) -> Picture:
         SourceError: it is compressed depth, which is no picture.
         PictureError: the data is damaged.
     """
-    from runtime.pictures import picture_from_bytes
+    from runtime.vision.pictures import picture_from_bytes
 
     if "compresseddepth" in str(message.format).lower():
         raise SourceError(

@@ -18,7 +18,7 @@ from export.gguf_decoder import read_gguf_limits, write_gguf
 from export.gguf_quantize import Fallback, export_gguf, read_fallbacks
 from runtime.backends.llama_decoder import LlamaDecoder
 from runtime.backends.llamacpp import LlamaCppBackend
-from runtime.embeddings import EmbeddingTable
+from runtime.language.embeddings import EmbeddingTable
 from tests.tiny_language import tiny_llava, write_checkpoint
 
 LLAMA3 = {

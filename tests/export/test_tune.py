@@ -28,9 +28,9 @@ from export.tuning.student import Lora, Student, make_batch
 from export.tuning.training import STATE_FILE, Recipe, load_state, train
 from export.tuning.training_text import group_rows, write_text
 from export.tuning.tuned_checkpoint import write_tuned_checkpoint
-from runtime.pictures import load_picture
-from runtime.preprocess import preprocess_batch
-from runtime.prompt import PromptWriter
+from runtime.language.prompt import PromptWriter
+from runtime.vision.pictures import load_picture
+from runtime.vision.preprocess import preprocess_batch
 from tests.export import conftest as sharded
 
 COLOURS = ("red", "green", "blue", "white")

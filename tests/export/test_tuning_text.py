@@ -21,7 +21,7 @@ from export.tuning.training_text import (
     group_rows,
     write_text,
 )
-from runtime.prompt import PromptWriter, Turn
+from runtime.language.prompt import PromptWriter, Turn
 
 POCKET = Path(__file__).parents[2] / "models" / "pocket-llava"
 

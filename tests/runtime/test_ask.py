@@ -16,10 +16,10 @@ from transformers import LlavaForConditionalGeneration
 
 from engines.bundle import Bundle
 from runtime.ask import AskOptions, ask
-from runtime.generate import GenerationOptions
+from runtime.language.generate import GenerationOptions
+from runtime.language.prompt import Turn
 from runtime.model import open_model
 from runtime.model_options import ModelOptions
-from runtime.prompt import Turn
 
 QUESTION = "What is in the picture?"
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from engines.bundle import Bundle
 from engines.errors import OptionError, PictureError
 from runtime.chat import Chat
 from runtime.conversation import Conversation
-from runtime.generate import GenerationOptions
+from runtime.language.generate import GenerationOptions
 from runtime.model import Model, open_model
 
 ROOT = Path(__file__).parents[2]

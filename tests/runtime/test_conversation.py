@@ -13,9 +13,9 @@ import pytest
 from engines.bundle import Bundle
 from engines.errors import BackendError, OptionError, PictureError
 from runtime.conversation import Conversation
-from runtime.generate import GenerationOptions
+from runtime.language.generate import GenerationOptions
+from runtime.language.prompt import Turn
 from runtime.model import Model, open_model
-from runtime.prompt import Turn
 from runtime.transcript import restore_conversation, save_conversation
 
 SHORT = GenerationOptions(max_tokens=6)

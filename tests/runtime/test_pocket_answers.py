@@ -20,9 +20,9 @@ from export.language_models import DecoderOptions
 from runtime.camera.answering import FrameAnswerer, FrameEncoder
 from runtime.camera.loop import CameraLoop, CameraOptions
 from runtime.camera.stillness import StillnessOptions
-from runtime.generate import GenerationOptions
+from runtime.language.generate import GenerationOptions
 from runtime.model import Model, open_model
-from runtime.pictures import load_picture
+from runtime.vision.pictures import load_picture
 from tests.runtime.camera.doubles import source_of
 
 POCKET = Path(__file__).parents[2] / "models" / "pocket-llava"

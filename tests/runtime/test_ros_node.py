@@ -18,7 +18,7 @@ from engines.errors import SourceError
 from runtime.camera.loop import CameraOptions
 from runtime.frames import SourceOptions
 from runtime.frames.frame import ReadErrors
-from runtime.generate import GenerationOptions
+from runtime.language.generate import GenerationOptions
 from runtime.ros_node import TopicReader, serve
 from runtime.watch import WatchOptions
 

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 from engines.bundle import Bundle
 from engines.cli import make_app
 from engines.errors import OptionError
-from runtime.camera.budget_options import BudgetOptions
+from runtime.camera.budgets.budget_options import BudgetOptions
 from runtime.camera.loop import CameraOptions
 from runtime.camera.view_options import ViewOptions
 from runtime.frames import SourceOptions, open_source
-from runtime.generate import GenerationOptions
+from runtime.language.generate import GenerationOptions
 from runtime.model import open_model
 from runtime.model_options import ModelOptions
 from runtime.watch import WatchOptions, main, watch

@@ -15,7 +15,7 @@ from calibration.frames.dataset import FrameOptions, collect_frames
 from engines.errors import OptionError, SourceError
 from runtime.frames import FrameSource, SourceOptions
 from runtime.frames.frame import Capture, ReadErrors
-from runtime.preprocess import preprocess
+from runtime.vision.preprocess import preprocess
 from tests.calibration.conftest import drive_over, make_preprocessing
 from tests.photographs import load_photographs
 

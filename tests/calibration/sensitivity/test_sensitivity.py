@@ -27,8 +27,8 @@ from export.checkpoint import open_checkpoint
 from export.reducers import reducer_for_budget
 from export.to_onnx import export_onnx
 from export.visual_graph import build_visual_graph
-from runtime.pictures import load_picture
-from runtime.preprocess import preprocess_batch
+from runtime.vision.pictures import load_picture
+from runtime.vision.preprocess import preprocess_batch
 from tests.photographs import clip_pixels
 
 POCKET = Path("models/pocket-llava")

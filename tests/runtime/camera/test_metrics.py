@@ -8,8 +8,8 @@ import urllib.request
 import pytest
 
 from engines.errors import OptionError
-from runtime.camera.budget import BudgetController
-from runtime.camera.goal import Cost, Goal
+from runtime.camera.budgets.controller import BudgetController
+from runtime.camera.budgets.goal import Cost, Goal
 from runtime.camera.loop import CameraLoop, CameraOptions
 from runtime.camera.metrics import MetricsServer, StatusLine
 from tests.runtime.camera.doubles import ShadeAnswerer, ShadeEncoder, numbered, source_of

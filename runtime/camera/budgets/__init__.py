@@ -1,0 +1,1 @@
+"""How many visual tokens a live camera can afford; `controller` decides, `offers` compares."""

@@ -1,0 +1,182 @@
+"""A bundle of several budgets behind the doors of the camera loop, with a controller in between."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from engines.bundle import Bundle
+from engines.closeable import Closeable
+from engines.errors import OptionError
+from runtime.camera.budgets.controller import BudgetController, tell_accuracy
+from runtime.camera.budgets.goal import Cost, Goal
+from runtime.camera.budgets.power import PowerMeter
+from runtime.camera.parts import Answerer, Said
+from runtime.frames import Picture
+from runtime.vision import VisionEncoder, VisualTokens
+from runtime.vision.graph_pool import GraphPool
+
+_ROUNDS = 5
+"""Measurements of each budget, of which the fastest counts. By how much the next one differs is the
+noise of it."""
+_MOST_ROUNDS = 10_000
+"""Where power is measured too, rounds go on until a reading is there, but no longer."""
+_ANSWER_TOKENS = 4
+"""Length of the answers that are written to measure."""
+
+_log = logging.getLogger(__name__)
+
+
+class BudgetedEncoder(Closeable):
+    """Every vision graph of a bundle behind one door; the controller says which one runs.
+
+    Attributes:
+        budgets: numbers of visual tokens, smallest first.
+        controller: chooses among them; None until it was calibrated.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        engine: str | None = None,
+        threads: int | None = None,
+        opened: VisionEncoder | None = None,
+    ) -> None:
+        """Look which budgets there are.
+
+        Args:
+            bundle: from `open_bundle`.
+            engine: what runs the graphs; left out, what the bundle's target says.
+            threads: CPU threads; left out, one per physical core.
+            opened: one that is loaded already; it stays the caller's to close.
+
+        Raises:
+            OptionError: the bundle has only one.
+        """
+        self._pool = GraphPool(bundle, engine=engine, threads=threads, opened=opened)
+        self._bundle = bundle
+        self.controller: BudgetController | None = None
+        self.budgets = self._pool.budgets
+        if len(self.budgets) < 2:
+            raise OptionError(
+                f"{bundle.root} holds one vision graph, with {self.budgets[0]} visual "
+                "tokens: nothing to choose from for a goal. Build it with several, for example "
+                "`python -m export.build --tokens 32,64,128`."
+            )
+
+    def calibrate(
+        self, answerer: Answerer, question: str, goal: Goal, meter: PowerMeter | None = None
+    ) -> BudgetController:
+        """Measure every budget on 1080p pictures of noise and begin to control.
+
+        Args:
+            answerer: what reads the tokens; short answers are written and thrown away.
+            question: what will be asked.
+            goal: what to keep.
+            meter: measures power, if the goal is one.
+
+        Raises:
+            OptionError: no budget can keep the goal.
+            EngineError: a graph cannot be loaded.
+        """
+        baseline = {
+            tokens: self._measure(tokens, answerer, question, meter) for tokens in self.budgets
+        }
+        accuracy = {tokens: self._bundle.vision(tokens).accuracy for tokens in self.budgets}
+        self.controller = BudgetController(baseline, goal, accuracy)
+        measured = ", ".join(
+            f"{tokens}: {goal.tell(self.controller.predicted(tokens))} "
+            f"(accuracy {tell_accuracy(accuracy[tokens])})"
+            for tokens in baseline
+        )
+        beaten = sorted({*self.budgets} - {offer.tokens for offer in self.controller.offers()})
+        _log.warning(
+            "budget: %s; begins with %d%s%s",
+            measured,
+            self.controller.tokens,
+            "" if self.controller.keeps_goal else ", though none keeps the goal",
+            f"; not worth choosing: {', '.join(map(str, beaten))}" if beaten else "",
+        )
+        return self.controller
+
+    def _measure(
+        self, tokens: int, answerer: Answerer, question: str, meter: PowerMeter | None
+    ) -> Cost:
+        encoder = self._pool.encoder(tokens)
+        random = np.random.default_rng(tokens)
+
+        def play_round() -> Cost:
+            image = random.integers(0, 256, (1080, 1920, 3), dtype=np.uint8)  # nothing reused
+            visual = encoder.encode([image])
+            pieces = itertools.count(1)
+            said = answerer.answer(
+                visual, question, lambda: None, lambda: next(pieces) >= _ANSWER_TOKENS
+            )
+            return cost_of(visual, said)
+
+        play_round()  # warms up
+        if meter is not None:
+            meter.take_watts()  # of what was before
+        costs, watts = [play_round() for _ in range(_ROUNDS)], None
+        while meter is not None and (watts := meter.take_watts()) is None:
+            costs.append(play_round())
+            if len(costs) == _MOST_ROUNDS:
+                raise OptionError("The power meter has stopped: it gives no readings any more.")
+        fastest_ms, next_ms, *_ = sorted(cost.first_token_ms for cost in costs)
+        token_ms = min(cost.token_ms for cost in costs)
+        return Cost(fastest_ms, token_ms, watts, noise=next_ms / fastest_ms - 1.0)
+
+    def encode(self, image: Picture) -> VisualTokens:
+        """Encode one picture with the budget of the moment."""
+        return self._encoder_now().encode([image])
+
+    def encode_batch(self, images: Sequence[Picture]) -> list[VisualTokens]:
+        """Encode pictures as one batch with the budget of the moment."""
+        return self._encoder_now().encode(list(images)).split()
+
+    def _encoder_now(self) -> VisionEncoder:
+        tokens = self.controller.tokens if self.controller else self.budgets[0]
+        return self._pool.encoder(tokens)
+
+    def close(self) -> None:
+        """Free the graphs; calling it again does nothing."""
+        self._pool.close()
+
+
+class ObservedAnswerer:
+    """An answerer that tells the controller what each new frame cost."""
+
+    def __init__(
+        self, answerer: Answerer, controller: BudgetController, meter: PowerMeter | None = None
+    ) -> None:
+        self._answerer = answerer
+        self._controller = controller
+        self._meter = meter
+        self._last: VisualTokens | None = None
+
+    def answer(
+        self,
+        visual: VisualTokens,
+        question: str,
+        prefilled: Callable[[], None],
+        interrupted: Callable[[], bool],
+    ) -> Said:
+        """Answer as the answerer does; tokens that were kept tell nothing and are not counted."""
+        said = self._answerer.answer(visual, question, prefilled, interrupted)
+        watts = self._meter.take_watts() if self._meter else None
+        if visual is not self._last and (self._meter is None or watts is not None):
+            cost = replace(cost_of(visual, said), watts=watts)
+            self._controller.observe(visual.tokens.shape[1], cost, len(said.token_ids))
+        self._last = visual
+        return said
+
+
+def cost_of(visual: VisualTokens, said: Said) -> Cost:
+    """Return what a frame and its answer cost, power aside."""
+    first_token_ms = sum(visual.milliseconds.values()) + said.prefill_ms
+    return Cost(first_token_ms, said.decode_ms / max(len(said.token_ids), 1))

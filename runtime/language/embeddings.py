@@ -1,0 +1,87 @@
+"""The bundle's text embedding table, read row by row from disk.
+
+Enters: token ids. Leaves: float32 rows. The file is mapped, not loaded, so only the rows that a
+conversation uses take memory, and every backend sees the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.bundle import Bundle
+from engines.errors import BundleError
+from runtime.language.parts import Embeddings, TokenIds
+
+TENSOR_NAME = "embed_tokens"
+_MAX_HEADER_BYTES = 1 << 20
+
+
+class EmbeddingTable:
+    """float16[V, D] on disk, float32 rows in use.
+
+    Attributes:
+        vocabulary: V, how many token ids there are.
+        hidden_size: D.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Map the table of an opened bundle.
+
+        Raises:
+            BundleError: the file does not hold the table that the manifest describes.
+        """
+        text = bundle.manifest.text
+        self.vocabulary = text.vocabulary
+        self.hidden_size = text.hidden_size
+        file = bundle.root / text.embeddings
+        offset = _tensor_offset(file, [text.vocabulary, text.hidden_size])
+        self._rows: np.ndarray[Any, np.dtype[np.float16]] = np.memmap(
+            file, "<f2", "r", offset, (text.vocabulary, text.hidden_size)
+        )
+
+    def rows(self, ids: TokenIds) -> Embeddings:
+        """Return the rows of token ids, float32[N, D].
+
+        Raises:
+            BundleError: an id is outside the vocabulary; the tokenizer is of another model.
+        """
+        outside = ids[(ids < 0) | (ids >= self.vocabulary)]
+        if outside.size:
+            raise BundleError(
+                f"Token id {outside[0]} has no row in the embedding table, which has "
+                f"{self.vocabulary}. The bundle's tokenizer.json does not belong to its language "
+                "model; build the bundle again from one checkpoint."
+            )
+        return self._rows[ids].astype(np.float32)  # [N, D]
+
+
+def _tensor_offset(file: Path, shape: list[int]) -> int:
+    """Return where the table's numbers begin in a safetensors file."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > _MAX_HEADER_BYTES:
+                raise ValueError(f"its header claims {length} bytes")
+            header = json.loads(stream.read(length))
+        tensor = header[TENSOR_NAME]
+        found = {"dtype": tensor["dtype"], "shape": tensor["shape"]}
+        begin, end = tensor["data_offsets"]
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise BundleError(
+            f"{file} is not a safetensors file with one tensor {TENSOR_NAME!r} "
+            f"({type(error).__name__}: {error}). Build the bundle again with "
+            "`python -m export.build`."
+        ) from error
+    expected = {"dtype": "F16", "shape": shape}
+    held_bytes = file.stat().st_size - 8 - length
+    if found != expected or end - begin != 2 * shape[0] * shape[1] or held_bytes < end:
+        raise BundleError(
+            f"{file}: {TENSOR_NAME} is {found} in {held_bytes} bytes, and bundle.json expects "
+            f"{expected}. Build the bundle again with `python -m export.build`."
+        )
+    return 8 + int(length) + int(begin)

@@ -1,0 +1,164 @@
+"""The decoding loop: logits in, an answer out, piece by piece as it is written.
+
+Enters: a backend that was prefilled and the logits after the prompt. Leaves: pieces of text that
+never cut a character in half, and at the end the token ids, the text and why it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from engines.errors import OptionError
+from runtime.language.grammar import Constraint, Grammar
+from runtime.language.parts import Logits
+from runtime.language.sampling import Sampler, Sampling
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Finish = Literal["stop_token", "stop_string", "complete", "max_tokens", "context_full"]
+"""`complete`: the answer has the form asked for and nothing can follow. After the last two it may
+be cut short."""
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How an answer is written and when it ends.
+
+    Attributes:
+        max_tokens: most tokens of an answer.
+        stop: texts that end the answer; they are not part of it.
+        sampling: how each token is chosen.
+        grammar: the form of the answer, if it must have one; leading blanks are dropped then.
+    """
+
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    grammar: Grammar | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise OptionError(f"max_tokens is {self.max_tokens}, expected 1 or more.")
+        if "" in self.stop:
+            raise OptionError("A stop string is empty, which would end every answer at once.")
+
+
+class Decoding(Protocol):
+    """What writing an answer needs of a language backend, or of a `Context` over one."""
+
+    @property
+    def position(self) -> int:
+        """Positions filled so far."""
+
+    @property
+    def context_length(self) -> int:
+        """Positions the KV cache holds."""
+
+    def decode(self, token: int) -> Logits:
+        """Append one token and return the logits after it, float32[V]."""
+
+
+class Generation:
+    """One answer in the making: iterate over it for its pieces of text.
+
+    Attributes:
+        token_ids: tokens of the answer so far, without the stop token.
+        text: the answer so far.
+        finish: why it ended; None while it has not.
+        prompt_tokens: positions of the prompt.
+        reused_tokens: how many of them were in the KV cache already.
+    """
+
+    def __init__(
+        self,
+        backend: Decoding,
+        logits: Logits,
+        tokenizer: Tokenizer,
+        *,
+        stop_token_ids: Collection[int],
+        options: GenerationOptions,
+        prompt_ids: Sequence[int] = (),
+        prompt_tokens: int = 0,
+        reused_tokens: int | None = None,
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.finish: Finish | None = None
+        self.prompt_tokens = prompt_tokens
+        self.reused_tokens = reused_tokens
+        self._backend = backend
+        self._logits = logits
+        self._tokenizer = tokenizer
+        self._stop_token_ids = frozenset(stop_token_ids)
+        self._options = options
+        self._sampler = Sampler(options.sampling, prompt_ids)
+        self._constraint = constraint
+
+    def prefill(self) -> None:
+        """Do nothing: the prompt was read before the answer began."""
+
+    def __iter__(self) -> Generator[str]:
+        """Yield the answer's pieces of text as they are written."""
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=True)
+        decoded = ""  # what the tokenizer has given so far; `self.text` may lag behind it
+        for token in self._tokens():
+            decoded += stream.step(self._tokenizer, token) or ""
+            yield from self._release(decoded, final=False)
+            if self.finish == "stop_string":
+                return
+        # Whole again, for the bytes of a character that was never finished.
+        yield from self._release(self._tokenizer.decode(self.token_ids), final=True)
+
+    def _tokens(self) -> Iterator[int]:
+        """Yield tokens; one that is yielded enters the cache only when another is wanted."""
+        while self.finish is None:
+            token = self._choose()
+            if token in self._stop_token_ids:
+                self.finish = "stop_token"
+                return
+            self.token_ids.append(token)
+            yield token
+            if self._constraint is not None and self._constraint.complete:
+                self.finish = "complete"
+            elif len(self.token_ids) == self._options.max_tokens:
+                self.finish = "max_tokens"
+            elif self._backend.position == self._backend.context_length:
+                self.finish = "context_full"
+            else:
+                self._logits = self._backend.decode(token)
+
+    def _choose(self) -> int:
+        if self._constraint is None:
+            return self._sampler.choose(self._logits)
+        token = self._sampler.choose(self._constraint.mask(self._logits))
+        self._constraint.accept(token)
+        return token
+
+    def _release(self, decoded: str, final: bool) -> Iterator[str]:
+        """Yield what is new and cannot be the beginning of a stop string."""
+        if self._constraint is not None:
+            decoded = decoded.lstrip()
+        stops = [at for stop in self._options.stop if (at := decoded.find(stop)) >= 0]
+        if stops:
+            decoded, final = decoded[: min(stops)], True
+            self.finish = "stop_string"
+        end = len(decoded) if final else len(decoded) - _held_back(decoded, self._options.stop)
+        piece = decoded[len(self.text) : end]
+        if piece:
+            self.text += piece
+            yield piece
+
+
+def _held_back(text: str, stops: Sequence[str]) -> int:
+    """Return how many characters at the end of ``text`` may begin a stop string."""
+    longest = max((len(stop) - 1 for stop in stops), default=0)
+    for count in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-count:]) for stop in stops):
+            return count
+    return 0

@@ -1,0 +1,71 @@
+"""A language model in this process as one that takes conversations and writes text.
+
+Enters: a conversation and the visual tokens of its pictures. Leaves: the answer, piece by piece.
+What the KV cache holds of the conversation is not computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from runtime.backends import LanguageBackend
+from runtime.language.context import Context
+from runtime.language.generate import Generation, GenerationOptions
+from runtime.language.grammar import GrammarTokens
+from runtime.language.parts import Embeddings
+from runtime.language.prompt import PromptWriter, Turn, interleave
+
+
+class LocalText:
+    """A backend that gives logits, as one that gives text; see `TextBackend`.
+
+    Attributes:
+        name: the backend's.
+        context_length: positions of prompt and answer together.
+        context: the backend and what its KV cache holds.
+    """
+
+    def __init__(self, backend: LanguageBackend, writer: PromptWriter) -> None:
+        self.name = backend.name
+        self.context_length = backend.context_length
+        self.context = Context(backend)
+        self._writer = writer
+
+    def generate(
+        self, turns: Sequence[Turn], pictures: Sequence[Embeddings], options: GenerationOptions
+    ) -> Generation:
+        """Prefill a conversation and return its answer in the making.
+
+        Args:
+            turns: the conversation, ending with a question.
+            pictures: float32[N, D] of each picture, in the order of the turns.
+            options: how the answer is written.
+
+        Raises:
+            OptionError: the chat template refuses the conversation, or the form of the answer
+                cannot be used.
+            BackendError: more positions than the context holds.
+        """
+        constraint = self._grammar_tokens.start(options.grammar) if options.grammar else None
+        ids = self._writer.ids(turns)
+        logits = self.context.prefill(interleave(ids, self._writer.image_token_id, pictures))
+        return Generation(
+            self.context,
+            logits,
+            self._writer.tokenizer,
+            stop_token_ids=self._writer.stop_token_ids,
+            options=options,
+            prompt_ids=ids.tolist(),
+            prompt_tokens=self.context.reused + self.context.computed,
+            reused_tokens=self.context.reused,
+            constraint=constraint,
+        )
+
+    def close(self) -> None:
+        """Free the model; calling it again does nothing."""
+        self.context.backend.close()
+
+    @cached_property
+    def _grammar_tokens(self) -> GrammarTokens:
+        return GrammarTokens(self._writer.tokenizer, self._writer.stop_token_ids)

@@ -1,0 +1,286 @@
+"""A conversation becomes token ids, with a place for each picture's visual tokens.
+
+Enters: turns of text and pictures. Leaves: parts for a language backend. The chat template is the
+checkpoint's own, rendered as transformers renders it and tokenized whole, so the ids are equal to
+those the model was trained on; `<image>` is where the visual tokens go.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from engines.bundle import Bundle
+from engines.errors import BundleError, OptionError
+from engines.manifest import Prompt
+from runtime.language.parts import Embeddings, Part, TokenIds
+
+if TYPE_CHECKING:
+    import jinja2
+    from tokenizers import Tokenizer
+
+_BREAK = "\ue000"
+"""A private-use character that marks where text must not be read across; never tokenized."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation.
+
+    Attributes:
+        role: who speaks.
+        text: what is said.
+        images: how many pictures come before the text.
+    """
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+    images: int = 0
+
+
+class PromptWriter:
+    """Writes conversations the way one checkpoint expects them.
+
+    Attributes:
+        tokenizer: the checkpoint's.
+        image_token_id: the id that stands for one picture.
+        stop_token_ids: ids that end an answer.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        """Load the tokenizer and the chat template of an opened bundle.
+
+        Raises:
+            BundleError: either cannot be read, or the tokenizer does not know the image token.
+        """
+        self._open(bundle.manifest.prompt, bundle.root / "bundle.json")
+
+    @classmethod
+    def from_prompt(cls, prompt: Prompt, source: Path) -> PromptWriter:
+        """Write as a checkpoint that is not in a bundle yet.
+
+        Args:
+            prompt: how it turns a conversation into ids.
+            source: the file that says so; the tokenizer lies beside it.
+
+        Raises:
+            BundleError: as for a bundle.
+        """
+        writer = cls.__new__(cls)
+        writer._open(prompt, source)
+        return writer
+
+    def _open(self, prompt: Prompt, source: Path) -> None:
+        self._prompt, self._source = prompt, source
+        self.tokenizer = _load_tokenizer(source.parent / self._prompt.tokenizer)
+        self.image_token_id = self._prompt.image_token_id
+        self.stop_token_ids = self._prompt.stop_token_ids
+        known = self.tokenizer.token_to_id(self._prompt.image_token)
+        if known != self.image_token_id:
+            raise BundleError(
+                f"{self._source}: the image token {self._prompt.image_token!r} is said to have id "
+                f"{self.image_token_id}, and {self._prompt.tokenizer} gives it {known}. Build the "
+                "bundle again from one checkpoint."
+            )
+
+    def render(self, turns: Sequence[Turn], answer: bool = True) -> str:
+        """Return the conversation as text.
+
+        Args:
+            turns: the conversation.
+            answer: end with what makes the model answer.
+
+        Raises:
+            OptionError: the template refuses the conversation.
+        """
+        return self._render(turns, answer).replace(_BREAK, "")
+
+    def render_messages(self, messages: list[dict[str, Any]]) -> str:
+        """Return messages as the chat template writes them, as a server that has it does.
+
+        Raises:
+            OptionError: the template refuses them.
+        """
+        return self._render_messages(messages, answer=True)
+
+    def ids(self, turns: Sequence[Turn], answer: bool = True) -> TokenIds:
+        """Return the conversation as token ids, int64[N]; one image token for each picture.
+
+        Control tokens that a person wrote (`</s>`, `<image>`) are read as plain text.
+
+        Raises:
+            OptionError: the template refuses the conversation, or loses one of its pictures.
+        """
+        text = self._render(turns, answer)
+        bos = self._prompt.bos_token
+        special = not (bos and text.startswith(bos))
+        ids: list[int] = []
+        for piece in text.split(_BREAK):
+            ids += self.tokenizer.encode(piece, add_special_tokens=special and not ids).ids
+        wanted, found = sum(turn.images for turn in turns), ids.count(self.image_token_id)
+        if found != wanted:
+            raise OptionError(
+                f"The conversation has {wanted} pictures and its prompt has {found} places for "
+                "them. The checkpoint's chat template puts pictures in user turns only; put them "
+                "there."
+            )
+        return np.array(ids, np.int64)
+
+    def parts(
+        self, turns: Sequence[Turn], pictures: Sequence[Embeddings], answer: bool = True
+    ) -> list[Part]:
+        """Return the conversation as parts: ids, and the visual tokens of each picture.
+
+        Args:
+            turns: the conversation.
+            pictures: float32[N, D] of each picture, in the order of the turns.
+            answer: end with what makes the model answer.
+
+        Raises:
+            OptionError: the template refuses the conversation, or there are more or fewer pictures
+                than the turns say.
+        """
+        return interleave(self.ids(turns, answer), self.image_token_id, pictures)
+
+    def _render(self, turns: Sequence[Turn], answer: bool) -> str:
+        return self._render_messages([self._message(turn) for turn in turns], answer)
+
+    def _render_messages(self, messages: list[dict[str, Any]], answer: bool) -> str:
+        special = {"bos_token": self._prompt.bos_token, "eos_token": self._prompt.eos_token}
+        template = self._template
+        try:
+            return template.render(
+                messages=messages,
+                add_generation_prompt=answer,
+                **{name: token for name, token in special.items() if token is not None},
+            )
+        except Exception as error:  # the template is code from elsewhere: it may raise anything
+            raise OptionError(
+                f"The checkpoint's chat template refuses this conversation: {error}. Most want "
+                "user and assistant turns in alternation, and some no system turn."
+            ) from error
+
+    def _message(self, turn: Turn) -> dict[str, Any]:
+        text = self._defused(turn.text)
+        if self._takes_lists:
+            pictures = [{"type": "image"}] * turn.images
+            return {"role": turn.role, "content": [*pictures, {"type": "text", "text": text}]}
+        pictures_text = f"{self._prompt.image_token}\n" * turn.images
+        return {"role": turn.role, "content": pictures_text + text}
+
+    def _defused(self, text: str) -> str:
+        """Break up control tokens in what a person wrote, so that they are read as text."""
+        text = text.replace(_BREAK, "")
+        return self._control_tokens.sub(lambda found: f"{found[0][:1]}{_BREAK}{found[0][1:]}", text)
+
+    @cached_property
+    def _control_tokens(self) -> re.Pattern[str]:
+        special = [
+            token.content
+            for token in self.tokenizer.get_added_tokens_decoder().values()
+            if token.special
+        ]
+        longest_first = sorted(special, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        from jinja2 import TemplateError
+
+        try:
+            return _environment().from_string(self._prompt.chat_template)
+        except TemplateError as error:
+            raise BundleError(
+                f"{self._source}: the chat template is not valid Jinja ({error}). Correct the "
+                "checkpoint's chat_template.jinja and build the bundle again."
+            ) from error
+
+    @cached_property
+    def _takes_lists(self) -> bool:
+        """Whether content is a list of images and texts; old templates take one string."""
+        probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+        try:
+            return self._prompt.image_token in self._render_messages(probe, answer=True)
+        except OptionError:
+            return False
+
+
+def interleave(ids: TokenIds, image_token_id: int, pictures: Sequence[Embeddings]) -> list[Part]:
+    """Put each picture's visual tokens in the place of its image token.
+
+    Raises:
+        OptionError: there are more or fewer pictures than image tokens.
+    """
+    places = np.flatnonzero(ids == image_token_id)
+    if len(places) != len(pictures):
+        raise OptionError(
+            f"The conversation has places for {len(places)} pictures, and {len(pictures)} were "
+            "given. Give one for each."
+        )
+    parts: list[Part] = []
+    start = 0
+    for place, picture in zip(places.tolist(), pictures, strict=True):
+        parts += [ids[start:place], picture]
+        start = place + 1
+    return [part for part in [*parts, ids[start:]] if len(part)]
+
+
+def _load_tokenizer(file: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer: Tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the Rust library raises bare Exception
+        raise BundleError(
+            f"{file} cannot be read as a tokenizer ({error}). Build the bundle again; if that does "
+            "not help, update the tokenizers package."
+        ) from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _environment() -> jinja2.Environment:
+    """Return the environment that transformers renders chat templates in.
+
+    A template comes with the checkpoint, so it is code from elsewhere: the sandbox gives it nothing
+    but the conversation.
+    """
+    from jinja2 import TemplateError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class GenerationBlock(Extension):
+        """`{% generation %}` marks the assistant's words for training; here it only renders."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> list[Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def strftime_now(pattern: str) -> str:
+        return datetime.now().strftime(pattern)
+
+    def tojson(value: Any, **options: Any) -> str:
+        return json.dumps(value, **{"ensure_ascii": False, **options})
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    return environment

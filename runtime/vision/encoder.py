@@ -1,0 +1,172 @@
+"""Pictures become visual tokens: the bundle's preprocessing, then its vision graph.
+
+Enters: uint8 RGB pictures. Leaves: the few tokens the language model is to read, and which patches
+they came from.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.bundle import Bundle
+from engines.closeable import Closeable
+from engines.errors import BundleError, PictureError
+from engines.manifest import VisionGraph
+from engines.open_session import open_session
+from engines.session import Session
+from runtime.vision.bands import Bands
+from runtime.vision.preprocess import Pixels, check_picture, preprocess_batch
+
+_OUTPUTS = ("visual_tokens", "valid_count", "patch_index", "assignment")
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """What is left of a batch of pictures.
+
+    Attributes:
+        tokens: float32[B, N, D] in the language model's width; zeros beyond ``valid``.
+        valid: int64[B]; how many of the N tokens are real.
+        origin: int64[B, N]; the patch a token stands for, -1 where it is no single patch.
+        assignment: int64[B, P]; what became of each patch. ``slot >= 0``: token ``slot`` was made
+            from it; ``-(slot + 2)``: merged into token ``slot``; ``-1``: in no token.
+        milliseconds: time of the stages ``"preprocess"`` and ``"vision"``, for the whole batch.
+    """
+
+    tokens: NDArray[np.float32]
+    valid: NDArray[np.int64]
+    origin: NDArray[np.int64]
+    assignment: NDArray[np.int64]
+    milliseconds: dict[str, float]
+
+    def picture(self, at: int) -> NDArray[np.float32]:
+        """Return the real tokens of one picture, float32[valid, D]."""
+        return self.tokens[at, : self.valid[at]]
+
+    def split(self) -> list[VisualTokens]:
+        """Return each picture by itself, with its share of the batch's time."""
+        count = len(self.tokens)
+        share_ms = {stage: ms / count for stage, ms in self.milliseconds.items()}
+        return [
+            VisualTokens(
+                tokens=self.tokens[at : at + 1],
+                valid=self.valid[at : at + 1],
+                origin=self.origin[at : at + 1],
+                assignment=self.assignment[at : at + 1],
+                milliseconds=share_ms,
+            )
+            for at in range(count)
+        ]
+
+
+class VisionEncoder(Closeable):
+    """The vision graph of a bundle, ready to run; use it as a context manager."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        session: Session | None = None,
+        *,
+        engine: str | None = None,
+        threads: int | None = None,
+        tokens: int | None = None,
+    ) -> None:
+        """Load the graph.
+
+        Args:
+            bundle: from `open_bundle`.
+            session: an engine that runs the graph; one is opened when left out. It stays the
+                caller's to close.
+            engine: which engine to open, a name of `engines.open_session`; the target's own when
+                left out.
+            threads: CPU threads, for preprocessing and, when no session is given, the graph; left
+                out, one per core.
+            tokens: which of the bundle's graphs, by its number of visual tokens; the first when
+                left out.
+
+        Raises:
+            OptionError: the bundle has no graph with that many tokens.
+            EngineError: the graph cannot be loaded.
+            BundleError: the graph lacks an output the runtime reads.
+        """
+        self.bundle = bundle
+        self.graph: VisionGraph = bundle.vision(tokens)
+        self._owned = session is None
+        self._bands = Bands(threads)
+        file = bundle.path(self.graph.file)
+        self.session: Session = (
+            open_session(bundle, self.graph, engine=engine, threads=threads)
+            if session is None
+            else session
+        )
+        absent = [name for name in _OUTPUTS if name not in self.session.output_names]
+        if absent or len(self.session.input_names) != 1:
+            self.close()
+            raise BundleError(
+                f"{file} has the inputs {', '.join(self.session.input_names)} and the outputs "
+                f"{', '.join(self.session.output_names)}, expected one input and at least "
+                f"{', '.join(_OUTPUTS)}. Build the bundle again with `python -m export.build`."
+            )
+        self._dtype = np.dtype(self.graph.inputs[0].dtype)
+
+    def encode(self, pictures: Pixels | Sequence[Pixels]) -> VisualTokens:
+        """Turn pictures into visual tokens.
+
+        Args:
+            pictures: RGB, uint8[B, H, W, 3], or a list of uint8[H, W, 3] of any sizes. A picture in
+                BGR order (OpenCV's) cannot be told from one in RGB: give it as
+                ``picture[:, :, ::-1]``, which costs nothing.
+
+        Raises:
+            PictureError: a wrong shape or dtype, or no pictures.
+            EngineError: the graph failed.
+        """
+        _check_pictures(pictures)
+        started = time.perf_counter()
+        pixel_values = preprocess_batch(
+            pictures, self.bundle.preprocessing, self._bands
+        )  # [B, 3, H, W]
+        prepared = time.perf_counter()
+        name = self.session.input_names[0]
+        outputs = self.session.run({name: pixel_values.astype(self._dtype, copy=False)})
+        tokens, valid, origin, assignment = (outputs[name] for name in _OUTPUTS)
+        ended = time.perf_counter()
+        return VisualTokens(
+            tokens=tokens.astype(np.float32, copy=False),
+            valid=valid.astype(np.int64, copy=False),
+            origin=origin.astype(np.int64, copy=False),
+            assignment=assignment.astype(np.int64, copy=False),
+            milliseconds={
+                "preprocess": (prepared - started) * 1e3,
+                "vision": (ended - prepared) * 1e3,
+            },
+        )
+
+    def close(self) -> None:
+        """Free the graph, unless the session was given; calling it again does nothing."""
+        self._bands.close()
+        if self._owned:
+            self.session.close()
+
+
+def _check_pictures(pictures: Pixels | Sequence[Pixels]) -> None:
+    if isinstance(pictures, np.ndarray) and pictures.ndim == 3:
+        got = f"{pictures.dtype}[{', '.join(map(str, pictures.shape))}]"
+        raise PictureError(
+            f"pictures is {got}, expected a batch uint8[B, H, W, 3] or a list of pictures. Give "
+            "one picture as `picture[None]`."
+        )
+    if not isinstance(pictures, np.ndarray | list | tuple):
+        raise PictureError(
+            f"pictures is a {type(pictures).__name__}, expected uint8[B, H, W, 3] or a list of "
+            "uint8[H, W, 3]."
+        )
+    if len(pictures) == 0:
+        raise PictureError("There are no pictures to encode, expected at least one.")
+    for at, picture in enumerate(pictures):
+        check_picture(picture, f"pictures[{at}]")

@@ -1,0 +1,62 @@
+"""The vision graphs of one bundle, one for each budget of visual tokens, loaded when first used."""
+
+from __future__ import annotations
+
+from engines.bundle import Bundle
+from engines.closeable import Closeable
+from runtime.vision.encoder import VisionEncoder
+
+
+class GraphPool(Closeable):
+    """Encoders by their number of visual tokens; use it as a context manager.
+
+    Attributes:
+        budgets: the numbers there are, smallest first.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        engine: str | None = None,
+        threads: int | None = None,
+        only: int | None = None,
+        opened: VisionEncoder | None = None,
+    ) -> None:
+        """Look what the bundle has; nothing is loaded yet.
+
+        Args:
+            bundle: from `open_bundle`.
+            engine: what runs the graphs; left out, what the bundle's target says.
+            threads: CPU threads; left out, one per physical core.
+            only: the one budget to use; left out, all.
+            opened: one that is loaded already; it stays the caller's to close.
+
+        Raises:
+            OptionError: the bundle has no graph with ``only`` tokens.
+        """
+        graphs = bundle.manifest.vision if only is None else (bundle.vision(only),)
+        self.budgets = tuple(sorted({graph.reducer.tokens for graph in graphs}))
+        self._bundle, self._engine, self._threads = bundle, engine, threads
+        self._own: dict[int, VisionEncoder] = {}
+        self._given = {opened.graph.reducer.tokens: opened} if opened is not None else {}
+
+    def encoder(self, tokens: int) -> VisionEncoder:
+        """Return the encoder with that many visual tokens.
+
+        Raises:
+            OptionError: the bundle has no such graph.
+            EngineError: the graph cannot be loaded.
+        """
+        known = self._given.get(tokens) or self._own.get(tokens)
+        if known is None:
+            known = VisionEncoder(
+                self._bundle, engine=self._engine, threads=self._threads, tokens=tokens
+            )
+            self._own[tokens] = known
+        return known
+
+    def close(self) -> None:
+        """Free what was loaded here; calling it again does nothing."""
+        for encoder in self._own.values():
+            encoder.close()

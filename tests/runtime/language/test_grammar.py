@@ -1,0 +1,138 @@
+"""Answers of a given form: always of that form, and chosen by the model."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from engines.bundle import Bundle
+from engines.errors import OptionError
+from runtime.answer_options import AnswerOptions
+from runtime.camera.answering import FrameAnswerer
+from runtime.language.generate import GenerationOptions
+from runtime.language.grammar import Grammar, GrammarTokens
+from runtime.language.prompt import Turn
+from runtime.language.sampling import Sampling
+from runtime.model import Model, open_model
+
+pytest.importorskip("llguidance", reason="llguidance: the extra `constrained`")
+SCHEMA = {
+    "type": "object",
+    "properties": {"seen": {"type": "boolean"}, "count": {"type": "integer", "maximum": 99}},
+    "required": ["seen", "count"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model(language_bundle: Bundle) -> Iterator[Model]:
+    with open_model(language_bundle, threads=1) as opened:
+        yield opened
+
+
+def answer(model: Model, grammar: Grammar, seed: int = 0, temperature: float = 1.0) -> Any:
+    options = GenerationOptions(
+        max_tokens=60, sampling=Sampling(temperature, seed=seed), grammar=grammar
+    )
+    return model.answer([Turn("user", f"Is it {seed}?")], [], options)
+
+
+def test_the_answer_is_one_of_the_choices(model: Model) -> None:
+    choices = ("left", "right", "stop before the door")
+    said = [answer(model, Grammar(choices), seed, temperature=3.0) for seed in range(30)]
+    assert {given.text for given in said} == set(choices)
+    assert {given.finish for given in said} == {"complete"}
+
+
+def test_what_is_said_of_a_frame_is_one_of_the_choices(model: Model) -> None:
+    answerer = FrameAnswerer(model, GenerationOptions(grammar=Grammar(("clear", "blocked"))))
+    visual = model.encoder.encode([np.zeros((8, 8, 3), np.uint8)])
+    said = answerer.answer(visual, "Is the way free?", lambda: None, lambda: False)
+    assert said.text in ("clear", "blocked")
+
+
+def test_the_model_chooses(model: Model) -> None:
+    """Of two answers of one token each, the one with the larger logit."""
+    logits = model.context.prefill(model.writer.parts([Turn("user", "Is it 0?")], []))
+    known = model.writer.tokenizer.token_to_id
+    ranked = sorted("abcdefghijklmnopqrstuvwxyz", key=lambda letter: -logits[known(letter)])
+    assert logits[known(ranked[0])] > logits[known("Ġ")]  # it would rather not begin with a blank
+    given = answer(model, Grammar((ranked[9], ranked[0], ranked[5])), temperature=0.0)
+    assert given.text == ranked[0]
+
+
+def test_the_answer_follows_the_schema(model: Model) -> None:
+    grammar = Grammar(json_schema=json.dumps(SCHEMA))
+    for seed in range(10):
+        given = answer(model, grammar, seed, temperature=0.7)
+        if given.finish == "max_tokens":  # random weights like blanks
+            continue
+        document = json.loads(given.text)
+        assert set(document) == {"seen", "count"}
+        assert isinstance(document["seen"], bool)
+        assert document["count"] <= 99
+
+
+def test_a_vocabulary_of_words(model: Model) -> None:
+    """The bundled checkpoint has one: a blank goes before each word when it is written."""
+    words = ["</s>", "<unk>", "yes", "no", "left", "of", "?"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(["</s>", "<unk>"])
+    tokens = GrammarTokens(tokenizer, [0])
+    constraint = tokens.start(Grammar(("yes", "left of")))
+    zeros = np.zeros(len(words), np.float32)
+    allowed = np.flatnonzero(np.isfinite(constraint.mask(zeros)))
+    assert [words[at] for at in allowed] == ["yes", "left"]
+    constraint.accept(words.index("left"))
+    assert not constraint.complete
+    assert [words[at] for at in np.flatnonzero(np.isfinite(constraint.mask(zeros)))] == ["of"]
+    constraint.accept(words.index("of"))
+    assert constraint.complete
+    with pytest.raises(OptionError, match="vocabulary cannot write an answer of this form"):
+        tokens.start(Grammar(("zebra",))).mask(zeros)
+
+
+@pytest.mark.parametrize("schema", ["not json", '{"type": "nonsense"}'])
+def test_a_schema_that_is_none(model: Model, schema: str) -> None:
+    with pytest.raises(OptionError, match="form of the answer cannot be used"):
+        answer(model, Grammar(json_schema=schema))
+
+
+def test_options(tmp_path: Path) -> None:
+    assert AnswerOptions().generation() == GenerationOptions()
+    assert AnswerOptions(choices="yes,no").generation().grammar == Grammar(("yes", "no"))
+    file = tmp_path / "schema.json"
+    file.write_text("{}")
+    chosen = AnswerOptions(json_schema=file, stop=["."], top_k=3).generation()
+    assert chosen.grammar == Grammar(json_schema="{}")
+    assert (chosen.stop, chosen.sampling.top_k) == ((".",), 3)
+    with pytest.raises(OptionError, match="both given"):
+        AnswerOptions(choices="yes", json_schema=file).generation()
+    with pytest.raises(OptionError, match="cannot be read"):
+        AnswerOptions(json_schema=tmp_path / "none.json").generation()
+    with pytest.raises(OptionError, match="have an empty one among them"):
+        AnswerOptions(choices="yes,,no").generation()
+    with pytest.raises(OptionError, match="one of the two"):
+        Grammar()
+
+
+def test_without_llguidance(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = builtins.__import__
+
+    def without(name: str, *rest: Any, **named: Any) -> Any:
+        if name.startswith("llguidance"):
+            raise ImportError(name)
+        return load(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(OptionError, match=r'pip install "foveate\[constrained\]"'):
+        GrammarTokens(model.writer.tokenizer, [2])
