@@ -254,7 +254,7 @@ def main(
         sections.append((f"For {device.name}", examine_target(facts, device)))
     for path in bundles or []:
         try:
-            bundle = open_bundle(path, verify=False)
+            bundle = open_bundle(path)
             device = find_target(target or bundle.manifest.target, targets)
             sections.append((str(path), examine_bundle(facts, bundle, device)))
         except FoveateError as error:

@@ -27,6 +27,7 @@ from engines.roofline import (
     list_costs,
     roof_of,
     shape_from_config,
+    total_cost,
     visionzip_operations,
 )
 from engines.targets import Target, find_target
@@ -54,12 +55,19 @@ class Comparison:
     reduced_paper_operations: int
     full_paper_operations: int
     vision_ms: float
+    vision_bytes: float
+    """Weights of the vision tower, in FP16."""
     available_bytes: float
 
     @property
+    def needed_bytes(self) -> float:
+        """What the tower and the language model take with the reduced prompt."""
+        return self.reduced.memory_bytes + self.vision_bytes
+
+    @property
     def fits(self) -> bool:
-        """Whether the reduced prompt fits the memory."""
-        return self.reduced.memory_bytes <= self.available_bytes
+        """Whether both fit the memory."""
+        return self.needed_bytes <= self.available_bytes
 
 
 def find_shape(model: str) -> TransformerShape:
@@ -102,6 +110,7 @@ def compare_budgets(options: EstimateOptions) -> Comparison:
         reduced_paper_operations=visionzip_operations(shape, reduced.prompt_tokens),
         full_paper_operations=visionzip_operations(shape, full.prompt_tokens),
         vision_ms=least_seconds(tower, roof, half) * 1e3,
+        vision_bytes=total_cost(tower).weight_bytes,
         available_bytes=options.target.free_bytes,
     )
 
@@ -141,8 +150,9 @@ def _print_comparison(options: EstimateOptions, found: Comparison) -> None:
     console.print(table)
     verdict = "fits" if found.fits else "does NOT fit"
     console.print(
-        f"It {verdict}: {few.memory_bytes / 1e9:.2f} GB of about "
-        f"{found.available_bytes / 1e9:.1f} GB free on {options.target.name}."
+        f"It {verdict}: {few.memory_bytes / 1e9:.2f} GB and {found.vision_bytes / 1e9:.2f} GB for "
+        f"the vision tower, of about {found.available_bytes / 1e9:.1f} GB free on "
+        f"{options.target.name}."
     )
 
 
@@ -157,6 +167,7 @@ def _json_of(options: EstimateOptions, found: Comparison) -> dict[str, Any]:
         "reduced": estimate(found.reduced),
         "full": estimate(found.full),
         "vision_ms": found.vision_ms,
+        "vision_bytes": found.vision_bytes,
         "available_bytes": found.available_bytes,
         "fits": found.fits,
     }

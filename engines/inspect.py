@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,9 @@ import typer
 
 from engines import cli
 from engines.bundle import Bundle, open_bundle
+from engines.errors import EngineError
 from engines.manifest import VisionGraph
+from engines.trt.plan import PlanRecord, read_record
 
 
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:
@@ -37,9 +40,19 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "context_length": manifest.text.context_length,
         "preprocessing": manifest.preprocessing.model_dump(),
         "calibration_digest": manifest.calibration_digest,
+        "plans": {name: record.model_dump(mode="json") for name, record in list_plans(bundle)},
         "bytes": {name: record.bytes for name, record in sorted(manifest.files.items())},
         "versions": manifest.versions,
     }
+
+
+def list_plans(bundle: Bundle) -> list[tuple[str, PlanRecord]]:
+    """List the TensorRT plans in a bundle; `engines.doctor` judges them, and damaged sidecars."""
+    found = []
+    for plan in sorted(bundle.local.glob("*.plan")):
+        with suppress(EngineError):
+            found.append((plan.name, read_record(plan)))
+    return found
 
 
 def _page(bundle: Bundle, verified: str) -> str:
@@ -54,6 +67,14 @@ def _page(bundle: Bundle, verified: str) -> str:
         f"  {model.file}  {model.precision}, backend {model.backend}, "
         f"context {manifest.text.context_length:,}"
         for model in manifest.language_models
+    ]
+    plans = list_plans(bundle)
+    if plans:
+        lines += ["", f"Engines built here ({bundle.local})"]
+    lines += [
+        f"  {name}  {plan.library} {plan.library_version}, sm_{plan.sm}, {plan.precision}, "
+        f"{plan.plan_bytes / 1e6:,.1f} MB, {plan.built_at}"
+        for name, plan in plans
     ]
     lines += ["", "Files"]
     lines += [f"  {record.bytes:>15,}  {name}" for name, record in sorted(manifest.files.items())]

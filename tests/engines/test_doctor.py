@@ -280,6 +280,17 @@ def test_command_reports_json_and_ends_with_one_on_a_problem(tmp_path: Path) -> 
     assert "does not exist" in sections[1]["findings"][0]["found"]
 
 
+def test_a_tampered_graph_is_found(tmp_path: Path) -> None:
+    cpu = write_small_bundle(tmp_path / "cpu")
+    graph = bytearray((cpu / "vision.onnx").read_bytes())
+    graph[100] ^= 1
+    (cpu / "vision.onnx").write_bytes(graph)
+    told = run_doctor(cpu, "--json")
+    assert told.exit_code == 1
+    found = json.loads(told.stdout)["sections"][1]["findings"][0]["found"]
+    assert "vision.onnx was changed: its SHA-256 is" in found
+
+
 def test_command_prints_a_table(tmp_path: Path) -> None:
     cpu = write_small_bundle(tmp_path / "cpu")
     result = run_doctor(cpu)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from engines.trt.plan import PlanRecord, write_plan
 from tests.tiny_bundle import write_tiny_bundle
 
 
@@ -53,3 +54,34 @@ def test_a_damaged_bundle_ends_with_2(bundle: Path, tmp_path: Path) -> None:
     assert told.stderr.startswith("error: ")
     assert "tokenizer.json was changed" in told.stderr
     assert told.stderr.count("\n") == 1
+
+
+def test_the_engines_that_were_built_are_listed(tmp_path: Path) -> None:
+    place = write_tiny_bundle(tmp_path / "tiny")
+    assert "Engines built here" not in inspect(place).stdout
+    plan = place / "local/vision-tensorrt-sm87.plan"
+    plan.parent.mkdir()
+    record = PlanRecord(
+        onnx_file="vision.onnx",
+        onnx_sha256="ab" * 32,
+        library="tensorrt",
+        library_version="10.3.0.26",
+        target="jetson-orin",
+        precision="fp16",
+        sm=87,
+        gpu="Orin",
+        driver="540.4.0",
+        profile={},
+        flags=(),
+        workspace_bytes=1,
+        build_seconds=1,
+        built_at="2026-01-01T00:00:00+00:00",
+        foveate="0",
+    )
+    write_plan(plan, b"plan", record)
+    plan.with_name("damaged.plan").write_bytes(b"")
+    told = inspect(place).stdout
+    assert "  vision-tensorrt-sm87.plan  tensorrt 10.3.0.26, sm_87, fp16, 0.0 MB, 2026-01" in told
+    said = json.loads(inspect(place, "--json").stdout)
+    assert list(said["plans"]) == ["vision-tensorrt-sm87.plan"]
+    assert said["plans"]["vision-tensorrt-sm87.plan"]["driver"] == "540.4.0"

@@ -180,6 +180,16 @@ def test_cli_on_an_orin() -> None:
     assert found["reduced"]["memory_bytes"] < 5e9
 
 
+def test_what_fits_includes_the_vision_tower(tmp_path: Path) -> None:
+    small = tmp_path / "small.toml"  # 5 GB free hold the language model, but not the tower too
+    small.write_text('[small]\nlike = "jetson-orin-nano"\ntitle = "small"\nmemory_gb = 5\n')
+    result = run_cli("--target", "small", "--targets", str(small), "--json")
+    found = json.loads(result.stdout)
+    assert found["vision_bytes"] == pytest.approx(0.58e9, rel=0.01)
+    assert found["reduced"]["memory_bytes"] < found["available_bytes"]
+    assert found["fits"] is False
+
+
 def test_cli_says_what_does_not_fit() -> None:
     result = run_cli("--target", "jetson-orin-nano", "--llm-precision", "fp16")
     assert result.exit_code == 0 and "does NOT fit" in result.stdout
