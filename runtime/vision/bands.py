@@ -14,7 +14,7 @@ from itertools import pairwise
 from engines.closeable import Closeable
 
 _MOST_THREADS = 4
-"""More hardly help: what is left are the parts that hold Python's lock."""
+"""The rest of a robot wants cores, too."""
 
 
 class Bands(Closeable):
@@ -52,7 +52,8 @@ class Bands(Closeable):
         helpers = [self._opened().submit(work_on) for _ in range(min(self.threads, count) - 1)]
         work_on()
         for helper in helpers:
-            helper.result()
+            if not helper.cancel():  # on a busy machine it may not have begun: nothing is left
+                helper.result()
 
     def _opened(self) -> ThreadPoolExecutor:
         if self._pool is None:

@@ -162,3 +162,21 @@ def test_bands_run_side_by_side_and_errors_come_back() -> None:
     here = []
     ALONE.run(lambda _: here.append(threading.current_thread()), slice(0, 4), 4)
     assert here == [threading.current_thread()] * 4
+
+
+def test_nobody_waits_for_a_thread_that_has_not_begun() -> None:
+    """On a busy machine the caller has done every band before another thread gets its turn."""
+    busy, finish = threading.Barrier(4), threading.Event()
+    with Bands(4) as bands:
+
+        def occupy() -> None:
+            busy.wait(timeout=10)
+            finish.wait(timeout=10)
+
+        others = [bands._opened().submit(occupy) for _ in range(3)]
+        busy.wait(timeout=10)
+        seen: list[slice] = []
+        bands.run(seen.append, slice(0, 8), 4)
+        finish.set()
+        assert [band.start for band in seen] == [0, 2, 4, 6]
+        assert not any(other.exception() for other in others)
