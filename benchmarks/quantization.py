@@ -76,13 +76,7 @@ def main(
             for name, count in GRAPHS
             for precision, one in (("int8", calibration), ("mixed", report.calibration))
         ]
-        methods = []
-        for method in get_args(Method) if compare else ():
-            for smooth in (False, True):
-                ways = replace(options, method=method, smooth=smooth)
-                made = calibrate(first, drawn[:frames], ways, progress=_tell)
-                row = {"method": method, "smooth": smooth, **bench.judge(made, GRAPHS[0])}
-                methods.append(row)
+        methods = bench.compare_methods(drawn[:frames], options) if compare else []
     result = {
         "frames": frames,
         "held_out": len(test),
@@ -111,6 +105,16 @@ class _Bench:
             chosen = reducer_for_budget(reducer, tokens, self.checkpoint.patch_side**2)
             write_graph(trace_graph(build_visual_graph(self.checkpoint, chosen)), file)
         return file
+
+    def compare_methods(self, frames: Frames, options: CalibrationOptions) -> list[dict[str, Any]]:
+        """Return the agreement of the first graph by each way to choose ranges."""
+        rows = []
+        for method in get_args(Method):
+            for smooth in (False, True):
+                ways = replace(options, method=method, smooth=smooth)
+                made = calibrate(self.graph(*GRAPHS[0]), frames, ways, progress=_tell)
+                rows.append({"method": method, "smooth": smooth, **self.judge(made, GRAPHS[0])})
+        return rows
 
     def judge(self, calibration: Calibration, graph: tuple[str, int]) -> dict[str, float]:
         """Return the agreement of the quantized graph with the float32 one."""

@@ -32,11 +32,7 @@ _FILE = TypeAdapter(dict[str, Agreement])
 
 
 class Trials:
-    """Measures one choice of layers after the other, on the same graph and frames.
-
-    Attributes:
-        measured: how many choices were measured rather than remembered.
-    """
+    """Measures one choice of layers after the other, on the same graph and frames."""
 
     def __init__(
         self,
@@ -64,7 +60,6 @@ class Trials:
         """
         if len(frames) == 0:
             raise CalibrationError("There are no frames to search on, expected at least one.")
-        self.measured = 0
         self._graph_file, self._frames, self._threads = graph_file, frames, threads
         self._calibration = calibration
         self._trial_file = folder / "trial.onnx"
@@ -82,7 +77,6 @@ class Trials:
             ir.save(model, self._trial_file, external_data="trial.data")
             made = run_graph(self._trial_file, self._frames, self._threads)
             self._known[key] = average_agreement(map(compare_visual_tokens, self._exact, made))
-            self.measured += 1
             self._save()
         return self._known[key]
 
