@@ -23,6 +23,7 @@ import onnx_ir as ir
 import typer
 from numpy.typing import NDArray
 
+from benchmarks.accuracy import CALIBRATION_SEED
 from calibration.agreement.gate import Gate
 from calibration.agreement.graphs import compare_graphs
 from calibration.graph.file import write_graph
@@ -37,6 +38,8 @@ from export.to_onnx import trace_graph
 from export.visual_graph import build_visual_graph
 from runtime.vision.pictures import load_picture
 from runtime.vision.preprocess import preprocess_batch
+
+from scenes import generate_scene  # isort: skip - found by benchmarks.accuracy
 
 GRAPHS = (("visionzip", 64), ("visionzip", 192), ("prumerge", 64), ("prumerge_plus", 144))
 Frames = list[NDArray[np.float32]]
@@ -129,10 +132,6 @@ class _Bench:
 
 
 def _draw(checkpoint: Checkpoint, count: int) -> Frames:
-    from scenes import generate_scene
-
-    from benchmarks.accuracy import CALIBRATION_SEED
-
     scenes = (generate_scene(CALIBRATION_SEED, at)[1] for at in range(count))
     return [preprocess_batch([scene], checkpoint.preprocessing) for scene in scenes]
 
