@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -24,7 +25,7 @@ _ROUNDS = 5
 """Measurements of each budget, of which the fastest counts. By how much the next one differs is the
 noise of it."""
 _MOST_ROUNDS = 10_000
-"""Where power is measured too, rounds go on until a reading is there, but no longer."""
+"""Where power is measured, rounds go on until a reading is there, but no longer."""
 _ANSWER_TOKENS = 4
 """Length of the answers that are written to measure."""
 
@@ -84,9 +85,7 @@ class BudgetedEncoder(Closeable):
             OptionError: no budget can keep the goal.
             EngineError: a graph cannot be loaded.
         """
-        baseline = {
-            tokens: self._measure(tokens, answerer, question, meter) for tokens in self.budgets
-        }
+        baseline = self._measure(answerer, question, meter)
         accuracy = {tokens: self._bundle.vision(tokens).accuracy for tokens in self.budgets}
         self.controller = BudgetController(baseline, goal, accuracy)
         measured = ", ".join(
@@ -105,31 +104,34 @@ class BudgetedEncoder(Closeable):
         return self.controller
 
     def _measure(
-        self, tokens: int, answerer: Answerer, question: str, meter: PowerMeter | None
-    ) -> Cost:
-        encoder = self._pool.encoder(tokens)
-        random = np.random.default_rng(tokens)
+        self, answerer: Answerer, question: str, meter: PowerMeter | None
+    ) -> dict[int, Cost]:
+        """Return what each budget costs. They take turns: a load that comes and goes hits all."""
+        random = np.random.default_rng(0)
 
-        def play_round() -> Cost:
+        def play_round(tokens: int) -> Cost:
             image = random.integers(0, 256, (1080, 1920, 3), dtype=np.uint8)  # nothing reused
-            visual = encoder.encode([image])
+            visual = self._pool.encoder(tokens).encode([image])
             pieces = itertools.count(1)
             said = answerer.answer(
                 visual, question, lambda: None, lambda: next(pieces) >= _ANSWER_TOKENS
             )
             return cost_of(visual, said)
 
-        play_round()  # warms up
-        if meter is not None:
-            meter.take_watts()  # of what was before
-        costs, watts = [play_round() for _ in range(_ROUNDS)], None
-        while meter is not None and (watts := meter.take_watts()) is None:
-            costs.append(play_round())
-            if len(costs) == _MOST_ROUNDS:
-                raise OptionError("The power meter has stopped: it gives no readings any more.")
-        fastest_ms, next_ms, *_ = sorted(cost.first_token_ms for cost in costs)
-        token_ms = min(cost.token_ms for cost in costs)
-        return Cost(fastest_ms, token_ms, watts, noise=next_ms / fastest_ms - 1.0)
+        for tokens in self.budgets:
+            play_round(tokens)  # warms up
+        rounds = [{n: play_round(n) for n in self.budgets} for _ in range(_ROUNDS)]
+        baseline = {}
+        for tokens in self.budgets:
+            costs = [costs[tokens] for costs in rounds]
+            fastest_ms, next_ms, *_ = sorted(cost.first_token_ms for cost in costs)
+            baseline[tokens] = Cost(
+                fastest_ms,
+                min(cost.token_ms for cost in costs),
+                None if meter is None else _watts_of(meter, partial(play_round, tokens)),
+                noise=next_ms / fastest_ms - 1.0,
+            )
+        return baseline
 
     def encode(self, image: Picture) -> VisualTokens:
         """Encode one picture with the budget of the moment."""
@@ -174,6 +176,18 @@ class ObservedAnswerer:
             self._controller.observe(visual.tokens.shape[1], cost, len(said.token_ids))
         self._last = visual
         return said
+
+
+def _watts_of(meter: PowerMeter, play_round: Callable[[], object]) -> float:
+    """Return what is drawn while rounds are played; it takes as many as a reading takes."""
+    play_round()
+    meter.take_watts()  # of what was before
+    for _ in range(_MOST_ROUNDS):
+        play_round()
+        watts = meter.take_watts()
+        if watts is not None:
+            return watts
+    raise OptionError("The power meter has stopped: it gives no readings any more.")
 
 
 def cost_of(visual: VisualTokens, said: Said) -> Cost:

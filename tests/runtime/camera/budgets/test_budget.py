@@ -21,9 +21,11 @@ from runtime.camera.budgets.budgeted import BudgetedEncoder, ObservedAnswerer
 from runtime.camera.budgets.controller import BudgetController
 from runtime.camera.budgets.goal import Cost, Goal
 from runtime.camera.loop import CameraOptions
+from runtime.camera.parts import Said
 from runtime.frames import SourceOptions
 from runtime.language.generate import GenerationOptions
 from runtime.model_options import ModelOptions
+from runtime.vision import VisualTokens
 from runtime.watch import WatchOptions, watch
 from tests.runtime.camera.doubles import ShadeAnswerer, ShadeEncoder
 
@@ -362,3 +364,29 @@ def test_a_bundle_of_two_budgets_is_watched_with_a_latency_target(
             replace(options, model=ModelOptions(visual_tokens=6)),
             print,
         )
+
+
+def test_budgets_take_turns_while_they_are_measured(
+    budgets_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load that comes and goes hits every budget then, instead of making one look dear."""
+
+    class Noting(ShadeAnswerer):
+        def answer(self, visual: VisualTokens, *others: Any) -> Said:
+            order.append(visual.tokens.shape[1])
+            return super().answer(visual, *others)
+
+    order: list[int] = []
+    with BudgetedEncoder(budgets_bundle) as encoder:
+        encoder.calibrate(Noting(), "?", Goal("latency", 60_000.0))
+        assert order == [6, 12] * 6  # the first turn warms up
+
+        order.clear()
+        controller = encoder.calibrate(Noting(), "?", Goal("power", 10.0), Meter())
+        assert order == [6, 12] * 6 + [6] * 3 + [12] * 3  # of which the first is not metered
+        assert controller.predicted(6) == controller.predicted(12) == 7.5
+
+        monkeypatch.setattr("runtime.camera.budgets.budgeted._MOST_ROUNDS", 2)
+        monkeypatch.setattr(Meter, "take_watts", lambda self: None)
+        with pytest.raises(OptionError, match="gives no readings any more"):
+            encoder.calibrate(Noting(), "?", Goal("power", 10.0), Meter())
