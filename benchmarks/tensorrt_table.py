@@ -143,17 +143,28 @@ def _place_in_table(row: Row) -> tuple[int, str, int, int]:
     return list(SIZES).index(size), reducer, PRECISIONS.index(row.precision), row.sm
 
 
+def _cell(row: Row, number: float | None) -> str:
+    return f"{number:g}" if number is not None else "refused" if row.problem else "-"
+
+
 def table_of(rows: list[Row]) -> str:
-    """Return the rows as a Markdown table."""
+    """Return the rows as a Markdown table, the compute capabilities of a graph in one line."""
     lines = [
         "| graph | precision | SM | ONNX MB | parsed, s | built, s | plan MB | peak MB |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in rows:
-        numbers = (row.onnx_mb, row.parse_seconds, row.build_seconds, row.plan_mb, row.peak_mb)
-        missing = "refused" if row.problem else "-"
-        cells = [missing if number is None else f"{number:g}" for number in numbers]
-        lines.append(f"| {row.graph} | {row.precision} | {row.sm} | {' | '.join(cells)} |")
+    for (graph, precision), alike in groupby(rows, lambda row: (row.graph, row.precision)):
+        of_graph = list(alike)
+        columns = [
+            [str(row.sm) for row in of_graph],
+            [f"{of_graph[0].onnx_mb:g}"],
+            [_cell(row, row.parse_seconds) for row in of_graph],
+            [_cell(row, row.build_seconds) for row in of_graph],
+            [_cell(row, row.plan_mb) for row in of_graph],
+            [_cell(row, row.peak_mb) for row in of_graph],
+        ]
+        cells = " | ".join(" / ".join(column) for column in columns)
+        lines.append(f"| {graph} | {precision} | {cells} |")
     builders = ", ".join(sorted({row.builder for row in rows}))
     problems = [f"{row.graph} {row.precision}: {row.problem}" for row in rows if row.problem]
     said = [f"Parser and builder: {builders}, ahead of time, {platform.machine()}, no GPU.", ""]
