@@ -152,7 +152,7 @@ def _examine_tensorrt(facts: DeviceFacts, target: Target) -> Finding:
         return Finding("TensorRT", "problem", facts.tensorrt_problem, fix)
     complaint = target.explain_unsupported_tensorrt(facts.tensorrt)
     if complaint:
-        works = ", ".join(f"JetPack {name} ({trt})" for name, trt in target.jetpack.items())
+        works = target.jetpack_releases
         return Finding("TensorRT", "problem", complaint, f"install {works}" if works else "")
     return Finding("TensorRT", "ok", facts.tensorrt)
 

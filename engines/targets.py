@@ -109,6 +109,11 @@ class Target(BaseModel):
             f"or another --target (python -m engines.targets lists them)."
         )
 
+    @property
+    def jetpack_releases(self) -> str:
+        """The JetPacks that serve the target, in words; empty off a Jetson."""
+        return ", ".join(f"JetPack {name} ({trt})" for name, trt in self.jetpack.items())
+
     def explain_unsupported_tensorrt(self, version: str) -> str | None:
         """Return why a TensorRT version cannot serve the target, or None if it can."""
         found = version_tuple(version)

@@ -69,9 +69,10 @@ def load_library_for(target: Target) -> TrtLibrary:
     library = load_library("tensorrt-rtx" if target.engine == "tensorrt-rtx" else "tensorrt")
     complaint = target.explain_unsupported_tensorrt(library.version)
     if complaint:
+        wanted = f"TensorRT {target.tensorrt_min} or newer"
         raise EngineError(
-            f"--target {target.name}: {complaint}. Update it "
-            "(`python -m engines.doctor` shows what is installed)."
+            f"--target {target.name}: {complaint}. Install {target.jetpack_releases or wanted} "
+            "(`python -m engines.doctor` shows what is there)."
         )
     return library
 

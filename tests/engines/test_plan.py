@@ -14,6 +14,7 @@ from engines.errors import EngineError, OptionError
 from engines.gpu import Gpu, NoGpu
 from engines.manifest import TensorSpec
 from engines.targets import find_target
+from engines.trt import library as library_module
 from engines.trt.batch_profile import ANY_BATCH, BatchRange, parse_batch, shape_ranges
 from engines.trt.builder import choose_gpu, timing_cache_path
 from engines.trt.library import TrtLibrary
@@ -162,6 +163,23 @@ def test_another_gpu_is_named_with_its_capability() -> None:
         choose_gpu(find_target("jetson-orin"), here)
     assert choose_gpu(find_target("l4"), here) is here
     assert choose_gpu(find_target("rtx-4090"), NoGpu("asleep")) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "version", "expected"),
+    [
+        ("jetson-orin", "8.6.2.3", r"needs TensorRT 10\.3.*this is 8\.6.*JetPack 6\.2 \(10\.3\)"),
+        ("jetson-orin", "10.13.3.9", r"without kernels for sm_87\. Install JetPack 6\.1"),
+        ("b200", "10.3.0.26", r"needs TensorRT 10\.8.*Install TensorRT 10\.8 or newer"),
+    ],
+)
+def test_the_wrong_jetpack_or_tensorrt_says_which_works(
+    target: str, version: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = TrtLibrary("tensorrt", None, version)
+    monkeypatch.setattr(library_module, "load_library", lambda name: found)
+    with pytest.raises(EngineError, match=expected):
+        library_module.load_library_for(find_target(target))
 
 
 def test_the_timing_cache_is_keyed_by_library_and_device() -> None:
