@@ -112,23 +112,24 @@ def _open_plan(bundle: Bundle, graph: VisionGraph, name: str, trust: bool) -> Se
 
 
 def _target_of_plan(bundle: Bundle, graph: VisionGraph, name: str) -> Target:
-    """Return the bundle's target, or another one of that engine whose plan lies in the bundle."""
+    """Return the target whose plan is to be opened: that of this GPU, if there is one.
+
+    It need not be the bundle's own: `engines.build --target` builds for others as well.
+    """
     from engines.gpu import Gpu, find_gpu
     from engines.trt.plan import plan_path
 
-    own = target_of(bundle)
-    if own.engine == name:
-        return own
-    others = [target for target in load_targets(_own_targets()).values() if target.engine == name]
-    built = [target for target in others if plan_path(bundle, graph, target).exists()]
-    gpu = find_gpu()
+    own, gpu = target_of(bundle), find_gpu()
+    known = [own, *load_targets(_own_targets()).values()]
+    able = [target for target in known if target.engine == name]
+    built = [target for target in able if plan_path(bundle, graph, target).exists()]
     fitting = [target for target in built if isinstance(gpu, Gpu) and target.sm == gpu.sm]
-    if built:
-        return (fitting or built)[0]
+    if fitting or built or own.engine == name:
+        return (fitting or built or [own])[0]
     raise OptionError(
         f"--engine {name}: the bundle's target {own.name} has {own.engine}, and no {name} plan was "
         f"built of it. Build one: python -m engines.build {bundle.root} --target, with one of "
-        f"{', '.join(target.name for target in others)}."
+        f"{', '.join(target.name for target in able)}."
     )
 
 

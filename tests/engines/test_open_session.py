@@ -11,7 +11,10 @@ import pytest
 from engines import ort
 from engines.bundle import Bundle, open_bundle
 from engines.errors import EngineError, OptionError
+from engines.gpu import Gpu
 from engines.open_session import TARGETS_VARIABLE, open_session
+from engines.targets import find_target
+from engines.trt.plan import plan_path
 from tests.small_graph import SIDE, write_small_bundle
 
 
@@ -51,6 +54,18 @@ def test_a_jetson_bundle_without_its_plan_says_how_to_go_on(tmp_path: Path) -> N
 def test_a_plan_is_for_one_target(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="target jetson-orin has tensorrt"):
         run(make_bundle(tmp_path, target="jetson-orin"), "tensorrt-rtx")
+
+
+def test_the_plan_of_this_gpu_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = make_bundle(tmp_path, target="jetson-orin")
+    l4 = Gpu("NVIDIA L4", 89, 24 << 30, False, "12.8", "570.1")
+    monkeypatch.setattr("engines.gpu.find_gpu", lambda: l4)
+    for name in ("jetson-orin", "l4"):  # as `engines.build --target l4` leaves it
+        plan = plan_path(bundle, bundle.vision(), find_target(name))
+        plan.parent.mkdir(exist_ok=True)
+        plan.write_bytes(b"")
+    with pytest.raises(EngineError, match=r"vision-tensorrt-sm89\.plan: its sidecar"):
+        open_session(bundle)
 
 
 def test_an_unknown_engine_offers_the_nearest(tmp_path: Path) -> None:
