@@ -23,6 +23,7 @@ from engines.bundle import Bundle, open_bundle
 from engines.errors import CalibrationError, FoveateError, GateError, OptionError, SourceError
 from export.build import BuildOptions, BuildReport, build_bundle
 from export.build_plan import plan_build
+from export.language_models import DecoderOptions
 from runtime.vision import VisionEncoder
 from tests.photographs import load_photographs
 
@@ -50,7 +51,7 @@ def options(language_checkpoint: Path, folder: Path) -> Callable[..., BuildOptio
     def make(out: Path, gate: Gate = ANY, **changes: object) -> BuildOptions:
         fields: dict[str, object] = {
             "tokens": (8, "all"),
-            "llm_precision": "fp32",
+            "decoders": DecoderOptions(precision="fp32"),
             "precision": "int8",
             "int8": Int8Options(frames=str(folder), gate=gate),
         }
