@@ -18,6 +18,7 @@ sys.path.insert(0, str(CHECKPOINT))
 
 import evaluate  # noqa: E402
 import language_stage  # noqa: E402
+import seeds  # noqa: E402
 from answering import answer_logits, right_answers  # noqa: E402
 from architecture import build_model, look, tiles_from_images, tower_of  # noqa: E402
 from clips import EVENTS, generate_clip  # noqa: E402
@@ -281,3 +282,17 @@ def test_card_shows_the_measured_numbers():
     card = (CHECKPOINT / "README.md").read_text()
     assert f"{report['all']['exact']:.1%}" in card
     assert f"{report['reducers']['64']['visionzip']['exact']:.1%}" in card
+    assert seeds.table_of(seeds.read_reports()) in card
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_seed_keeps_what_the_card_claims(seed):
+    report = seeds.read_reports()[seed]
+    small, smallest = report["reducers"]["64"], report["reducers"]["32"]
+    assert report["all"]["interval"][0] > 0.95
+    assert small["visionzip_kept"][0] > 0.92
+    assert small["visionzip_over_uniform"][0] > 0.04
+    assert small["visionzip_over_random"][0] > 0.10
+    assert smallest["visionzip"]["exact"] > smallest["uniform"]["exact"]
+    assert smallest["uniform"]["exact"] > smallest["random"]["exact"]
+    assert report["generate"]["same_verdict"] == 1.0
