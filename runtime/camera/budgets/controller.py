@@ -25,6 +25,9 @@ _CALM = 0.85
 is out of reach where it is less than this share of what the cheapest costs."""
 _PATIENCE = 8
 """Frames in a row for which a change must look right that is not urgent."""
+_LONG = 30
+"""Frames in a row before it is said that no budget keeps the goal, or that it is kept again, while
+the budget stays: near the limit both are true by turns."""
 _CLEARLY_MORE = 1.05
 """So many times the right answers for the cost are worth a change where no budget keeps the
 goal."""
@@ -86,7 +89,7 @@ class BudgetController:
         self._goal = goal
         self._load = Estimate()
         self._answer_tokens = Estimate()
-        self._calm_frames = self._hopeless_frames = 0
+        self._calm_frames = self._hopeless_frames = self._hopeful_frames = 0
         self._given_up = False
         self._lock = threading.Lock()
         least = min(self._baseline, key=self.predicted)
@@ -156,7 +159,8 @@ class BudgetController:
     def _step_up(self, offers: list[Offer]) -> Decision | None:
         """Take a more accurate budget back, once it has fitted for a while."""
         now = self._offer(self.tokens)
-        if self._given_up:
+        self._hopeful_frames += 1
+        if self._given_up and self._hopeful_frames >= _LONG:
             return self._decide(now, "the goal is kept again")
         calm = [offer for offer in offers if offer.cost <= _CALM * self._goal.limit]
         if not calm or calm[0].worth <= now.worth:
@@ -168,19 +172,20 @@ class BudgetController:
     def _make_the_best_of(self, offers: list[Offer]) -> Decision | None:
         """Choose where no budget keeps the goal: the most right answers for what they cost.
 
-        A cheaper budget runs at once. Word that this one stays waits until none has kept the goal
-        for a while, and a dearer one also until all are far from it: the cheapest may keep it soon.
+        A cheaper budget runs at once, a dearer one when all have been far from the goal for a
+        while: the cheapest may keep it soon. Word that this one stays waits longest.
         """
         now, best = self._offer(self.tokens), most_for_its_cost(offers)
         if best.value < _CLEARLY_MORE * now.value:
             best = now
-        self._calm_frames = 0
+        self._calm_frames = self._hopeful_frames = 0
         self._hopeless_frames += 1
         if best.cost < now.cost:
             return self._decide(best, "no budget keeps the goal")
-        if self._hopeless_frames < _PATIENCE or (best is now and self._given_up):
+        if best is now and (self._given_up or self._hopeless_frames < _LONG):
             return None
-        if best is not now and min(offer.cost for offer in offers) <= self._goal.limit / _CALM:
+        near = min(offer.cost for offer in offers) <= self._goal.limit / _CALM
+        if best is not now and (near or self._hopeless_frames < _PATIENCE):
             return None
         return self._decide(best, "no budget keeps the goal")
 
@@ -201,7 +206,7 @@ class BudgetController:
         )
         decision = Decision(offer.tokens, before, keeps_goal, reason)
         self.tokens, self._given_up = offer.tokens, not keeps_goal
-        self._calm_frames = self._hopeless_frames = 0
+        self._calm_frames = self._hopeless_frames = self._hopeful_frames = 0
         self.decisions.append(decision)
         _log.warning("budget: %s", reason)
         return decision

@@ -151,9 +151,19 @@ def test_a_goal_no_budget_keeps_does_not_cost_accuracy_for_nothing() -> None:
     count = len(controller.decisions)
     play(controller, costs_ms, 5.0, 200)
     assert len(controller.decisions) == count  # said once
-    play(controller, costs_ms, 2.5, 20)  # 64 tokens take 87 ms now
+    play(controller, costs_ms, 2.5, 40)  # 64 tokens take 87 ms now
     assert controller.decisions[-1].reason.startswith("the goal is kept again: ")
     assert (controller.tokens, controller.keeps_goal) == (64, True)
+
+
+def test_a_goal_that_is_kept_and_missed_by_turns_is_not_talked_about() -> None:
+    costs = {64: Cost(35.0), 192: Cost(60.0)}
+    controller = BudgetController(costs, Goal("latency", 70.0), {64: 0.95, 192: 0.96})
+    costs_ms = {64: 35.0, 192: 60.0}
+    for load in (1.96, 2.04) * 20:  # 68.6 and 71.4 ms, ten frames each
+        play(controller, costs_ms, load, 10)
+    assert controller.tokens == 64
+    assert len(controller.decisions) == 1  # 64 tokens instead of 192, and no word after that
 
 
 def test_a_dearer_budget_runs_where_the_cheapest_does_not_keep_the_goal_either() -> None:
