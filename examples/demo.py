@@ -57,9 +57,14 @@ def main() -> None:
 
 
 def ask_warm(model: Model, picture: Pixels) -> Answer:
-    """Ask about a black frame first, since a robot's engine is warm; return the median of seven."""
-    model.ask(np.zeros_like(picture), QUESTION, SHORT)
-    answers = [model.ask(picture, QUESTION, SHORT) for _ in range(7)]
+    """Return the median of seven answers, each after a black frame.
+
+    A robot's engine is warm, and its picture is never the one that was read before.
+    """
+    answers = []
+    for _ in range(7):
+        model.ask(np.zeros_like(picture), QUESTION, SHORT)
+        answers.append(model.ask(picture, QUESTION, SHORT))
     return sorted(answers, key=lambda answer: answer.milliseconds["total"])[3]
 
 
