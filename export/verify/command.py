@@ -134,6 +134,10 @@ def main(
     if polygraphy is not None:
         return _write_golden_run(options, polygraphy, as_json)
     page = PageMaker(html, worst) if html is not None else None
+    return _compare(options, page, worst, as_json)
+
+
+def _compare(options: VerifyOptions, page: PageMaker | None, worst: int, as_json: bool) -> int:
     report = verify_bundles(
         options,
         lambda files: track(files, "Comparing pictures", console=Console(stderr=True)),
