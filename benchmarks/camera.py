@@ -40,6 +40,7 @@ from runtime.language.generate import GenerationOptions
 from runtime.model import open_model
 from runtime.vision import VisualTokens
 from runtime.vision.bands import Bands
+from runtime.vision.graph_pool import GraphPool
 from runtime.vision.preprocess import preprocess_batch
 
 HEIGHT, WIDTH = 1080, 1920
@@ -177,7 +178,7 @@ def measure_target(bundle: Bundle, seconds: float, fps: float, max_tokens: int) 
     """
     with (
         open_model(bundle, threads=1) as model,
-        BudgetedEncoder(bundle, threads=1) as encoder,
+        BudgetedEncoder(GraphPool(bundle, threads=1)) as encoder,
         ExitStack() as load,
     ):
         answerer = FrameAnswerer(model, GenerationOptions(max_tokens=max_tokens))

@@ -171,6 +171,7 @@ def _budgeted(
     """Put a budget controller between the loop and the bundle's graphs."""
     from runtime.camera.budgets.budgeted import BudgetedEncoder, ObservedAnswerer
     from runtime.camera.budgets.power import Tegrastats
+    from runtime.vision.graph_pool import GraphPool
 
     if options.model.visual_tokens is not None:
         raise OptionError(
@@ -178,7 +179,7 @@ def _budgeted(
         )
     given = options.model
     encoder = BudgetedEncoder(
-        model.bundle, engine=given.engine, threads=given.threads, opened=model.encoder
+        GraphPool(model.bundle, engine=given.engine, threads=given.threads, opened=model.encoder)
     )
     meter = open_things.enter_context(Tegrastats()) if goal.kind == "power" else None
     controller = encoder.calibrate(answerer, options.camera.question, goal, meter)

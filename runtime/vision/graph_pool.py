@@ -11,6 +11,7 @@ class GraphPool(Closeable):
     """Encoders by their number of visual tokens; use it as a context manager.
 
     Attributes:
+        bundle: from `open_bundle`.
         budgets: the numbers there are, smallest first.
     """
 
@@ -37,7 +38,7 @@ class GraphPool(Closeable):
         """
         graphs = bundle.manifest.vision if only is None else (bundle.vision(only),)
         self.budgets = tuple(sorted({graph.reducer.tokens for graph in graphs}))
-        self._bundle, self._engine, self._threads = bundle, engine, threads
+        self.bundle, self._engine, self._threads = bundle, engine, threads
         self._own: dict[int, VisionEncoder] = {}
         self._given = {opened.graph.reducer.tokens: opened} if opened is not None else {}
 
@@ -51,7 +52,7 @@ class GraphPool(Closeable):
         known = self._given.get(tokens) or self._own.get(tokens)
         if known is None:
             known = VisionEncoder(
-                self._bundle, engine=self._engine, threads=self._threads, tokens=tokens
+                self.bundle, engine=self._engine, threads=self._threads, tokens=tokens
             )
             self._own[tokens] = known
         return known

@@ -10,7 +10,6 @@ from functools import partial
 
 import numpy as np
 
-from engines.bundle import Bundle
 from engines.closeable import Closeable
 from engines.errors import OptionError
 from runtime.camera.budgets.controller import BudgetController, tell_accuracy
@@ -40,32 +39,21 @@ class BudgetedEncoder(Closeable):
         controller: chooses among them; None until it was calibrated.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        engine: str | None = None,
-        threads: int | None = None,
-        opened: VisionEncoder | None = None,
-    ) -> None:
+    def __init__(self, pool: GraphPool) -> None:
         """Look which budgets there are.
 
         Args:
-            bundle: from `open_bundle`.
-            engine: what runs the graphs; left out, what the bundle's target says.
-            threads: CPU threads; left out, one per physical core.
-            opened: one that is loaded already; it stays the caller's to close.
+            pool: the graphs; it is closed with this.
 
         Raises:
             OptionError: the bundle has only one.
         """
-        self._pool = GraphPool(bundle, engine=engine, threads=threads, opened=opened)
-        self._bundle = bundle
+        self._pool = pool
         self.controller: BudgetController | None = None
-        self.budgets = self._pool.budgets
+        self.budgets = pool.budgets
         if len(self.budgets) < 2:
             raise OptionError(
-                f"{bundle.root} holds one vision graph, with {self.budgets[0]} visual "
+                f"{pool.bundle.root} holds one vision graph, with {self.budgets[0]} visual "
                 "tokens: nothing to choose from for a goal. Build it with several, for example "
                 "`python -m export.build --tokens 32,64,128`."
             )
@@ -86,7 +74,7 @@ class BudgetedEncoder(Closeable):
             EngineError: a graph cannot be loaded.
         """
         baseline = self._measure(answerer, question, meter)
-        accuracy = {tokens: self._bundle.vision(tokens).accuracy for tokens in self.budgets}
+        accuracy = {tokens: self._pool.bundle.vision(tokens).accuracy for tokens in self.budgets}
         self.controller = BudgetController(baseline, goal, accuracy)
         measured = ", ".join(
             f"{tokens}: {goal.tell(self.controller.predicted(tokens))} "

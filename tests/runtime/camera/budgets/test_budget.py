@@ -26,6 +26,7 @@ from runtime.frames import SourceOptions
 from runtime.language.generate import GenerationOptions
 from runtime.model_options import ModelOptions
 from runtime.vision import VisualTokens
+from runtime.vision.graph_pool import GraphPool
 from runtime.watch import WatchOptions, watch
 from tests.runtime.camera.doubles import ShadeAnswerer, ShadeEncoder
 
@@ -346,7 +347,7 @@ def test_goals_that_make_no_sense() -> None:
 
 def test_a_bundle_with_one_graph_has_nothing_to_choose(language_bundle: Bundle) -> None:
     with pytest.raises(OptionError, match="nothing to choose from"):
-        BudgetedEncoder(language_bundle)
+        BudgetedEncoder(GraphPool(language_bundle))
 
 
 def test_a_bundle_of_two_budgets_is_watched_with_a_latency_target(
@@ -387,7 +388,7 @@ def test_budgets_take_turns_while_they_are_measured(
             return super().answer(visual, *others)
 
     order: list[int] = []
-    with BudgetedEncoder(budgets_bundle) as encoder:
+    with BudgetedEncoder(GraphPool(budgets_bundle)) as encoder:
         encoder.calibrate(Noting(), "?", Goal("latency", 60_000.0))
         assert order == [6, 12] * 6  # the first turn warms up
 
