@@ -36,7 +36,7 @@ test-slow: install  ## Run the tests at CLIP-L/14-336 size.
 	$(BIN)/python -m pytest -m slow
 
 test-trt: install  ## Build real plans with NVIDIA's parser and compiler; needs no GPU.
-	@$(BIN)/python -m engines.ahead_of_time >&2
+	@$(BIN)/python -m engines.install_trt_rtx >&2
 	$(BIN)/python -m pytest -m "trt and not slow"
 
 test-gpu: install  ## Run the tests that need a CUDA GPU; they skip with a reason elsewhere.

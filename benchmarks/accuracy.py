@@ -39,17 +39,17 @@ from benchmarks.accuracy_report import (
     write_report,
 )
 from benchmarks.packed_answers import POCKET, Examination
-from calibration.graph.file import write_graph
-from calibration.graph.half_precision import write_fp16_graph
 from calibration.scales.apply import apply_calibration
-from calibration.scales.find import CalibrationOptions, calibrate
-from calibration.scales.record import Calibration, load_calibration
+from calibration.scales.calibrate import CalibrationOptions, calibrate
+from calibration.scales.calibration_file import Calibration, load_calibration
 from engines.ort import OrtSession
-from export.accuracy_table import ACCURACY_FILE
-from export.checkpoint import Checkpoint, open_checkpoint
+from export.checkpoint.accuracy_table import ACCURACY_FILE
+from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.reducers import Reducer, make_reducer, reducer_for_budget
-from export.to_onnx import trace_graph
-from export.visual_graph import build_visual_graph
+from export.vision.to_onnx import trace_graph
+from export.vision.visual_graph import build_visual_graph
+from graphs.float16 import write_fp16_graph
+from graphs.graph_file import write_graph
 from runtime.vision.pictures import load_picture
 from runtime.vision.preprocess import preprocess_batch
 

@@ -22,10 +22,10 @@ from rich.progress import track
 from benchmarks.packed_answers import POCKET, Examination
 from engines.bundle import open_bundle
 from export.build import build_bundle
-from export.build_plan import BuildOptions
-from export.checkpoint import open_checkpoint
-from export.language_models import DecoderOptions
-from export.reference import LanguageReference
+from export.build.plan import BuildOptions
+from export.checkpoint.llava import open_checkpoint
+from export.language.language_models import DecoderOptions
+from export.verify.reference import LanguageReference
 from runtime.language.generate import GenerationOptions
 from runtime.language.prompt import PromptWriter, Turn
 from runtime.model import open_model

@@ -39,8 +39,8 @@ from runtime.frames.frame import Capture, ReadErrors
 from runtime.language.generate import GenerationOptions
 from runtime.model import open_model
 from runtime.vision import VisualTokens
-from runtime.vision.bands import Bands
 from runtime.vision.graph_pool import GraphPool
+from runtime.vision.parallel_resize import Bands
 from runtime.vision.preprocess import preprocess_batch
 
 HEIGHT, WIDTH = 1080, 1920

@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from export.reducers import Reducer
 from export.towers.clip import ClipTower
-from export.visual_graph import VisualGraph
+from export.vision.visual_graph import VisualGraph
 
 IMAGE_SIZE = 336
 PATCHES = 576

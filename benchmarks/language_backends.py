@@ -30,9 +30,9 @@ from engines import cli
 from engines.bundle import Bundle, open_bundle
 from engines.manifest import LlmPrecision
 from export.build import build_bundle
-from export.build_plan import BuildOptions
-from export.gguf_quantize import GgufPrecision
-from export.language_models import DecoderOptions
+from export.build.plan import BuildOptions
+from export.language.gguf_quantize import GgufPrecision
+from export.language.language_models import DecoderOptions
 from runtime.backends.chat_server import ServerOptions
 from runtime.conversation import Conversation
 from runtime.language.generate import GenerationOptions

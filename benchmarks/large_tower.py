@@ -26,14 +26,14 @@ from benchmarks.clip_large import (
     random_projector,
 )
 from calibration.agreement.graphs import compare_graphs
-from calibration.graph.file import write_graph
-from calibration.graph.half_precision import write_fp16_graph
 from calibration.scales.apply import apply_calibration
-from calibration.scales.find import CalibrationOptions, calibrate
+from calibration.scales.calibrate import CalibrationOptions, calibrate
 from engines import cli
 from engines.manifest import Preprocessing
 from export.reducers import reducer_for_budget
-from export.to_onnx import export_onnx
+from export.vision.to_onnx import export_onnx
+from graphs.float16 import write_fp16_graph
+from graphs.graph_file import write_graph
 from runtime.vision.preprocess import preprocess_batch
 from tests.photographs import load_photographs
 

@@ -91,8 +91,8 @@ def write_random_bundle(directory: Path, shape: Shape) -> Path:
     )
 
     from export.build import build_bundle
-    from export.build_plan import BuildOptions
-    from export.language_models import DecoderOptions
+    from export.build.plan import BuildOptions
+    from export.language.language_models import DecoderOptions
 
     torch.manual_seed(0)
     text = LlamaConfig(
@@ -190,7 +190,7 @@ def _transformers(bundle: Bundle, _: str, threads: int) -> tuple[Callable[[], No
     import torch
     from transformers import DynamicCache
 
-    from export.checkpoint import open_checkpoint
+    from export.checkpoint.llava import open_checkpoint
 
     torch.set_num_threads(threads)
     checkpoint = open_checkpoint(bundle.root.parent / "checkpoint")

@@ -22,8 +22,8 @@ import typer
 from PIL import Image
 
 from engines.manifest import Preprocessing
-from runtime.vision.bands import Bands
 from runtime.vision.geometry import lay_out
+from runtime.vision.parallel_resize import Bands
 from runtime.vision.preprocess import Pixels, PixelValues, normalise, preprocess
 
 HEIGHT, WIDTH, SIDE = 1080, 1920, 336

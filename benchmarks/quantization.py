@@ -26,16 +26,16 @@ from numpy.typing import NDArray
 from benchmarks.accuracy import CALIBRATION_SEED
 from calibration.agreement.gate import Gate
 from calibration.agreement.graphs import compare_graphs
-from calibration.graph.file import write_graph
 from calibration.scales.apply import apply_calibration
-from calibration.scales.find import CalibrationOptions, calibrate
+from calibration.scales.calibrate import CalibrationOptions, calibrate
+from calibration.scales.calibration_file import Calibration
 from calibration.scales.ranges import Method
-from calibration.scales.record import Calibration
 from calibration.sensitivity.search import search_exclusions
-from export.checkpoint import Checkpoint, open_checkpoint
+from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.reducers import reducer_for_budget
-from export.to_onnx import trace_graph
-from export.visual_graph import build_visual_graph
+from export.vision.to_onnx import trace_graph
+from export.vision.visual_graph import build_visual_graph
+from graphs.graph_file import write_graph
 from runtime.vision.pictures import load_picture
 from runtime.vision.preprocess import preprocess_batch
 

@@ -14,16 +14,16 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from calibration.graph import file as graph_file
-from calibration.graph.half_precision import convert_to_fp16, write_fp16_graph
 from calibration.scales.apply import apply_calibration
-from calibration.scales.find import CalibrationOptions, calibrate
-from calibration.scales.record import Calibration
+from calibration.scales.calibrate import CalibrationOptions, calibrate
+from calibration.scales.calibration_file import Calibration
 from engines.manifest import TensorSpec
 from export.reducers import REDUCERS, reducer_for_budget
-from export.to_onnx import export_onnx
 from export.towers.registry import make_tower
-from export.visual_graph import VisualGraph
+from export.vision.to_onnx import export_onnx
+from export.vision.visual_graph import VisualGraph
+from graphs import graph_file
+from graphs.float16 import convert_to_fp16, write_fp16_graph
 
 TINY = CLIPVisionConfig(
     hidden_size=64,

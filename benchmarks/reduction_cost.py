@@ -33,7 +33,7 @@ from benchmarks.clip_large import PATCHES, clip_large_graph, random_clip_large, 
 from benchmarks.papers_path import prumerge, run_tower, visionzip
 from engines.ort import OrtSession
 from export.reducers import Reducer, make_reducer, reducer_for_budget
-from export.to_onnx import export_onnx
+from export.vision.to_onnx import export_onnx
 from tests.photographs import clip_pixels
 
 app = typer.Typer(add_completion=False)

@@ -29,11 +29,11 @@ from rich.progress import track
 from benchmarks.accuracy import Bench, Setting
 from benchmarks.accuracy_report import Result, replace_between
 from benchmarks.packed_answers import POCKET, Examination
-from export.checkpoint import open_checkpoint
-from export.tune import show_tracks, show_training
-from export.tuning.run import RECORD_FILE, TuneOptions, tune_checkpoint
-from export.tuning.student import Lora
-from export.tuning.training import Recipe
+from export.checkpoint.llava import open_checkpoint
+from export.tune.command import show_tracks, show_training
+from export.tune.run import RECORD_FILE, TuneOptions, tune_checkpoint
+from export.tune.student import Lora
+from export.tune.training import Recipe
 
 from conversations import write_conversations  # isort: skip - found by packed_answers
 

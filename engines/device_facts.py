@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from engines.ahead_of_time import add_compiler_to_path
 from engines.errors import EngineError
 from engines.gpu import Gpu, NoGpu, find_gpu
+from engines.trt.compiler_cache import add_compiler_to_path
 from engines.trt.cuda_memory import open_cuda_runtime
 from engines.trt.library import load_library
 

@@ -68,7 +68,7 @@ def examine_machine(facts: DeviceFacts) -> list[Finding]:
             "ahead-of-time compiler",
             "note",
             "not installed; only RTX targets need it",
-            "python -m engines.ahead_of_time",
+            "python -m engines.install_trt_rtx",
         ),
     ]
     return findings
@@ -101,7 +101,7 @@ def examine_target(facts: DeviceFacts, target: Target) -> list[Finding]:
     if target.engine == "tensorrt":
         findings.append(_examine_tensorrt(facts, target))
     elif not facts.compiler:
-        fix = "python -m engines.ahead_of_time"
+        fix = "python -m engines.install_trt_rtx"
         findings.append(Finding("TensorRT-RTX", "problem", "not installed", fix))
     if facts.polygraphy is None:
         fix = "pip install 'foveate[tensorrt]'"

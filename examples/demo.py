@@ -17,7 +17,7 @@ from rich.table import Table
 from engines.bundle import open_bundle
 from engines.progress_bar import show_progress
 from export.build import build_bundle
-from export.build_plan import BuildOptions
+from export.build.plan import BuildOptions
 from runtime.language.generate import GenerationOptions
 from runtime.model import Answer, Model, Pixels, open_model
 from runtime.vision.overlay import save_overlay

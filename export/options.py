@@ -14,9 +14,9 @@ import typer
 from engines import cli
 from engines.errors import OptionError
 from engines.manifest import LlmPrecision
-from export.build_plan import Budget, BuildOptions
-from export.gguf_quantize import GgufPrecision
-from export.language_models import DecoderBackend, DecoderOptions
+from export.build.plan import Budget, BuildOptions
+from export.language.gguf_quantize import GgufPrecision
+from export.language.language_models import DecoderBackend, DecoderOptions
 from export.reducers import REDUCERS
 
 ModelOption = Annotated[

@@ -1,65 +1,7 @@
-"""The language model of a LLaVA checkpoint, as a directory that a vLLM server takes.
-
-Enters: a checkpoint. Leaves: its language model's weights, tokenizer and chat template. The tower
-stays on the robot, which sends visual tokens; the server needs the language model only, and of this
-very checkpoint, because LLaVA's training has changed it.
-"""
-
-from __future__ import annotations
-
-import shlex
-from pathlib import Path
-from typing import Annotated
-
-import typer
+"""The command `python -m export.served_model`."""
 
 from engines import cli
-from engines.errors import OptionError
-from engines.staging import staged_directory
-from export.checkpoint import Checkpoint, open_checkpoint
-
-SERVER_OPTIONS = ("--enable-prompt-embeds", "--chat-template-content-format", "openai")
-"""What a server needs to be asked by `runtime.ask --llm-url`."""
-_EXAMPLES = (
-    "`python -m export.served_model llava-hf/llava-1.5-7b-hf build/llava-llm`",
-    "`python -m runtime.ask build/llava photo.jpg --llm-url http://10.0.0.5:8000/v1 ...`",
-)
-
-
-def write_served_model(checkpoint: Checkpoint, out: Path) -> None:
-    """Write the language model of an opened checkpoint, whole or not at all.
-
-    Args:
-        checkpoint: an opened LLaVA checkpoint.
-        out: the directory to write.
-
-    Raises:
-        OptionError: something is there already, or it cannot be written.
-    """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise OptionError(f"{out} is already there. Remove it, or choose another place.")
-    with staged_directory(out, OptionError) as staged:
-        checkpoint.write_language_model(staged)
-        (staged / "chat_template.jinja").write_text(checkpoint.chat_template(), "utf-8")
-        for file in staged.iterdir():
-            file.chmod(0o644)  # safetensors writes for its owner alone; a server is often another
-
-
-def main(
-    model: Annotated[
-        str, typer.Argument(help="LLaVA checkpoint: a directory or a Hugging Face name.")
-    ],
-    out: Annotated[Path, typer.Argument(help="Directory to write.")],
-    as_json: cli.JsonOption = False,
-) -> None:
-    """Write the language model of a checkpoint for a vLLM server, and say how to serve it."""
-    write_served_model(open_checkpoint(model), out)
-    command = shlex.join(("vllm", "serve", str(out), *SERVER_OPTIONS))
-    if as_json:
-        cli.print_json({"directory": str(out), "serve": command})
-        return
-    print(f"{out}\n\nNext: {command}")
-
+from export.language.served_model import EXAMPLES, main
 
 if __name__ == "__main__":
-    cli.run(main, _EXAMPLES)
+    cli.run(main, EXAMPLES)

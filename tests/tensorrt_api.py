@@ -14,7 +14,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.ahead_of_time import cache_root
+from engines.trt.compiler_cache import cache_root
 
 PINNED = Path(__file__).parent / "engines" / "tensorrt_bindings.txt"
 _STUBS = {

@@ -24,8 +24,8 @@ from transformers import (
 
 from engines.bundle import Bundle, open_bundle, write_bundle
 from engines.manifest import LlmPrecision, Manifest
-from export.checkpoint import open_checkpoint
-from export.decoder import Progress, export_language
+from export.checkpoint.llava import open_checkpoint
+from export.language.onnx_decoder import Progress, export_language
 from tests.tiny_bundle import tiny_manifest
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")

@@ -11,13 +11,13 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from calibration.graph.half_precision import write_fp16_graph
 from engines.bundle import open_bundle, write_bundle
 from engines.manifest import ReducerSpec
-from export.checkpoint import open_checkpoint
+from export.checkpoint.llava import open_checkpoint
 from export.reducers import make_reducer
-from export.to_onnx import export_onnx
-from export.visual_graph import build_visual_graph
+from export.vision.to_onnx import export_onnx
+from export.vision.visual_graph import build_visual_graph
+from graphs.float16 import write_fp16_graph
 
 Change = Callable[[Path], "dict[str, Any] | None"]
 """Alters a bundle's files, and returns the fields of the manifest that change with them."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from calibration.agreement.tokens import Agreement
+from calibration.agreement.token_metrics import Agreement
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from calibration.agreement.stages import StageError, measure_stages, read_stages, tap_graph
-from calibration.agreement.tokens import Agreement, average_agreement, compare_visual_tokens
+from calibration.agreement.token_metrics import Agreement, average_agreement, compare_visual_tokens
 from calibration.frames.pixels import Frames
 from engines.ort import OrtSession
 from engines.progress_bar import Progress

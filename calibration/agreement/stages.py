@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from calibration.agreement.tokens import Array, kept_overlap, match_tokens, relative_error
-from calibration.graph.modules import is_inside, module_of
+from calibration.agreement.token_metrics import Array, kept_overlap, match_tokens, relative_error
 from engines.session import Session
+from graphs.modules import is_inside, module_of
 from runtime.vision import VisualTokens
 
 EMBEDDINGS, SCORES, KEYS = "embeddings", "scores", "keys"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibration.frames.likeness import Signature
+from calibration.frames.near_duplicates import Signature
 
 _COLOURED = 16
 """Levels of 255 between a block's channels from which on it has a colour."""

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from calibration.frames.colour_order import ColourOrder, judge_colour_order
-from calibration.frames.even_sample import EvenSample
-from calibration.frames.likeness import Signature, count_scenes
+from calibration.frames.frame_sampler import EvenSample
+from calibration.frames.near_duplicates import Signature, count_scenes
 
 FEWEST_FRAMES = 128
 FEWEST_SCENES = 8

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from calibration.frames.coverage import Coverage, measure_coverage
-from calibration.frames.even_sample import EvenSample
+from calibration.frames.frame_sampler import EvenSample
 from engines.errors import OptionError, SourceError
 from engines.manifest import Preprocessing
 from runtime.frames import Frame, FrameSource, SourceOptions, open_source

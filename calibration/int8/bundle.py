@@ -14,10 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from calibration.frames.dataset import CalibrationSet, collect_frames
-from calibration.graph.check import oldest_tensorrt
 from calibration.int8.graphs import Int8Graphs, Int8Task, make_int8_graphs
 from calibration.int8.options import Int8Options
-from calibration.int8.unfinished import Unfinished
+from calibration.int8.resume import Unfinished
 from engines import __version__
 from engines.bundle import Bundle, BundleDraft, refuse_occupied, write_bundle
 from engines.errors import OptionError
@@ -25,6 +24,7 @@ from engines.manifest import Precision, Preprocessing
 from engines.progress_bar import Progress
 from engines.targets import find_target
 from engines.trt.on_device import PAGE_NAME, SCRIPT_NAME, write_device_files
+from graphs.operator_check import oldest_tensorrt
 
 _log = logging.getLogger(__name__)
 

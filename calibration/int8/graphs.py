@@ -17,22 +17,22 @@ import onnx_ir as ir
 
 from calibration.agreement.gate import Gate
 from calibration.agreement.graphs import compare_graphs, rank_stages
-from calibration.agreement.tokens import Agreement
+from calibration.agreement.token_metrics import Agreement
 from calibration.frames.dataset import CalibrationSet
-from calibration.graph.check import check_graph
-from calibration.graph.file import ExportedGraph, set_opset, write_graph
-from calibration.graph.half_precision import convert_to_fp16
-from calibration.graph.shared_weights import SharedWeights
 from calibration.int8.options import Int8Options
-from calibration.int8.unfinished import Unfinished
+from calibration.int8.resume import Unfinished
 from calibration.scales.apply import apply_calibration
-from calibration.scales.find import calibrate
-from calibration.scales.record import Calibration
+from calibration.scales.calibrate import calibrate
+from calibration.scales.calibration_file import Calibration
 from calibration.sensitivity.report import svg_from_report
 from calibration.sensitivity.search import SensitivityReport, search_exclusions
 from engines.errors import GateError
 from engines.manifest import Precision, VisionGraph
 from engines.progress_bar import Progress
+from graphs.float16 import convert_to_fp16
+from graphs.graph_file import ExportedGraph, set_opset, write_graph
+from graphs.operator_check import check_graph
+from graphs.shared_weights import SharedWeights
 
 RECORD_NAME = "vision/calibration.json"
 """Where a bundle keeps what its INT8 graphs were made with."""

@@ -14,9 +14,9 @@ import typer
 
 from calibration.agreement.gate import Gate
 from calibration.frames.dataset import FrameOptions
-from calibration.scales.find import CalibrationOptions
+from calibration.scales.calibrate import CalibrationOptions
+from calibration.scales.calibration_file import Calibration, load_calibration
 from calibration.scales.ranges import Method
-from calibration.scales.record import Calibration, load_calibration
 from engines import cli
 from engines.errors import OptionError
 from engines.manifest import Precision

@@ -13,7 +13,7 @@ from typing import Any
 from calibration.frames.coverage import document_from_coverage, lines_from_coverage
 from calibration.frames.dataset import CalibrationSet
 from calibration.int8.graphs import RECORD_NAME, Int8Graphs
-from calibration.int8.unfinished import Unfinished
+from calibration.int8.resume import Unfinished
 from calibration.sensitivity.report import json_from_report, table_from_report
 from engines import cli
 from engines.errors import GateError

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from calibration.scales.calibration_file import Calibration
+from calibration.scales.insert_qdq import quantize_site, smooth_site
 from calibration.scales.layers import Site, find_sites
-from calibration.scales.record import Calibration
-from calibration.scales.rewrite import quantize_site, smooth_site
 from engines.errors import CalibrationError
 
 CALIBRATION_KEY = "foveate.calibration"
@@ -27,7 +27,7 @@ def apply_calibration(model: ir.Model, calibration: Calibration) -> None:
 
     Args:
         model: a float32 graph of the checkpoint the calibration was made on, such as
-            `export.to_onnx.trace_graph` gives; convert to float16 afterwards.
+            `export.vision.to_onnx.trace_graph` gives; convert to float16 afterwards.
         calibration: from `calibrate` or `load_calibration`.
 
     Raises:

@@ -18,8 +18,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibration.graph.modules import is_inside, module_of
 from engines.errors import CalibrationError
+from graphs.modules import is_inside, module_of
 
 TOWER = ("tower",)
 SCORES = ("tower.scores",)

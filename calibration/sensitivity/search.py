@@ -17,10 +17,10 @@ from tempfile import TemporaryDirectory
 import onnx_ir as ir
 
 from calibration.agreement.gate import Gate
-from calibration.agreement.tokens import Agreement
+from calibration.agreement.token_metrics import Agreement
 from calibration.frames.pixels import Frames
+from calibration.scales.calibration_file import Calibration
 from calibration.scales.layers import Site, find_sites
-from calibration.scales.record import Calibration
 from calibration.sensitivity.trials import Trials
 from engines.errors import GateError
 from engines.progress_bar import Progress

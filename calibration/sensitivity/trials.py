@@ -20,10 +20,10 @@ import onnx_ir as ir
 from pydantic import TypeAdapter, ValidationError
 
 from calibration.agreement.graphs import run_graph
-from calibration.agreement.tokens import Agreement, average_agreement, compare_visual_tokens
+from calibration.agreement.token_metrics import Agreement, average_agreement, compare_visual_tokens
 from calibration.frames.pixels import Frames
 from calibration.scales.apply import apply_calibration
-from calibration.scales.record import Calibration
+from calibration.scales.calibration_file import Calibration
 from engines.errors import CalibrationError
 from engines.staging import staged_file
 from runtime.vision import VisualTokens
@@ -46,7 +46,7 @@ class Trials:
         """Prepare.
 
         Args:
-            graph_file: the float32 graph, as `calibration.graph.file` writes it: with the digest of
+            graph_file: the float32 graph, as `graphs.graph_file` writes it: with the digest of
                 its weights in it, if they lie beside it.
             calibration: of its checkpoint; what it excludes has no meaning here.
             frames: float32[1, 3, H, W] each.

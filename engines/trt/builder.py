@@ -27,9 +27,9 @@ from engines.staging import staged_file
 from engines.targets import Target, targets_of_gpu
 from engines.trt.batch_profile import ANY_BATCH, BatchRange, shape_ranges
 from engines.trt.build_progress import ProgressCallback, make_progress_monitor
-from engines.trt.complaints import make_logger
 from engines.trt.layer_report import EngineReport, LayerReport, report_engine, report_network
 from engines.trt.library import TrtLibrary, load_library_for, load_polygraphy
+from engines.trt.logger import make_logger
 from engines.trt.plan import PlanRecord, ShapeRange, write_plan
 
 _FLAGS = ("STRONGLY_TYPED", "NO_TF32")

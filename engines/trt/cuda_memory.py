@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.ahead_of_time import find_cuda_runtime
 from engines.errors import EngineError
+from engines.trt.compiler_cache import find_cuda_runtime
 
 _SONAMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so")
 _FOLDERS = ("/usr/local/cuda/lib64", "/usr/local/cuda/targets/aarch64-linux/lib")

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from engines.ahead_of_time import add_compiler_to_path
 from engines.errors import EngineError
 from engines.targets import Target
+from engines.trt.compiler_cache import add_compiler_to_path
 
 LibraryName = Literal["tensorrt", "tensorrt-rtx"]
 _MODULES: dict[LibraryName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -113,7 +113,7 @@ def _explain_missing(name: LibraryName, error: ImportError) -> str:
     if name == "tensorrt-rtx":
         return (
             f"TensorRT-RTX is not installed ({error}). Get NVIDIA's compiler, which needs no GPU: "
-            "python -m engines.ahead_of_time"
+            "python -m engines.install_trt_rtx"
         )
     return (
         f"TensorRT is not installed for this Python ({error}). On a Jetson it comes with JetPack: "

@@ -25,10 +25,10 @@ from engines.gpu import NoGpu, find_gpu
 from engines.manifest import VisionGraph
 from engines.session import Array
 from engines.targets import Target
-from engines.trt.complaints import make_logger
 from engines.trt.cuda_memory import Cuda, open_cuda_runtime
 from engines.trt.execution_context import make_context
 from engines.trt.library import TrtLibrary, load_library_for
+from engines.trt.logger import make_logger
 from engines.trt.plan import machine_here, plan_path, read_plan, read_record
 
 _LOG = logging.getLogger(__name__)

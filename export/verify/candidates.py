@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from calibration.agreement.stages import run_stages, tap_graph
-from calibration.agreement.tokens import Array
+from calibration.agreement.token_metrics import Array
 from engines.bundle import Bundle
 from engines.errors import EngineError, OptionError
 from engines.manifest import VisionGraph

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Protocol
 
 from calibration.agreement.stages import measure_stages
-from calibration.agreement.tokens import compare_visual_tokens
+from calibration.agreement.token_metrics import compare_visual_tokens
 from engines.bundle import Bundle, open_bundle
 from engines.errors import OptionError
 from engines.manifest import VisionGraph
-from export.checkpoint import Checkpoint, open_checkpoint
-from export.reference import LanguageReference, Observation
-from export.tolerances import Tolerances, tolerances_for
+from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.verify.candidates import Candidate, open_candidates
+from export.verify.reference import LanguageReference, Observation
 from export.verify.report import (
     CandidateReport,
     PictureAgreement,
@@ -41,6 +40,7 @@ from export.verify.sides import (
     recipe_of,
     refuse_other_checkpoint,
 )
+from export.verify.tolerances import Tolerances, tolerances_for
 from runtime.vision import VisualTokens
 from runtime.vision.pictures import load_picture
 from runtime.vision.preprocess import Pixels, PixelValues

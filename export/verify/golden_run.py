@@ -21,19 +21,19 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from calibration.graph.file import write_graph
 from engines.bundle import Bundle, open_bundle
 from engines.errors import OptionError
 from engines.manifest import VisionGraph
 from engines.staging import staged_directory
-from export.checkpoint import open_checkpoint
+from export.checkpoint.llava import open_checkpoint
 from export.reducers import make_reducer
-from export.reference import VisionReference
-from export.tolerances import tolerances_for
 from export.verify.comparison import VerifyOptions, find_pictures
 from export.verify.golden_scripts.compare_outputs import GOLDEN
+from export.verify.reference import VisionReference
 from export.verify.sides import find_checkpoint, refuse_other_checkpoint
-from export.visual_graph import OUTPUTS
+from export.verify.tolerances import tolerances_for
+from export.vision.visual_graph import OUTPUTS
+from graphs.graph_file import write_graph
 from runtime.vision.pictures import load_picture
 from runtime.vision.preprocess import preprocess_batch
 

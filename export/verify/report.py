@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from calibration.agreement.stages import SELECTION, StageError
-from calibration.agreement.tokens import TokenAgreement, average_agreement
-from export.tolerances import Tolerances
+from calibration.agreement.token_metrics import TokenAgreement, average_agreement
+from export.verify.tolerances import Tolerances
 
 
 @dataclass(frozen=True)

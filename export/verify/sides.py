@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.agreement.tokens import measure_cosine
+from calibration.agreement.token_metrics import measure_cosine
 from engines.bundle import Bundle
 from engines.errors import OptionError
 from engines.manifest import VisionGraph
-from export.checkpoint import Checkpoint
+from export.checkpoint.llava import Checkpoint
 from export.reducers import make_reducer
-from export.reference import LanguageReference, Observation, VisionReference
+from export.verify.reference import LanguageReference, Observation, VisionReference
 from export.verify.report import AnswerAgreement
 from runtime.backends.opening import open_backend
 from runtime.language.generate import Generation, GenerationOptions

@@ -23,7 +23,7 @@ from runtime.camera.parts import (
     Encoder,
     Seen,
 )
-from runtime.camera.stillness import Stillness
+from runtime.camera.scene_change import Stillness
 from runtime.camera.timing import Timing
 from runtime.frames import FrameSource
 from runtime.vision import VisualTokens

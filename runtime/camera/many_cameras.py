@@ -26,7 +26,7 @@ from runtime.camera.parts import (
     CameraOptions,
     Seen,
 )
-from runtime.camera.stillness import Stillness
+from runtime.camera.scene_change import Stillness
 from runtime.frames import FrameSource
 from runtime.vision import VisualTokens
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engines.errors import OptionError
-from runtime.camera.stillness import StillnessOptions
+from runtime.camera.scene_change import StillnessOptions
 from runtime.frames import Frame, Picture
 from runtime.vision import VisualTokens
 

@@ -41,7 +41,7 @@ class ViewOptions:
             OptionError: the question is empty, or a time is not possible.
         """
         from runtime.camera.parts import CameraOptions
-        from runtime.camera.stillness import StillnessOptions
+        from runtime.camera.scene_change import StillnessOptions
 
         return CameraOptions(
             question=question,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from engines.errors import SourceError
-from runtime.camera.stillness import block_means, changed_share
+from runtime.camera.scene_change import block_means, changed_share
 from runtime.clips.clip_options import ClipOptions
 from runtime.clips.token_sharing import share_tokens
 from runtime.frames import Frame, FrameSource, Picture, open_source

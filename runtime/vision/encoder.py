@@ -19,7 +19,7 @@ from engines.errors import BundleError, PictureError
 from engines.manifest import VisionGraph
 from engines.open_session import open_session
 from engines.session import Session
-from runtime.vision.bands import Bands
+from runtime.vision.parallel_resize import Bands
 from runtime.vision.preprocess import Pixels, check_picture, preprocess_batch
 
 _OUTPUTS = ("visual_tokens", "valid_count", "patch_index", "assignment")

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from engines.errors import PictureError
 from engines.manifest import Preprocessing
-from runtime.vision.bands import ALONE, Bands
 from runtime.vision.geometry import Geometry, lay_out
+from runtime.vision.parallel_resize import ALONE, Bands
 from runtime.vision.resize import Canvas, Span, resize
 
 PixelValues = NDArray[np.float32]

@@ -18,7 +18,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtime.vision.bands import Bands
+from runtime.vision.parallel_resize import Bands
 
 Pixels = NDArray[np.uint8]
 Colour = tuple[int, int, int]

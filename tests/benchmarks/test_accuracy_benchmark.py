@@ -21,8 +21,8 @@ from benchmarks.accuracy_report import (
     table_from_results,
 )
 from benchmarks.packed_answers import POCKET, Examination
-from export.accuracy_table import ACCURACY_FILE, AccuracyTable
-from export.checkpoint import open_checkpoint
+from export.checkpoint.accuracy_table import ACCURACY_FILE, AccuracyTable
+from export.checkpoint.llava import open_checkpoint
 
 import evaluate  # isort: skip - found by packed_answers
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.ahead_of_time import add_compiler_to_path
+from engines.trt.compiler_cache import add_compiler_to_path
 
 
 @pytest.fixture(autouse=True)
@@ -22,4 +22,4 @@ def compiler() -> None:
     if importlib.util.find_spec("polygraphy") is None:
         pytest.skip("polygraphy is not installed: pip install 'foveate[tensorrt]'")
     if not add_compiler_to_path():
-        pytest.skip("NVIDIA's compiler is not installed: python -m engines.ahead_of_time")
+        pytest.skip("NVIDIA's compiler is not installed: python -m engines.install_trt_rtx")

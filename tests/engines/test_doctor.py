@@ -171,7 +171,7 @@ def test_commands_are_printed_in_one_piece(
 
 def test_an_rtx_target_needs_the_compiler() -> None:
     finding = by_name(examine_target(ORIN, find_target("rtx-4090")))["TensorRT-RTX"]
-    assert finding.status == "problem" and "engines.ahead_of_time" in finding.fix
+    assert finding.status == "problem" and "engines.install_trt_rtx" in finding.fix
 
 
 def test_a_slow_power_mode_is_noted() -> None:

@@ -18,7 +18,7 @@ from tests.tensorrt_api import Api, UnavailableError, load_api, pinned_versions
 
 pytestmark = pytest.mark.trt
 TRT = Path(__file__).parents[2] / "engines/trt"
-SOURCES = ("session.py", "builder.py", "build_progress.py", "layer_report.py", "complaints.py")
+SOURCES = ("session.py", "builder.py", "build_progress.py", "layer_report.py", "logger.py")
 CLASS_OF_VARIABLE = {
     "runtime": "Runtime",
     "engine": "ICudaEngine",

@@ -15,9 +15,9 @@ from engines.errors import EngineError
 from engines.gpu import NoGpu, driver_version, find_gpu
 from engines.targets import find_target
 from engines.trt import cuda_memory
-from engines.trt.complaints import make_logger
 from engines.trt.cuda_memory import CudaRuntime, open_cuda_runtime
 from engines.trt.library import TrtLibrary, load_library
+from engines.trt.logger import make_logger
 from engines.trt.plan import PlanRecord, plan_path, write_plan
 from engines.trt.session import TrtSession, open_trt_session
 from tests.fake_tensorrt import (

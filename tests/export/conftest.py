@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from export.build import build_bundle
-from export.build_plan import BuildOptions
-from export.language_models import DecoderOptions
+from export.build.plan import BuildOptions
+from export.language.language_models import DecoderOptions
 from tests.photographs import load_photographs
 from tests.verified_bundles import put_prumerge, rewrite_bundle
 

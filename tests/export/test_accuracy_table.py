@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engines.errors import CheckpointError
-from export.accuracy_table import ACCURACY_FILE, AccuracyTable
+from export.checkpoint.accuracy_table import ACCURACY_FILE, AccuracyTable
 from export.reducers import make_reducer, reducer_for_budget
 
 PATCHES = 256

@@ -12,16 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration.graph.file import write_graph
 from engines.bundle import Bundle, open_bundle
 from engines.errors import BundleError, FoveateError
 from engines.ort import OrtSession
-from export import build_steps, build_vision
 from export.build import build_bundle
-from export.build_plan import BuildOptions, plan_build
-from export.language_models import DecoderOptions
-from export.to_onnx import trace_graph
-from export.visual_graph import build_visual_graph
+from export.build import steps as build_steps
+from export.build import vision as build_vision
+from export.build.plan import BuildOptions, plan_build
+from export.language.language_models import DecoderOptions
+from export.vision.to_onnx import trace_graph
+from export.vision.visual_graph import build_visual_graph
+from graphs.graph_file import write_graph
 from runtime.vision import VisionEncoder
 
 
@@ -191,7 +192,7 @@ def test_a_device_gets_half_precision_and_a_checked_graph(
 def test_a_graph_tensorrt_refuses_is_not_published(
     language_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("calibration.graph.check._LARGEST_K", 3)
+    monkeypatch.setattr("graphs.operator_check._LARGEST_K", 3)
     options = BuildOptions(
         str(language_checkpoint), tmp_path / "b", target="jetson-orin", tokens=(8,)
     )

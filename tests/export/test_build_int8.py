@@ -17,13 +17,13 @@ from calibration.agreement.gate import Gate
 from calibration.int8.bundle import calibrate_bundle
 from calibration.int8.graphs import RECORD_NAME
 from calibration.int8.options import Int8Options, gate_from_text
-from calibration.int8.unfinished import Unfinished
-from calibration.scales.record import load_calibration
+from calibration.int8.resume import Unfinished
+from calibration.scales.calibration_file import load_calibration
 from engines.bundle import Bundle, open_bundle
 from engines.errors import CalibrationError, FoveateError, GateError, OptionError, SourceError
 from export.build import BuildOptions, BuildReport, build_bundle
-from export.build_plan import plan_build
-from export.language_models import DecoderOptions
+from export.build.plan import plan_build
+from export.language.language_models import DecoderOptions
 from runtime.vision import VisionEncoder
 from tests.photographs import load_photographs
 

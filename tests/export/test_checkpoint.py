@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from engines.errors import CheckpointError
-from export import checkpoint as checkpoint_module
-from export.checkpoint import open_checkpoint
+from export.checkpoint import llava as checkpoint_module
+from export.checkpoint.llava import open_checkpoint
 
 Make = Callable[..., Path]
 

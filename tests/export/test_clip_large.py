@@ -11,10 +11,10 @@ import torch
 
 from benchmarks.clip_large import clip_large_graph, random_clip_large, random_projector
 from benchmarks.papers_path import NEIGHBOURS, TowerRun, prumerge, run_tower, visionzip
-from calibration.graph.half_precision import write_fp16_graph
 from engines.ort import OrtSession
 from export.reducers import make_reducer
-from export.to_onnx import export_onnx
+from export.vision.to_onnx import export_onnx
+from graphs.float16 import write_fp16_graph
 from tests.photographs import clip_pixels
 
 pytestmark = pytest.mark.slow

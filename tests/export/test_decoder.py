@@ -16,10 +16,10 @@ from transformers import LlavaForConditionalGeneration
 
 from engines.bundle import Bundle
 from engines.errors import CheckpointError, OptionError
-from export import decoder as decoder_module
-from export.causal_lm import read_limits
-from export.checkpoint import open_checkpoint
-from export.decoder import export_language, write_decoder
+from export.checkpoint.llava import open_checkpoint
+from export.language import onnx_decoder as decoder_module
+from export.language.causal_lm import read_limits
+from export.language.onnx_decoder import export_language, write_decoder
 from runtime.backends.ort import open_ort_backend
 from tests.tiny_language import tiny_llava, write_checkpoint, write_language_bundle
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engines.errors import CheckpointError
-from export.checkpoint import Checkpoint, open_checkpoint
-from export.gguf_decoder import read_gguf_limits, write_gguf
-from export.gguf_quantize import Fallback, export_gguf, read_fallbacks
+from export.checkpoint.llava import Checkpoint, open_checkpoint
+from export.language.gguf_decoder import read_gguf_limits, write_gguf
+from export.language.gguf_quantize import Fallback, export_gguf, read_fallbacks
 from runtime.backends.llama_decoder import LlamaDecoder
 from runtime.backends.llamacpp import LlamaCppBackend
 from runtime.language.embeddings import EmbeddingTable

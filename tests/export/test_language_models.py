@@ -9,10 +9,10 @@ import pytest
 
 from engines.bundle import open_bundle
 from engines.errors import CheckpointError, FoveateError, OptionError
-from export import language_models
 from export.build import build_bundle
-from export.build_plan import BuildOptions, plan_build
-from export.language_models import DecoderOptions
+from export.build.plan import BuildOptions, plan_build
+from export.language import language_models
+from export.language.language_models import DecoderOptions
 from runtime.model import open_model
 from tests.tiny_language import tiny_llava, write_checkpoint
 

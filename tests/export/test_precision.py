@@ -9,20 +9,20 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.graph.check import check_graph
-from calibration.graph.half_precision import (
+from engines.errors import OptionError
+from engines.ort import OrtSession
+from export.checkpoint.llava import open_checkpoint
+from export.reducers import make_reducer
+from export.vision.to_onnx import export_onnx
+from export.vision.visual_graph import build_visual_graph
+from graphs.float16 import (
     FP32_MODULES,
     PRECISION_KEY,
     convert_to_fp16,
     write_fp16_graph,
 )
-from calibration.graph.modules import is_inside, module_of
-from engines.errors import OptionError
-from engines.ort import OrtSession
-from export.checkpoint import open_checkpoint
-from export.reducers import make_reducer
-from export.to_onnx import export_onnx
-from export.visual_graph import build_visual_graph
+from graphs.modules import is_inside, module_of
+from graphs.operator_check import check_graph
 from tests.photographs import clip_pixels
 
 CASES: dict[str, dict[str, Any]] = {

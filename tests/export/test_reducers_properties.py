@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from calibration.graph.check import TENSORRT_OPS
 from export.reducers import REDUCERS, Reduced, make_reducer, reducer_for_budget
 from export.towers import Scoring, TowerOutput
+from graphs.operator_check import TENSORRT_OPS
 from tests.export.reducer_cases import EVERY_REDUCER, onnx_of, random_tower, run_onnx
 
 PATCHES = 64

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from engines.cli import make_app
 from engines.errors import OptionError
-from export.checkpoint import open_checkpoint
-from export.served_model import main, write_served_model
+from export.checkpoint.llava import open_checkpoint
+from export.language.served_model import main, write_served_model
 
 IDS = torch.arange(5, 40)[None]
 

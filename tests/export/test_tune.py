@@ -18,16 +18,16 @@ from typer.testing import CliRunner
 
 from engines.cli import make_app
 from engines.errors import CheckpointError, OptionError
-from export import tune
-from export.checkpoint import open_checkpoint
+from export.checkpoint.llava import open_checkpoint
 from export.reducers import make_reducer
-from export.tuning.conversations import read_conversations
-from export.tuning.features import reduce_pictures
-from export.tuning.run import TuneOptions, tune_checkpoint
-from export.tuning.student import Lora, Student, make_batch
-from export.tuning.training import STATE_FILE, Recipe, load_state, train
-from export.tuning.training_text import group_rows, write_text
-from export.tuning.tuned_checkpoint import write_tuned_checkpoint
+from export.tune import command as tune
+from export.tune.conversations import read_conversations
+from export.tune.features import reduce_pictures
+from export.tune.run import TuneOptions, tune_checkpoint
+from export.tune.student import Lora, Student, make_batch
+from export.tune.training import STATE_FILE, Recipe, load_state, train
+from export.tune.training_text import group_rows, write_text
+from export.tune.tuned_checkpoint import write_tuned_checkpoint
 from runtime.language.prompt import PromptWriter
 from runtime.vision.pictures import load_picture
 from runtime.vision.preprocess import preprocess_batch
@@ -252,7 +252,7 @@ def test_features_are_computed_once(
     options: TuneOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, _, first = prepared(options, tmp_path)
-    monkeypatch.setattr("export.tuning.features.load_picture", None)  # a call would fail
+    monkeypatch.setattr("export.tune.features.load_picture", None)  # a call would fail
     _, _, again = prepared(options, tmp_path)
     np.testing.assert_array_equal(first.tokens, again.tokens)
     with pytest.raises(TypeError):

@@ -11,9 +11,9 @@ import pytest
 
 from engines.errors import OptionError
 from engines.manifest import Prompt
-from export.checkpoint import open_checkpoint
-from export.tuning.conversations import Conversation, read_conversations
-from export.tuning.training_text import (
+from export.checkpoint.llava import open_checkpoint
+from export.tune.conversations import Conversation, read_conversations
+from export.tune.training_text import (
     IGNORED,
     TrainingText,
     count_targets,

@@ -15,10 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 from engines.bundle import open_bundle
 from engines.errors import BundleError, EngineError, FoveateError, OptionError, PictureError
-from export.tolerances import Tolerances, tolerances_for
 from export.verify import VerifyOptions, verify_bundles
 from export.verify.command import LimitFlags, main
 from export.verify.sides import find_checkpoint
+from export.verify.tolerances import Tolerances, tolerances_for
 from tests.verified_bundles import change_weight, put_fp16, rewrite_bundle
 
 

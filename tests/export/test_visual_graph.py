@@ -12,19 +12,19 @@ import pytest
 import torch
 
 from benchmarks.papers_path import TowerRun, prumerge, run_tower, visionzip
-from calibration.graph.check import TENSORRT_OPS
-from calibration.graph.file import OPSETS, ExportedGraph, write_graph
-from calibration.graph.modules import MODULE_KEY
 from engines import __version__
 from engines.errors import CheckpointError, OptionError
 from engines.ort import OrtSession
-from export.checkpoint import Checkpoint, open_checkpoint
+from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.reducers import REDUCERS, make_reducer
-from export.to_onnx import export_onnx, trace_graph
 from export.towers import Scoring
 from export.towers.clip import ClipTower
 from export.towers.registry import make_tower
-from export.visual_graph import build_visual_graph
+from export.vision.to_onnx import export_onnx, trace_graph
+from export.vision.visual_graph import build_visual_graph
+from graphs.graph_file import OPSETS, ExportedGraph, write_graph
+from graphs.modules import MODULE_KEY
+from graphs.operator_check import TENSORRT_OPS
 from tests.photographs import clip_pixels
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -20,8 +20,8 @@ def grey_image(shade: int, width: int = 64, height: int = 48) -> np.ndarray:
 @pytest.fixture(scope="session")
 def budgets_bundle(language_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny checkpoint with vision graphs of 6 and 12 visual tokens, of 16 patches."""
-    from export.build_plan import BuildOptions
-    from export.build_steps import build_bundle
+    from export.build.plan import BuildOptions
+    from export.build.steps import build_bundle
 
     out = tmp_path_factory.mktemp("budgets") / "bundle"
     build_bundle(BuildOptions(str(language_checkpoint), out, tokens=(6, 12)))

@@ -15,11 +15,11 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from engines.bundle import open_bundle
 from export.build import build_bundle
-from export.build_plan import BuildOptions
-from export.language_models import DecoderOptions
+from export.build.plan import BuildOptions
+from export.language.language_models import DecoderOptions
 from runtime.camera.answering import FrameAnswerer, FrameEncoder
 from runtime.camera.loop import CameraLoop, CameraOptions
-from runtime.camera.stillness import StillnessOptions
+from runtime.camera.scene_change import StillnessOptions
 from runtime.language.generate import GenerationOptions
 from runtime.model import Model, open_model
 from runtime.vision.pictures import load_picture

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from engines.errors import OptionError
 from runtime.camera.budgets.goal import Cost, Goal
-from runtime.camera.budgets.offers import Offer, most_for_its_cost, worthwhile
+from runtime.camera.budgets.pareto import Offer, most_for_its_cost, worthwhile
 from runtime.camera.parts import Estimate
 
 _CALM = 0.85

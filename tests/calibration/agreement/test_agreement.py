@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from calibration.agreement.tokens import (
+from calibration.agreement.token_metrics import (
     Agreement,
     assignment_agreement,
     average_agreement,

@@ -14,8 +14,8 @@ from calibration.frames.coverage import (
     lines_from_coverage,
     measure_coverage,
 )
-from calibration.frames.even_sample import EvenSample
-from calibration.frames.likeness import sign_frame
+from calibration.frames.frame_sampler import EvenSample
+from calibration.frames.near_duplicates import sign_frame
 from tests.photographs import load_photographs
 
 Picture = np.ndarray

@@ -12,17 +12,17 @@ import onnx_ir as ir
 import pytest
 
 from benchmarks import random_graphs
-from calibration.graph.check import check_graph
-from calibration.graph.file import write_graph
-from calibration.graph.half_precision import convert_to_fp16
-from calibration.graph.modules import module_of
 from calibration.scales.apply import apply_calibration
-from calibration.scales.find import CalibrationOptions, calibrate
+from calibration.scales.calibrate import CalibrationOptions, calibrate
+from calibration.scales.calibration_file import Calibration, load_calibration
+from calibration.scales.insert_qdq import half_exact, smooth_site
 from calibration.scales.layers import find_layers, find_sites
-from calibration.scales.record import Calibration, load_calibration
-from calibration.scales.rewrite import half_exact, smooth_site
 from engines.errors import CalibrationError
 from engines.ort import OrtSession
+from graphs.float16 import convert_to_fp16
+from graphs.graph_file import write_graph
+from graphs.modules import module_of
+from graphs.operator_check import check_graph
 from tests.photographs import clip_pixels
 
 REDUCERS = ("visionzip", "prumerge_plus", "none")

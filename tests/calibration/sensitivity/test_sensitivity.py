@@ -15,18 +15,18 @@ from rich.console import Console
 from benchmarks import random_graphs
 from calibration.agreement.gate import Gate
 from calibration.agreement.graphs import compare_graphs
-from calibration.agreement.tokens import Agreement
-from calibration.graph.file import write_graph
+from calibration.agreement.token_metrics import Agreement
 from calibration.scales.apply import apply_calibration
-from calibration.scales.find import CalibrationOptions, calibrate
-from calibration.scales.record import Calibration, load_calibration
+from calibration.scales.calibrate import CalibrationOptions, calibrate
+from calibration.scales.calibration_file import Calibration, load_calibration
 from calibration.sensitivity.report import json_from_report, svg_from_report, table_from_report
 from calibration.sensitivity.search import SensitivityReport, search_exclusions
 from engines.errors import CalibrationError, FoveateError
-from export.checkpoint import open_checkpoint
+from export.checkpoint.llava import open_checkpoint
 from export.reducers import reducer_for_budget
-from export.to_onnx import export_onnx
-from export.visual_graph import build_visual_graph
+from export.vision.to_onnx import export_onnx
+from export.vision.visual_graph import build_visual_graph
+from graphs.graph_file import write_graph
 from runtime.vision.pictures import load_picture
 from runtime.vision.preprocess import preprocess_batch
 from tests.photographs import clip_pixels

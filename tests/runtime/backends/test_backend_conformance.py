@@ -13,10 +13,10 @@ from transformers import LlavaForConditionalGeneration
 from engines.bundle import Bundle, open_bundle, write_bundle
 from engines.errors import BackendError, BundleError
 from engines.manifest import Manifest
-from export.checkpoint import open_checkpoint
-from export.decoder import export_language
-from export.gguf_decoder import write_gguf
-from export.gguf_quantize import export_gguf
+from export.checkpoint.llava import open_checkpoint
+from export.language.gguf_decoder import write_gguf
+from export.language.gguf_quantize import export_gguf
+from export.language.onnx_decoder import export_language
 from runtime.backends import LanguageBackend
 from runtime.backends.llama_decoder import LlamaDecoder
 from runtime.backends.llamacpp import LlamaCppBackend, open_llamacpp_backend

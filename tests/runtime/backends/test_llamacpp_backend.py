@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 from engines.bundle import Bundle
 from engines.errors import BackendError, OptionError
 from engines.manifest import LanguageModel
-from export.checkpoint import open_checkpoint
-from export.gguf_decoder import write_gguf
+from export.checkpoint.llava import open_checkpoint
+from export.language.gguf_decoder import write_gguf
 from runtime.backends import llama_decoder, llama_library
 from runtime.backends.llama_library import load_llama_library, uses_amx
 from runtime.backends.llamacpp import open_llamacpp_backend

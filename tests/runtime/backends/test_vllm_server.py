@@ -23,10 +23,10 @@ import pytest
 from engines.bundle import Bundle, open_bundle
 from engines.errors import BackendError
 from export.build import build_bundle
-from export.build_plan import BuildOptions
-from export.checkpoint import open_checkpoint
-from export.language_models import DecoderOptions
-from export.served_model import SERVER_OPTIONS, write_served_model
+from export.build.plan import BuildOptions
+from export.checkpoint.llava import open_checkpoint
+from export.language.language_models import DecoderOptions
+from export.language.served_model import SERVER_OPTIONS, write_served_model
 from runtime.backends.chat_server import ServerOptions
 from runtime.conversation import Conversation
 from runtime.language.generate import GenerationOptions

@@ -14,7 +14,7 @@ import pytest
 from engines.errors import OptionError
 from runtime.camera.loop import CameraLoop, CameraOptions
 from runtime.camera.parts import CameraAnswer, Said
-from runtime.camera.stillness import StillnessOptions
+from runtime.camera.scene_change import StillnessOptions
 from runtime.vision import VisualTokens
 from tests.runtime.camera.doubles import ShadeAnswerer, ShadeEncoder, numbered, source_of
 

@@ -12,7 +12,7 @@ import pytest
 from engines.errors import BackendError, EngineError, SourceError
 from runtime.camera.many_cameras import ManyCameras
 from runtime.camera.parts import CameraAnswer, CameraOptions
-from runtime.camera.stillness import StillnessOptions
+from runtime.camera.scene_change import StillnessOptions
 from runtime.frames import FrameSource, Picture
 from runtime.frames.frame import Capture, ReadErrors
 from runtime.frames.reconnect import Reconnecting

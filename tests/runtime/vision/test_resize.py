@@ -13,7 +13,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from engines.manifest import Preprocessing
 from runtime.vision import resize as resize_module
-from runtime.vision.bands import ALONE, Bands
+from runtime.vision.parallel_resize import ALONE, Bands
 from runtime.vision.preprocess import preprocess, resize_picture
 
 FILTERS = ("bicubic", "bilinear", "lanczos", "nearest", "box", "hamming")

@@ -1,1 +1,0 @@
-"""A vision graph in ONNX: its file, its modules, its float types, and what TensorRT takes."""

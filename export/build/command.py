@@ -1,0 +1,154 @@
+"""`python -m export.build`: a checkpoint becomes a bundle.
+
+Enters: what a person typed. Leaves: a bundle and its sizes on stdout, or with `--dry-run` what
+would be built.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from calibration.int8.options import Int8Flags
+from calibration.int8.report import (
+    document_from_int8,
+    lines_from_frames,
+    lines_from_int8,
+    print_searches,
+    tell_interruption,
+    tell_missed_gate,
+)
+from engines import cli
+from engines.errors import GateError
+from engines.manifest import Precision
+from engines.progress_bar import show_progress
+from export.build.plan import BuildOptions, BuildPlan, plan_build
+from export.build.steps import BuildReport, build_bundle
+from export.options import DecoderFlags, ModelOption, ReducerFlags
+
+EXAMPLES = (
+    "`python -m export.build --model models/pocket-llava --out build/pocket`",
+    "`python -m export.build --model llava-hf/llava-1.5-7b-hf --tokens 64,192 --out build/llava`",
+    "`python -m export.build --model DIR --precision int8 --frames drive.mp4 --out build/int8`",
+    "`python -m export.build --model DIR --reducer prumerge_plus --tokens 144 --dry-run --out B`",
+)
+
+
+def main(
+    *,
+    model: ModelOption,
+    out: Annotated[Path, typer.Option(help="Directory of the bundle.")],
+    target: Annotated[
+        str, typer.Option(help="Device; `python -m engines.targets` lists them.")
+    ] = "cpu",
+    precision: Annotated[
+        str | None, typer.Option(help="Of the vision graph; left out, the target's default.")
+    ] = None,
+    reducer: ReducerFlags,
+    int8: Int8Flags,
+    decoders: DecoderFlags,
+    threads: cli.ThreadsOption = None,
+    opset: Annotated[
+        int | None,
+        typer.Option(help="ONNX operator set: 17, 18 or 19; left out, 18, or 19 where INT8 needs."),
+    ] = None,
+    targets: Annotated[Path | None, typer.Option(help="TOML file of your own targets.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the bundle at --out.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, write nothing.")] = False,
+    as_json: cli.JsonOption = False,
+) -> int:
+    """Build a bundle: one vision graph (tower, reducer, projector) and a quantized decoder.
+
+    The bundle is written whole or not at all. What it needs of the checkpoint is read part by
+    part, so a 7B model needs memory for its largest part only.
+
+    `--precision int8` calibrates on your own frames (--frames): 128 distinct ones or more, by day
+    and night if the robot works by day and night. Every eighth is held out; on these INT8 must keep
+    the patches that FP32 keeps (--gate), or nothing is written and the exit code is 1.
+    """
+    options = BuildOptions(
+        model=model,
+        out=out,
+        target=target,
+        reducer=reducer.reducer,
+        tokens=reducer.budgets(),
+        reducer_options=reducer.options(),
+        precision=cli.one_of("--precision", precision, Precision) if precision else None,
+        decoders=decoders.options(),
+        opset=opset,
+        int8=int8.options(threads),
+        targets_file=targets,
+        overwrite=overwrite,
+    )
+    if dry_run:
+        _tell_plan(plan_build(options), options, as_json)
+        return 0
+    try:
+        with show_progress() as progress:
+            report = build_bundle(options, progress)
+    except GateError as error:
+        return tell_missed_gate(error, as_json)
+    except KeyboardInterrupt:
+        tell_interruption(out)
+        raise
+    _tell_report(report, as_json)
+    return 0
+
+
+def _tell_plan(plan: BuildPlan, options: BuildOptions, as_json: bool) -> None:
+    graphs = [
+        {"reducer": one.name, "tokens": one.token_count(plan.patches), **one.options}
+        for one in plan.reducers
+    ]
+    if as_json:
+        cli.print_json(
+            {
+                "model": plan.checkpoint.name,
+                "target": plan.target.name,
+                "precision": plan.precision,
+                "decoders": {
+                    name: options.decoders.precision_of(name) for name in options.decoders.backends
+                },
+                "patches": plan.patches,
+                "vision": graphs,
+                "bundle": str(options.out),
+            }
+        )
+        return
+    print(f"{plan.checkpoint.name} for {plan.target.title}, nothing written (--dry-run):")
+    for graph in graphs:
+        chosen = ", ".join(f"{k} {v}" for k, v in graph.items() if k not in ("reducer", "tokens"))
+        detail = f" ({chosen})" if chosen else ""
+        print(
+            f"  vision graph  {plan.precision}, {graph['reducer']}{detail}: "
+            f"{graph['tokens']} of {plan.patches} visual tokens"
+        )
+    for backend in options.decoders.backends:
+        print(f"  decoder       {options.decoders.precision_of(backend)}, {backend}")
+    print(f"  into          {options.out}")
+
+
+def _tell_report(report: BuildReport, as_json: bool) -> None:
+    if as_json:
+        document = {
+            "bundle": str(report.bundle),
+            "bytes": report.bytes,
+            "seconds": report.seconds,
+            "notes": report.notes,
+        }
+        if report.int8 is not None:
+            document["int8"] = document_from_int8(report.int8, report.frames)
+        cli.print_json(document)
+        return
+    for name, size in report.bytes.items():
+        print(f"  {size / 1e6:10.2f} MB  {name}")
+    total = sum(report.bytes.values()) / 1e6
+    print(f"  {total:10.2f} MB  {report.bundle} in {sum(report.seconds.values()):.0f} s")
+    if report.int8 is not None:
+        print_searches(report.int8)
+        print("\n".join(lines_from_frames(report.frames) + lines_from_int8(report.int8)))
+    for note in report.notes:
+        print(f"Note: {note}")
+    print(f'\nNext: python -m runtime.ask {report.bundle} PICTURE "What is in the picture?"')

@@ -1,0 +1,132 @@
+"""What to build, and whether it can be: everything that can be refused early is refused here.
+
+Enters: `BuildOptions` as the user gives them. Leaves: a `BuildPlan`, with the checkpoint opened,
+the target found and every reducer made; nothing has been written yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from graphs.graph_file import check_opset
+from calibration.int8.graphs import HALF_OPSET
+from calibration.int8.options import Int8Options
+from calibration.scales.calibration_file import Calibration
+from engines.bundle import refuse_occupied
+from engines.errors import OptionError
+from engines.manifest import Precision
+from engines.targets import Target, find_target
+from export.checkpoint.llava import Checkpoint, open_checkpoint
+from export.language.language_models import DecoderOptions, check_language_models
+from export.reducers import Reducer, make_reducer, reducer_for_budget
+
+Budget = int | Literal["all"]
+"""Visual tokens to leave; ``"all"`` means no reduction."""
+
+USUAL_OPSET = 18
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build.
+
+    Attributes:
+        model: a LLaVA checkpoint's directory, or the name of a Hugging Face repository.
+        out: the bundle's directory.
+        target: the device, a name of `engines.targets`.
+        reducer: a name of `export.reducers.REDUCERS`.
+        tokens: a graph is built for each; without any, for what the reducer's options leave.
+        reducer_options: options of the reducer, which take precedence over what a budget implies.
+        precision: of the vision graph; None takes the target's default.
+        decoders: which of them the bundle gets.
+        opset: of the vision graph; None takes 18, or 19 where float16 is quantized.
+        int8: frames or a calibration, for the precisions ``int8`` and ``mixed``.
+        targets_file: a TOML file of the user's own targets.
+        overwrite: replace a bundle that is already there.
+    """
+
+    model: str
+    out: Path
+    target: str = "cpu"
+    reducer: str = "visionzip"
+    tokens: tuple[Budget, ...] = (64,)
+    reducer_options: Mapping[str, int | float | str] = field(default_factory=dict)
+    precision: Precision | None = None
+    decoders: DecoderOptions = field(default_factory=DecoderOptions)
+    opset: int | None = None
+    int8: Int8Options = field(default_factory=Int8Options)
+    targets_file: Path | None = None
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What will be built, checked before anything slow starts.
+
+    Attributes:
+        checkpoint: opened.
+        target: the device.
+        precision: of the vision graphs.
+        reducers: a graph is built for each.
+        opset: of the graphs.
+        record: the calibration to be used again, if one is.
+    """
+
+    checkpoint: Checkpoint
+    target: Target
+    precision: Precision
+    reducers: tuple[Reducer, ...]
+    opset: int
+    record: Calibration | None = None
+
+    @property
+    def patches(self) -> int:
+        """How many patches the tower makes of a picture."""
+        return self.checkpoint.patch_side**2
+
+
+def plan_build(options: BuildOptions) -> BuildPlan:
+    """Check the options against the target, the checkpoint and the disk.
+
+    Raises:
+        FoveateError: something cannot be served; nothing was written.
+    """
+    target = find_target(options.target, options.targets_file)
+    precision = target.check_precision(options.precision or target.default_precision)
+    record = options.int8.check(precision)
+    opset = _choose_opset(options.opset, precision, target)
+    refuse_occupied(options.out, options.overwrite)
+    checkpoint = open_checkpoint(options.model)
+    check_language_models(checkpoint, options.decoders)
+    reducers = tuple(
+        _choose_reducer(options, budget, checkpoint) for budget in options.tokens or (None,)
+    )
+    return BuildPlan(checkpoint, target, precision, reducers, opset, record)
+
+
+def _choose_opset(given: int | None, precision: Precision, target: Target) -> int:
+    """Return the operator set: where float16 is quantized, the first that can."""
+    quantized_half = target.needs_cuda and precision in ("int8", "mixed")
+    opset = given or (HALF_OPSET if quantized_half else USUAL_OPSET)
+    check_opset(opset)
+    if quantized_half and opset < HALF_OPSET:
+        raise OptionError(
+            f"--opset {opset}: {target.name} runs what is not INT8 in float16, which ONNX "
+            f"quantizes from opset {HALF_OPSET} on. Leave --opset out to get that."
+        )
+    return opset
+
+
+def _choose_reducer(
+    options: BuildOptions, budget: Budget | None, checkpoint: Checkpoint
+) -> Reducer:
+    patches = checkpoint.patch_side**2
+    given = dict(options.reducer_options)
+    if budget == "all":
+        return make_reducer("none", class_token=checkpoint.keeps_class_token)
+    if options.reducer == "none":
+        given.setdefault("class_token", checkpoint.keeps_class_token)
+    return reducer_for_budget(options.reducer, budget, patches, **given)

@@ -1,0 +1,140 @@
+"""A checkpoint becomes a bundle, step by step.
+
+Enters: `BuildOptions`. Leaves: a bundle directory, whole or not at all, and a `BuildReport`. The
+steps are plan, read the frames to calibrate with, export the vision graph of each budget, quantize,
+export the language model, publish.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from calibration.frames.dataset import CalibrationSet
+from calibration.int8.bundle import collect
+from calibration.int8.graphs import Int8Graphs
+from calibration.int8.resume import Unfinished
+from engines import __version__
+from engines.bundle import write_bundle
+from engines.manifest import Manifest
+from engines.progress_bar import Progress
+from engines.trt.on_device import write_device_files
+from export.build.plan import USUAL_OPSET, BuildOptions, BuildPlan, plan_build
+from export.build.vision import export_vision
+from export.language.language_models import export_language_models
+
+_TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What was built.
+
+    Attributes:
+        bundle: its directory.
+        bytes: size of each file in it.
+        seconds: how long each step took.
+        notes: what did not come out as asked for, in words.
+        int8: how INT8 came about; None for other precisions.
+        frames: what it was calibrated on.
+    """
+
+    bundle: Path
+    bytes: dict[str, int]
+    seconds: dict[str, float]
+    notes: tuple[str, ...] = ()
+    int8: Int8Graphs | None = None
+    frames: CalibrationSet | None = None
+
+
+def build_bundle(
+    options: BuildOptions, progress: Progress = lambda line, done: None
+) -> BuildReport:
+    """Build a bundle.
+
+    Raises:
+        GateError: INT8 agrees too little with FP32; nothing is left.
+        FoveateError: the options, the checkpoint or the disk do not allow it; nothing is left.
+    """
+    progress(f"Opening {options.model}", 0.0)
+    plan = plan_build(options)
+    steps = _Steps(progress, len(plan.reducers) + (2 if options.int8.frames is None else 4))
+    frames = None
+    if options.int8.frames is not None:
+        with steps.step("frames", "Reading frames") as part:
+            preprocessing = plan.checkpoint.preprocessing
+            patch_pixels = preprocessing.height // plan.checkpoint.patch_side
+            frames = collect(options.int8, preprocessing, patch_pixels, part)
+    unfinished = Unfinished(options.out)
+    with unfinished.kept(), write_bundle(options.out, overwrite=options.overwrite) as draft:
+        vision = export_vision(plan, options, frames, draft, steps.step)
+        names = ", ".join(options.decoders.backends)
+        with steps.step("language_model", f"Language model for {names}") as part:
+            language = export_language_models(
+                plan.checkpoint,
+                draft.root,
+                options.decoders,
+                progress=lambda done, layers: part(
+                    f"Language model: layer {done} of {layers}", done / layers
+                ),
+            )
+        write_device_files(draft.root, vision.graphs, plan.target)
+        draft.describe(
+            Manifest(
+                model=plan.checkpoint.name,
+                target=plan.target.name,
+                vision=vision.graphs,
+                preprocessing=plan.checkpoint.preprocessing,
+                text=language.text,
+                prompt=language.prompt,
+                language_models=language.models,
+                versions={"foveate": __version__} | {tool: version(tool) for tool in _TOOLS},
+                calibration_digest=vision.made.set_digest if vision.made is not None else None,
+            )
+        )
+        progress("Hashing and publishing", steps.behind)
+    progress("Done", 1.0)
+    files = sorted(file for file in options.out.rglob("*") if file.is_file())
+    sizes = {file.relative_to(options.out).as_posix(): file.stat().st_size for file in files}
+    notes = (*_notes_of(plan, options), *language.notes)
+    return BuildReport(options.out, sizes, steps.seconds, notes, vision.made, frames)
+
+
+def _notes_of(plan: BuildPlan, options: BuildOptions) -> list[str]:
+    if options.opset is None and plan.opset != USUAL_OPSET:
+        return [
+            f"opset {plan.opset} instead of {USUAL_OPSET}: the first in which ONNX "
+            "quantizes float16."
+        ]
+    return []
+
+
+class _Steps:
+    """Keeps the time of each step and tells how far the whole is.
+
+    Attributes:
+        seconds: of each step that is done.
+    """
+
+    def __init__(self, progress: Progress, count: int) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+        self._count = count
+
+    @property
+    def behind(self) -> float:
+        """The share of the steps that is done."""
+        return min(len(self.seconds) / self._count, 1.0)
+
+    @contextmanager
+    def step(self, name: str, line: str) -> Iterator[Progress]:
+        """Begin a step and give it somewhere to tell its own progress."""
+        begun = self.behind
+        self._progress(line, begun)
+        start = time.perf_counter()
+        yield lambda line, done: self._progress(line, min(begun + done / self._count, 1.0))
+        self.seconds[name] = round(time.perf_counter() - start, 2)

@@ -1,0 +1,136 @@
+"""The vision graphs of a bundle, in the precision of the plan.
+
+Enters: a `BuildPlan`. Leaves: a graph for each budget in the bundle's draft. FP32 and FP16 graphs
+are written as they are traced; for INT8 they are first written in FP32 beside the bundle, and what
+`calibration.int8.graphs` makes of them goes into it.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Protocol
+
+from calibration.frames.dataset import CalibrationSet
+from graphs.operator_check import check_graph, oldest_tensorrt
+from graphs.graph_file import write_graph
+from graphs.float16 import convert_to_fp16
+from graphs.shared_weights import SharedWeights
+from calibration.int8.graphs import Int8Graphs, Int8Task, make_int8_graphs
+from calibration.int8.resume import Unfinished
+from engines.bundle import BundleDraft
+from engines.manifest import Precision, ReducerSpec, VisionGraph
+from engines.progress_bar import Progress
+from export.checkpoint.accuracy_table import AccuracyTable
+from export.build.plan import BuildOptions, BuildPlan
+from export.reducers import Reducer
+from export.vision.to_onnx import trace_graph
+from export.vision.visual_graph import build_visual_graph
+
+
+class Step(Protocol):
+    """How a build tells what it is doing."""
+
+    def __call__(self, name: str, line: str) -> AbstractContextManager[Progress]:
+        """Begin a step and give it somewhere to tell its own progress."""
+
+
+@dataclass(frozen=True)
+class Vision:
+    """What was written.
+
+    Attributes:
+        graphs: as the manifest describes them.
+        made: how INT8 came about; None for other precisions.
+    """
+
+    graphs: tuple[VisionGraph, ...]
+    made: Int8Graphs | None = None
+
+
+def export_vision(
+    plan: BuildPlan,
+    options: BuildOptions,
+    frames: CalibrationSet | None,
+    draft: BundleDraft,
+    step: Step,
+) -> Vision:
+    """Write the vision graphs.
+
+    Args:
+        plan: from `plan_build`.
+        options: what it was made from.
+        frames: to calibrate with, for INT8.
+        draft: the bundle that is being written.
+        step: told of each graph.
+
+    Raises:
+        GateError: INT8 agrees too little with FP32.
+        FoveateError: a graph cannot be had in this precision.
+    """
+    if plan.precision in ("fp32", "fp16"):
+        return Vision(_export_graphs(plan, plan.precision, draft.root, step))
+    beside = options.out.parent
+    with TemporaryDirectory(dir=beside, prefix=f"{options.out.name}.fp32-") as folder:
+        exact = _export_graphs(plan, "fp32", Path(folder), step)
+        task = Int8Task(
+            sources={graph.file: Path(folder) / graph.file for graph in exact},
+            root=draft.root,
+            precision=plan.precision,
+            tensorrt=oldest_tensorrt(plan.target),
+            options=options.int8,
+            frames=frames,
+            record=plan.record,
+            unfinished=Unfinished(options.out),
+        )
+        with step("int8", "INT8") as progress:
+            made = make_int8_graphs(task, progress)
+    return Vision(tuple(made.describe(graph, plan.precision) for graph in exact), made)
+
+
+def _export_graphs(
+    plan: BuildPlan, precision: Precision, root: Path, step: Step
+) -> tuple[VisionGraph, ...]:
+    several = len(plan.reducers) > 1
+    shared = SharedWeights(root / "vision/weights.data") if several else None
+    graphs = []
+    for reducer in plan.reducers:
+        count = reducer.token_count(plan.patches)
+        line = f"Vision graph: {reducer.name}, {count} of {plan.patches} visual tokens"
+        with step(f"vision_{count}", line):
+            graphs.append(_export_graph(plan, reducer, precision, root, shared))
+    return tuple(graphs)
+
+
+def _export_graph(
+    plan: BuildPlan,
+    reducer: Reducer,
+    precision: Precision,
+    root: Path,
+    shared: SharedWeights | None,
+) -> VisionGraph:
+    count = reducer.token_count(plan.patches)
+    accuracy = AccuracyTable(plan.checkpoint.root)
+    relative = f"vision/{reducer.name}_{count}.onnx"
+    model = trace_graph(build_visual_graph(plan.checkpoint, reducer))
+    model.metadata_props["model"] = plan.checkpoint.name
+    if precision == "fp16":
+        convert_to_fp16(model)
+    exported = write_graph(model, root / relative, opset=plan.opset, shared=shared)
+    if (tensorrt := oldest_tensorrt(plan.target)) is not None:
+        check_graph(exported.file, tensorrt)
+    return VisionGraph(
+        file=relative,
+        weights=f"vision/{exported.weights_file.name}" if exported.weights_file else None,
+        inputs=exported.inputs,
+        outputs=exported.outputs,
+        reducer=ReducerSpec(name=reducer.name, tokens=count, options=dict(reducer.options)),
+        precision=precision,
+        opset=exported.opset,
+        patch_rows=plan.checkpoint.patch_side,
+        patch_columns=plan.checkpoint.patch_side,
+        # Of what it will be: a graph that INT8 is made of is described before it is.
+        accuracy=accuracy.accuracy_of(reducer, plan.patches, plan.precision),
+    )

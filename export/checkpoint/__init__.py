@@ -1,0 +1,1 @@
+"""Read a checkpoint: its configuration, weights, processor and measured accuracy."""

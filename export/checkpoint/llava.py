@@ -1,0 +1,358 @@
+"""A LLaVA checkpoint, opened: what it is, checked, and its parts, loaded when asked for.
+
+Enters: a directory, or the name of a Hugging Face repository. Leaves: a `Checkpoint`. Nothing but
+configuration and tensor names is read until a part is asked for, so a 7B checkpoint opens at once
+and exporting its vision graph needs memory for the vision tower only.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.utils import logging
+
+from engines.errors import CheckpointError
+from engines.manifest import Preprocessing, Prompt
+from export.checkpoint.processor import (
+    list_tokenizer_files,
+    read_chat_template,
+    read_json,
+    read_preprocessing,
+    read_prompt,
+)
+from export.checkpoint.weights import INDEX_FILE, LlavaWeights, Part, find_weights
+
+T = TypeVar("T")
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+
+_EMBEDDINGS = "model.embed_tokens.weight"
+_DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+_HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A LLaVA checkpoint on disk.
+
+    Attributes:
+        root: its directory.
+        name: what to call it.
+        config: LLaVA's whole configuration.
+        vision_config: configuration of the CLIP tower.
+        text_config: configuration of the language model.
+        feature_layer: how many encoder layers run before the features are taken, 1 to all of them
+            (LLaVA-1.5: 23 of 24, which its configuration calls -2).
+        weights: where its tensors lie.
+        preprocessing: how a picture becomes `pixel_values`.
+    """
+
+    root: Path
+    name: str
+    config: LlavaConfig
+    vision_config: CLIPVisionConfig
+    text_config: PretrainedConfig
+    feature_layer: int
+    weights: LlavaWeights
+    preprocessing: Preprocessing
+
+    @property
+    def patch_side(self) -> int:
+        """Patches along one side of the picture (LLaVA-1.5: 24)."""
+        config: Any = self.vision_config
+        return int(config.image_size) // int(config.patch_size)
+
+    @property
+    def keeps_class_token(self) -> bool:
+        """Whether the language model was trained with the class token among the visual tokens.
+
+        It decides what `none`, the baseline without reduction, hands on. The papers' reducers
+        follow their released code, which gives the class token to the language model (VisionZip)
+        or does not (PruMerge) whatever the checkpoint says.
+        """
+        return bool(self.config.vision_feature_select_strategy == "full")
+
+    def vision_model(self) -> CLIPVisionModel:
+        """Return the vision tower in float32.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape than the configuration says.
+        """
+        state = self.weights.read(Part.VISION_TOWER)
+        if _wraps_vision_model(self.vision_config):
+            state = {f"vision_model.{name}": tensor for name, tensor in state.items()}
+        return _fill(self.root, CLIPVisionModel, self.vision_config, state, torch.float32)
+
+    def projector(self) -> LlavaMultiModalProjector:
+        """Return the projector in float32.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape than the configuration says.
+        """
+        projector = LlavaMultiModalProjector(self.config).eval()
+        try:
+            projector.load_state_dict(self.weights.read(Part.PROJECTOR))
+        except RuntimeError as error:
+            raise _wrong_tensors(self.root, Part.PROJECTOR, str(error)) from error
+        return projector.float()
+
+    def language_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Return the language model alone, as a causal LM, in `dtype` or as it is stored.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape than the configuration says.
+        """
+        state = self.weights.read(Part.LANGUAGE_MODEL)
+        config = self._plain_text_config()
+        architecture = _causal_lm(config)
+        return _fill(self.root, architecture, config, state, dtype or state[_EMBEDDINGS].dtype)
+
+    def embedding_table(self) -> Tensor:
+        """Return the text embeddings, [V, D] in their stored dtype."""
+        return self.weights.read(Part.LANGUAGE_MODEL, [_EMBEDDINGS])[_EMBEDDINGS]
+
+    def llava(self, **options: Any) -> LlavaForConditionalGeneration:
+        """Return the whole model as transformers loads it: the reference to compare with."""
+        model: Any = LlavaForConditionalGeneration.from_pretrained(
+            self.root, use_safetensors=True, local_files_only=True, **options
+        )
+        whole: LlavaForConditionalGeneration = model.eval()
+        return whole
+
+    def write_language_model(self, directory: Path) -> None:
+        """Write the language model as a plain causal-LM checkpoint, tokenizer included.
+
+        It copies shard by shard, so memory holds one shard at a time.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(self.weights.read_by_shard(Part.LANGUAGE_MODEL), start=1):
+            name = f"model-{number:05d}.safetensors"
+            save_file(shard, directory / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, name)
+        index = {"metadata": {}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=1), "utf-8")
+        self._plain_text_config().save_pretrained(directory)
+        copied = [*self.tokenizer_files(), self.root / "generation_config.json"]
+        for file in filter(Path.is_file, copied):
+            shutil.copy2(file, directory / file.name)
+
+    def _plain_text_config(self) -> PretrainedConfig:
+        config = copy.deepcopy(self.text_config)
+        config.architectures = [_causal_lm(config).__name__]
+        config.dtype = self.embedding_table().dtype
+        # LLaVA keeps the flag for its own head; the plain model needs it as its own.
+        config.tie_word_embeddings = bool(self.config.tie_word_embeddings)
+        return config
+
+    def tokenizer_files(self) -> list[Path]:
+        """Return the tokenizer's files; `tokenizer.json` is always among them."""
+        return list_tokenizer_files(self.root)
+
+    def chat_template(self) -> str:
+        """Jinja source of the chat template."""
+        return read_chat_template(self.root)
+
+    def prompt(self, tokenizer: str) -> Prompt:
+        """Return how a conversation becomes token ids.
+
+        Args:
+            tokenizer: where the bundle keeps `tokenizer.json`.
+        """
+        return read_prompt(
+            self.root, tokenizer, int(self.config.image_token_id), self.text_config.eos_token_id
+        )
+
+
+def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoint:
+    """Open a LLaVA checkpoint and check that Foveate can export it.
+
+    Args:
+        source: a directory, which is read without touching the network, or the name of a Hugging
+            Face repository such as ``llava-hf/llava-1.5-7b-hf``.
+        revision: branch, tag or commit of the repository.
+
+    Raises:
+        CheckpointError: not a checkpoint, not LLaVA over CLIP, pickled, incomplete or damaged.
+    """
+    root = Path(source)
+    if not root.is_dir():
+        root = _download(str(source), revision)
+    config = _read_config(root)
+    vision, text, layer = _read_parts(root / "config.json", config)
+    problems: list[str] = []
+    weights = _collect(problems, lambda: find_weights(root))
+    image_size: Any = vision.image_size
+    preprocessing = _collect(problems, lambda: read_preprocessing(root, image_size))
+    if weights is None or preprocessing is None:
+        raise CheckpointError(" ".join(problems))
+    name = root.resolve().name if root == Path(source) else str(source)
+    return Checkpoint(root, name, config, vision, text, layer, weights, preprocessing)
+
+
+def _collect(problems: list[str], read: Callable[[], T]) -> T | None:
+    try:
+        return read()
+    except CheckpointError as error:
+        problems.append(str(error))
+        return None
+
+
+def _read_config(root: Path) -> LlavaConfig:
+    file = root / "config.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{root}: not a checkpoint, it has no config.json. Expected the directory that "
+            "save_pretrained() writes or that a Hugging Face repository downloads to."
+        )
+    fields = read_json(file)
+    kind = fields.get("model_type")
+    if kind != "llava":
+        raise CheckpointError(
+            f"{file}: model_type is {kind!r}, and Foveate exports 'llava' "
+            "(LlavaForConditionalGeneration, LLaVA-1.5 and its kin in the transformers format). "
+            "For a checkpoint in LLaVA's original format use its conversion, for example "
+            "llava-hf/llava-1.5-7b-hf."
+        )
+    if "quantization_config" in fields:
+        raise CheckpointError(
+            f"{file}: the checkpoint is quantized already (quantization_config). Foveate quantizes "
+            "what it exports itself: give the float16 or float32 checkpoint."
+        )
+    try:
+        return LlavaConfig.from_dict(fields)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{file}: transformers cannot read it ({' '.join(str(error).split())}). Correct the "
+            "field, or download the file again."
+        ) from error
+
+
+def _read_parts(file: Path, config: LlavaConfig) -> tuple[CLIPVisionConfig, PretrainedConfig, int]:
+    problems = []
+    vision: Any = config.vision_config
+    text: Any = config.text_config
+    layer = config.vision_feature_layer
+    if not isinstance(vision, CLIPVisionConfig):
+        problems.append(f"the vision tower is {vision.model_type!r}, expected 'clip_vision_model'")
+    elif not isinstance(layer, int):
+        problems.append(
+            f"vision_feature_layer is {layer!r}; features of several layers cannot be reduced by "
+            "one layer's attention, so give a single layer, for example -2"
+        )
+    else:
+        layers = vision.num_hidden_layers
+        layer = layer + layers + 1 if layer < 0 else layer
+        if not 1 <= layer <= layers:
+            problems.append(
+                f"vision_feature_layer is {config.vision_feature_layer} and the tower has {layers} "
+                f"layers, expected {-layers} to -1 or 1 to {layers}"
+            )
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        problems.append(f"the language model {text.model_type!r} is not a causal language model")
+    if problems or not isinstance(layer, int):
+        raise CheckpointError(f"{file}: {'; '.join(problems)}. Foveate cannot export this model.")
+    return vision, text, layer
+
+
+def _wraps_vision_model(config: CLIPVisionConfig) -> bool:
+    """Return whether this release of transformers keeps the transformer one module deeper."""
+    with torch.device("meta"):
+        return hasattr(CLIPVisionModel(config), "vision_model")
+
+
+def _causal_lm(config: PretrainedConfig) -> type[PreTrainedModel]:
+    mapped: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    architecture: type[PreTrainedModel] = mapped[0] if isinstance(mapped, tuple) else mapped
+    return architecture
+
+
+def _download(name: str, revision: str | None) -> Path:
+    if not _HUB_NAME.match(name):
+        raise CheckpointError(
+            f"{name}: no such directory, and not the name of a Hugging Face repository either "
+            "(owner/name). Give the checkpoint's directory."
+        )
+    try:
+        root = snapshot_download(name, revision=revision, allow_patterns=list(_DOWNLOADED))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"{name}: no such directory, and it cannot be downloaded from Hugging Face either "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name, the network "
+            "and, for a gated repository, `hf auth login`; or download it elsewhere and give the "
+            "directory."
+        ) from error
+    return Path(root)
+
+
+def _fill(
+    root: Path,
+    architecture: type[ModelT],
+    config: PretrainedConfig,
+    state: dict[str, Tensor],
+    dtype: torch.dtype,
+) -> ModelT:
+    part = Part.VISION_TOWER if architecture is CLIPVisionModel else Part.LANGUAGE_MODEL
+    try:
+        with _quiet_transformers():
+            filled: Any = architecture.from_pretrained(
+                None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+            )
+    except RuntimeError as error:
+        raise _wrong_tensors(root, part, str(error)) from error
+    model, report = filled
+    if report["missing_keys"]:
+        raise _wrong_tensors(root, part, f"missing: {', '.join(sorted(report['missing_keys']))}")
+    checked: ModelT = model.eval()
+    return checked
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hush transformers' own report of missing tensors: ours is an error and says what to do."""
+    speech: Any = logging  # its functions carry no annotations
+    verbosity, bars = speech.get_verbosity(), speech.is_progress_bar_enabled()
+    speech.set_verbosity_error()
+    speech.disable_progress_bar()
+    try:
+        yield
+    finally:
+        speech.set_verbosity(verbosity)
+        if bars:
+            speech.enable_progress_bar()
+
+
+def _wrong_tensors(root: Path, part: Part, details: str) -> CheckpointError:
+    shown = details if len(details) < 600 else details[:600] + " ..."
+    return CheckpointError(
+        f"{root}: the {part.value}'s tensors are not those that config.json describes "
+        f"({' '.join(shown.split())}). Config and weights come from different models, or the "
+        "download is incomplete: download the checkpoint again."
+    )

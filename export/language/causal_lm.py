@@ -1,0 +1,85 @@
+"""The language model alone, as a plain causal-LM checkpoint that the model builder reads rightly.
+
+Enters: an opened LLaVA checkpoint. Leaves: a directory; and, before that, the reasons why a
+language model cannot become a decoder. The builder knows the head by its row count alone, so a
+vocabulary that is also the width of another layer would give wrong answers, silently: it is padded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from export.checkpoint.llava import Checkpoint
+from export.checkpoint.weights import INDEX_FILE
+
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_ROTARY_KINDS = ("default", "llama3")
+_HEAD_SIZE_STEP = 16
+_PADDING_ROWS = 8
+_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def read_limits(config: Any) -> list[str]:
+    """Return why a language model cannot become a decoder; nothing when it can."""
+    problems = []
+    if config.model_type not in _FAMILIES:
+        problems.append(f"model_type is {config.model_type!r}, not one of {', '.join(_FAMILIES)}")
+    rotary = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rotary not in _ROTARY_KINDS:
+        problems.append(f"rope_type is {rotary!r}, not one of {', '.join(_ROTARY_KINDS)}")
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        problems.append("some layers attend to a sliding window, which rewinding would break")
+    if head_size(config) % _HEAD_SIZE_STEP:
+        problems.append(
+            f"its attention heads are {head_size(config)} wide, and ONNX Runtime's grouped-query "
+            f"attention takes multiples of {_HEAD_SIZE_STEP}"
+        )
+    return problems
+
+
+def write_causal_lm(checkpoint: Checkpoint, directory: Path) -> None:
+    """Write the language model as a plain checkpoint, its vocabulary unlike any other width."""
+    checkpoint.write_language_model(directory)
+    config: Any = checkpoint.text_config
+    rows = config.vocab_size
+    while rows in layer_widths(config):
+        rows += _PADDING_ROWS
+    if rows != config.vocab_size:
+        _pad_vocabulary(directory, rows)
+
+
+def head_size(config: Any) -> int:
+    """Return the width of one attention head."""
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+
+
+def layer_widths(config: Any) -> set[int]:
+    """Return the output widths of the decoder's linear layers, the head's aside."""
+    size = head_size(config)
+    heads = {config.num_attention_heads * size, config.num_key_value_heads * size}
+    return heads | {config.hidden_size, config.intermediate_size}
+
+
+def _pad_vocabulary(directory: Path, rows: int) -> None:
+    """Give the embedding table and the head zero rows up to ``rows``."""
+    weight_map = json.loads((directory / INDEX_FILE).read_text("utf-8"))["weight_map"]
+    for file in {weight_map[name] for name in (_EMBEDDINGS, _HEAD) if name in weight_map}:
+        tensors = load_file(directory / file)
+        for name in {_EMBEDDINGS, _HEAD} & set(tensors):
+            tensors[name] = _padded(tensors[name], rows)
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+    config_file = directory / "config.json"
+    fields = json.loads(config_file.read_text("utf-8")) | {"vocab_size": rows}
+    config_file.write_text(json.dumps(fields, indent=2), "utf-8")
+
+
+def _padded(table: Tensor, rows: int) -> Tensor:
+    return torch.cat([table, table.new_zeros(rows - table.shape[0], table.shape[1])])

@@ -1,0 +1,132 @@
+"""The language half of a bundle: what all backends share, and a decoder for each one asked for.
+
+Enters: an opened checkpoint and names of backends. Leaves: embedding table, tokenizer and decoders
+in the bundle being written, and what the manifest says of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from engines.errors import CheckpointError, OptionError
+from engines.manifest import LanguageModel, LlmPrecision, Prompt, Text
+from export.checkpoint.llava import Checkpoint
+from export.language.gguf_decoder import read_gguf_limits
+from export.language.gguf_quantize import GgufPrecision, export_gguf
+from export.language.onnx_decoder import (
+    TOKENIZER_FILE,
+    export_language,
+    write_embeddings,
+    write_tokenizer,
+)
+
+DecoderBackend = Literal["ort", "llamacpp"]
+
+
+@dataclass(frozen=True)
+class DecoderOptions:
+    """Which decoders to write.
+
+    Attributes:
+        backends: the first one is the bundle's default.
+        precision: of the ONNX decoder.
+        gguf_precision: of the GGUF decoder; None takes the one that is like `precision`.
+    """
+
+    backends: tuple[DecoderBackend, ...] = ("ort",)
+    precision: LlmPrecision = "int4"
+    gguf_precision: GgufPrecision | None = None
+
+    def precision_of(self, backend: DecoderBackend) -> LlmPrecision | GgufPrecision:
+        """Return the precision a backend's decoder will have."""
+        return self.precision if backend == "ort" else self.chosen_gguf_precision
+
+    @property
+    def chosen_gguf_precision(self) -> GgufPrecision:
+        """The GGUF decoder's precision, the default filled in."""
+        return self.gguf_precision or ("q4_k_m" if self.precision == "int4" else "f16")
+
+
+@dataclass(frozen=True)
+class LanguageModels:
+    """What the manifest says of the language half.
+
+    Attributes:
+        models: one decoder for each backend.
+        text: the embedding table.
+        prompt: how a conversation becomes token ids.
+        notes: what did not come out as small as asked for, in words.
+    """
+
+    models: tuple[LanguageModel, ...]
+    text: Text
+    prompt: Prompt
+    notes: tuple[str, ...] = ()
+
+
+def check_language_models(checkpoint: Checkpoint, options: DecoderOptions) -> None:
+    """Refuse early what `export_language_models` would refuse late.
+
+    Raises:
+        OptionError: no backend, one twice, or llama-cpp-python is needed and missing.
+        CheckpointError: llama.cpp cannot run this language model.
+    """
+    backends = options.backends
+    if not backends or len(set(backends)) != len(backends):
+        raise OptionError(
+            f"--llm-backend {','.join(backends)}: expected ort, llamacpp or both, each once."
+        )
+    if "llamacpp" not in backends:
+        return
+    problems = read_gguf_limits(checkpoint.text_config)
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint.root / 'config.json'}: the language model cannot become a GGUF file: "
+            f"{'; '.join(problems)}. Build with --llm-backend ort."
+        )
+    precision = options.chosen_gguf_precision
+    if precision not in ("f16", "f32") and find_spec("llama_cpp") is None:
+        raise OptionError(
+            f"Quantizing a GGUF file to {precision} needs llama-cpp-python, which is not "
+            'installed. Install it with `pip install "foveate[llamacpp]"`, or build with '
+            "--gguf-precision f16."
+        )
+
+
+def export_language_models(
+    checkpoint: Checkpoint,
+    root: Path,
+    options: DecoderOptions,
+    progress: Callable[[int, int], None] | None = None,
+) -> LanguageModels:
+    """Write the language half of a bundle.
+
+    Args:
+        checkpoint: an opened LLaVA checkpoint.
+        root: the bundle's directory, while it is being written.
+        options: which decoders.
+        progress: called with the ONNX decoder's layers read so far and how many there are.
+
+    Raises:
+        FoveateError: a language model that one of the backends cannot run.
+    """
+    check_language_models(checkpoint, options)
+    written: dict[DecoderBackend, LanguageModel] = {}
+    notes: Sequence[str] = ()
+    if "ort" in options.backends:
+        language = export_language(checkpoint, root, options.precision, progress=progress)
+        written["ort"], text, prompt = language.model, language.text, language.prompt
+    else:
+        text = write_embeddings(checkpoint, root)
+        write_tokenizer(checkpoint, root)
+        prompt = checkpoint.prompt(TOKENIZER_FILE)
+    if "llamacpp" in options.backends:
+        gguf = export_gguf(checkpoint, root, options.chosen_gguf_precision)
+        written["llamacpp"] = gguf.model
+        notes = [note for note in (gguf.describe_fallbacks(),) if note]
+    models = tuple(written[backend] for backend in options.backends)
+    return LanguageModels(models, text, prompt, tuple(notes))

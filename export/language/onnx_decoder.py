@@ -1,0 +1,208 @@
+"""The language model of a checkpoint becomes an ONNX decoder.
+
+Enters: an opened checkpoint. Leaves, in the bundle being written: `llm/ort/model.onnx`, which takes
+embeddings and a KV cache and gives the logits of the last position; the embedding table, as float16
+rows that every backend shares; and the tokenizer. onnxruntime-genai's model builder makes the
+graph, in a process of its own: it prints as it goes, edits the import path, and the memory of a
+large model is the system's again when it ends.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from engines.errors import CheckpointError, OptionError
+from engines.manifest import LanguageModel, LlmPrecision, Prompt, Text
+from export.checkpoint.llava import Checkpoint
+from export.language.causal_lm import head_size, read_limits, write_causal_lm
+
+GRAPH_FILE = "llm/ort/model.onnx"
+EMBEDDINGS_FILE = "llm/embeddings.safetensors"
+TOKENIZER_FILE = "llm/tokenizer.json"
+
+Progress = Callable[[int, int], None]
+"""Called with the layers read so far and how many there are."""
+
+_LOG_LINES = 15
+
+
+@dataclass(frozen=True)
+class Language:
+    """What the manifest says of an exported language model."""
+
+    model: LanguageModel
+    text: Text
+    prompt: Prompt
+
+
+def export_language(
+    checkpoint: Checkpoint,
+    root: Path,
+    precision: LlmPrecision = "int4",
+    *,
+    device: Literal["cpu", "cuda"] = "cpu",
+    progress: Progress | None = None,
+) -> Language:
+    """Write decoder, embedding table and tokenizer into a bundle.
+
+    Args:
+        checkpoint: an opened LLaVA checkpoint.
+        root: the bundle's directory, while it is being written.
+        precision: ``"int4"`` (weights in blocks of 32, the language model's head included) or
+            ``"fp32"`` (exact).
+        device: where the decoder will run; for ``"cuda"`` it computes in float16.
+        progress: called as layers are read.
+
+    Raises:
+        CheckpointError: a language model that cannot be exported.
+        OptionError: a precision that the device has no kernel for.
+    """
+    config: Any = checkpoint.text_config
+    problems = read_limits(config)
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint.root / 'config.json'}: the language model cannot become an ONNX decoder: "
+            f"{'; '.join(problems)}."
+        )
+    if device == "cuda" and precision == "fp32":
+        raise OptionError(
+            "An fp32 decoder runs on the CPU only, because grouped-query attention has no float32 "
+            "kernel on CUDA. Choose --llm-precision int4 for a GPU."
+        )
+    text = write_embeddings(checkpoint, root)
+    write_tokenizer(checkpoint, root)
+    write_decoder(checkpoint, root, precision, device=device, progress=progress)
+    model = LanguageModel(backend="ort", file=GRAPH_FILE, precision=precision)
+    return Language(model, text, checkpoint.prompt(TOKENIZER_FILE))
+
+
+def write_embeddings(checkpoint: Checkpoint, root: Path) -> Text:
+    """Write the embedding table as float16[V, D] and return what the manifest says of it.
+
+    Raises:
+        CheckpointError: a number does not fit float16.
+    """
+    table = checkpoint.embedding_table()
+    rows = table.to(torch.float16).contiguous()
+    if not torch.isfinite(rows).all():
+        raise CheckpointError(
+            f"{checkpoint.root}: the embedding table holds numbers up to "
+            f"{table.abs().max().item():g}, and float16 ends at 65504. The weights are damaged; "
+            "download them again."
+        )
+    file = root / EMBEDDINGS_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"embed_tokens": rows}, file)
+    return Text(
+        embeddings=EMBEDDINGS_FILE,
+        vocabulary=rows.shape[0],
+        hidden_size=rows.shape[1],
+        context_length=int(checkpoint.text_config.max_position_embeddings),
+    )
+
+
+def write_tokenizer(checkpoint: Checkpoint, root: Path) -> None:
+    """Write the tokenizer as transformers sets it up, which its own file alone may not say."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.root, local_files_only=True)
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    file = root / TOKENIZER_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    backend.save(str(file))
+
+
+def write_decoder(
+    checkpoint: Checkpoint,
+    root: Path,
+    precision: LlmPrecision,
+    *,
+    device: Literal["cpu", "cuda"] = "cpu",
+    progress: Progress | None = None,
+) -> None:
+    """Build the ONNX decoder into ``root``.
+
+    Raises:
+        OptionError: the model builder is not installed.
+        CheckpointError: the model builder failed; its last lines are in the message.
+    """
+    if find_spec("onnxruntime_genai") is None:
+        raise OptionError(
+            "Building a decoder needs onnxruntime-genai, which is not installed. Install it with "
+            '`pip install "foveate[export]"`.'
+        )
+    destination = root / GRAPH_FILE
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".decoder-", dir=root) as scratch:
+        plain, built = Path(scratch, "causal_lm"), Path(scratch, "built")
+        write_causal_lm(checkpoint, plain)
+        command = _builder_command(plain, built, Path(scratch, "cache"), precision, device)
+        _run_builder(command, checkpoint, progress)
+        _fix_head_size(built / "model.onnx", checkpoint)
+        for name in ("model.onnx", "model.onnx.data"):
+            shutil.move(built / name, destination.parent / name)
+
+
+def _builder_command(
+    plain: Path, built: Path, cache: Path, precision: LlmPrecision, device: str
+) -> list[str]:
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+    command += ["-i", str(plain), "-o", str(built), "-c", str(cache), "-p", precision, "-e", device]
+    return [*command, "--extra_options", "exclude_embeds=true", "prune_lm_head=true"]
+
+
+def _run_builder(command: list[str], checkpoint: Checkpoint, progress: Progress | None) -> None:
+    layers = int(checkpoint.text_config.num_hidden_layers)
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1"}
+    log: list[str] = []
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, **offline},
+    ) as process:
+        try:
+            for line in process.stdout or ():
+                log.append(line.rstrip())
+                if line.startswith("Reading layer") and progress is not None:
+                    progress(int(line.split()[2]) + 1, layers)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
+        last = "\n".join([line for line in log if line and "it/s]" not in line][-_LOG_LINES:])
+        raise CheckpointError(
+            f"{checkpoint.root}: onnxruntime-genai's model builder could not build the decoder "
+            f"(exit status {process.returncode}"
+            f"{', killed, perhaps for want of memory' if process.returncode < 0 else ''}). It said "
+            f"at the end:\n{last}"
+        )
+
+
+def _fix_head_size(graph: Path, checkpoint: Checkpoint) -> None:
+    """Write the width of a key-value head into the cache's shapes, where the builder left a name.
+
+    The runtime allocates the cache by these shapes.
+    """
+    width = head_size(checkpoint.text_config)
+    model = onnx.load(str(graph), load_external_data=False)
+    for value in [*model.graph.input, *model.graph.output]:
+        if value.name.startswith(("past_key_values.", "present.")):
+            value.type.tensor_type.shape.dim[3].dim_value = width
+    onnx.save(model, str(graph))

@@ -1,0 +1,178 @@
+"""What a checkpoint computes as transformers runs it: the measure of everything we export.
+
+Enters: an opened checkpoint. Leaves: visual tokens, first-token logits and greedy answers from
+PyTorch. The tower is transformers' own with eager attention that returns every attention matrix, as
+in the papers' code; nothing of `export.towers.clip` takes part, so a mistake there shows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from calibration.agreement.stages import EMBEDDINGS, KEYS, MERGING, SCORES, layer_stage
+from export.checkpoint.llava import Checkpoint
+from export.reducers import Reducer
+from export.towers import Scoring, TowerOutput
+from runtime.language.parts import Part
+from runtime.vision import VisualTokens
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What PyTorch makes of one batch, from the inside.
+
+    Attributes:
+        tokens: what the bundle's vision graph should return.
+        stages: values of the first picture by stage, in the order they are computed.
+    """
+
+    tokens: VisualTokens
+    stages: dict[str, NDArray[np.float32]]
+
+
+class VisionReference:
+    """Tower by transformers, reducer and projector in PyTorch, all in float32.
+
+    Raises:
+        CheckpointError: a tensor of the tower or the projector is missing or misshapen.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, reducer: Reducer) -> None:
+        self.reducer = reducer
+        self.feature_layer = checkpoint.feature_layer
+        self.model: Any = checkpoint.vision_model()
+        self.model.set_attn_implementation("eager")
+        self.projector = checkpoint.projector()
+
+    @torch.no_grad()
+    def observe(self, pixel_values: NDArray[np.float32]) -> Observation:
+        """Encode preprocessed pictures.
+
+        Args:
+            pixel_values: float32[B, 3, H, W].
+        """
+        started = time.perf_counter()
+        pixels = torch.from_numpy(pixel_values)
+        tower, states = observe_tower(self.model, self.feature_layer, self.reducer.scoring, pixels)
+        reduced = self.reducer(tower)
+        tokens: Tensor = self.projector(reduced.tokens)
+        seen = VisualTokens(
+            tokens=tokens.numpy(),
+            valid=reduced.valid.numpy(),
+            origin=reduced.origin.numpy(),
+            assignment=reduced.assignment.numpy(),
+            milliseconds={"vision": (time.perf_counter() - started) * 1e3},
+        )
+        stages = {EMBEDDINGS: states[0]}
+        stages |= {layer_stage(layer): state for layer, state in enumerate(states[1:])}
+        if self.reducer.scoring is not Scoring.NONE:
+            stages |= {SCORES: tower.scores, KEYS: tower.keys}
+        stages[MERGING] = reduced.tokens
+        return Observation(seen, {name: value[0].numpy() for name, value in stages.items()})
+
+    def encode(self, pixel_values: NDArray[np.float32]) -> VisualTokens:
+        """Encode preprocessed pictures; see `observe`."""
+        return self.observe(pixel_values).tokens
+
+
+def observe_tower(
+    model: Any, feature_layer: int, scoring: Scoring, pixel_values: Tensor
+) -> tuple[TowerOutput, tuple[Tensor, ...]]:
+    """Run transformers' CLIP tower and read off what a reducer wants, as the papers' code does.
+
+    Args:
+        model: `CLIPVisionModel` with eager attention.
+        feature_layer: how many encoder layers run before the features are taken.
+        scoring: whose attention row and keys to read.
+        pixel_values: float32[B, 3, H, W].
+
+    Returns:
+        What a reducer wants; and the embeddings and what each layer put out, float32[B, S, D] each.
+    """
+    layers = getattr(model, "vision_model", model).encoder.layers
+    scored = layers[-1 if scoring is Scoring.LAST_LAYER else feature_layer - 1].self_attn
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            seen[name] = output
+
+        return hook
+
+    handles = [
+        getattr(scored, name).register_forward_hook(keep(name)) for name in ("q_proj", "k_proj")
+    ]
+    try:
+        outputs = model(pixel_values, output_hidden_states=True, output_attentions=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    states: tuple[Tensor, ...] = outputs.hidden_states
+    features = states[feature_layer]  # [B, S, D]
+    keys = seen["k_proj"]  # [B, S, D]
+    if scoring is Scoring.SELECTED_LAYER:
+        attention = outputs.attentions[feature_layer - 1]  # [B, H, S, S]
+        scores = attention[:, :, 0, 1:].sum(dim=1)  # [B, P]
+        by_head = keys.view(*keys.shape[:2], attention.shape[1], -1)  # [B, S, H, d]
+        return TowerOutput(features, scores, by_head.mean(dim=2)), states
+    if scoring is Scoring.LAST_LAYER:
+        logits = seen["q_proj"] @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5  # [B, S, S]
+        return TowerOutput(features, logits.softmax(dim=-1)[:, 0, 1:], keys), states
+    return TowerOutput(features, features[:, :0, 0], features[:, :, :0]), states
+
+
+class LanguageReference:
+    """The checkpoint's language model in PyTorch, in float32.
+
+    Raises:
+        CheckpointError: a tensor of the language model is missing or misshapen.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.model: Any = checkpoint.language_model(torch.float32)
+
+    @torch.no_grad()
+    def answer(
+        self, parts: Sequence[Part], max_tokens: int, stop_token_ids: Sequence[int]
+    ) -> tuple[NDArray[np.float32], list[int]]:
+        """Answer greedily.
+
+        Args:
+            parts: the prompt, as a language backend takes it.
+            max_tokens: most tokens of the answer.
+            stop_token_ids: ids that end it.
+
+        Returns:
+            Logits of the first token, float32[V], and the answer's ids without the one that ended
+            it.
+        """
+        rows = torch.cat([self._rows(part) for part in parts])[None]  # [1, N, D]
+        written = self.model.generate(
+            inputs_embeds=rows,
+            attention_mask=torch.ones(rows.shape[:2], dtype=torch.long),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=list(stop_token_ids),
+            pad_token_id=stop_token_ids[0] if stop_token_ids else 0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        ids: list[int] = written.sequences[0].tolist()
+        if ids and ids[-1] in stop_token_ids:
+            ids.pop()
+        return written.logits[0][0].float().numpy(), ids
+
+    def _rows(self, part: Part) -> Tensor:
+        given = torch.from_numpy(np.ascontiguousarray(part))
+        if given.dtype == torch.int64:
+            rows: Tensor = self.model.get_input_embeddings()(given)
+            return rows
+        return given.float()

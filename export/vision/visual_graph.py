@@ -1,0 +1,115 @@
+"""The whole way from pixels to visual tokens as one module: tower, reducer, projector.
+
+The projector comes after the reducer, so it sees the tokens that are left instead of all of them.
+"""
+
+from __future__ import annotations
+
+from math import isqrt
+from typing import Any
+
+from torch import Tensor, nn
+
+from engines.errors import OptionError
+from export.checkpoint.llava import Checkpoint
+from export.reducers.reduced import Reduced, Reducer
+from export.towers import TowerOutput
+from export.towers.registry import make_tower
+
+INPUT = "pixel_values"
+OUTPUTS = ("visual_tokens", "valid_count", "patch_index", "assignment")
+
+
+class VisualGraph(nn.Module):
+    """Pixels in, visual tokens out.
+
+    Args:
+        tower: gives a `TowerOutput` with what the reducer wants.
+        reducer: from `export.reducers.make_reducer`.
+        projector: tower features -> language model embeddings.
+        image_size: side of the square picture in pixels.
+        patches: how many patches the tower makes of it.
+
+    Raises:
+        OptionError: the reducer's budget does not fit that many patches.
+    """
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        reducer: Reducer,
+        projector: nn.Module,
+        image_size: int,
+        patches: int,
+    ) -> None:
+        super().__init__()
+        self.tower = tower
+        self.reducer = ReducerModule(reducer)
+        self.projector = projector
+        self.image_size = image_size
+        self.patches = patches
+        self.token_count = reducer.token_count(patches)
+
+    @property
+    def patch_side(self) -> int:
+        """Patches along one side of the picture."""
+        return isqrt(self.patches)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Encode a batch of pictures.
+
+        Args:
+            pixel_values: float32[B, 3, H, W].
+
+        Returns:
+            visual_tokens: float32[B, N, D_llm]; rows beyond the valid count are not to be read.
+            valid_count: int64[B].
+            patch_index: int64[B, N]; `Reduced.origin`.
+            assignment: int64[B, P]; `Reduced.assignment`.
+        """
+        reduced = self.reducer(self.tower(pixel_values))
+        return self.projector(reduced.tokens), reduced.valid, reduced.origin, reduced.assignment
+
+
+class ReducerModule(nn.Module):
+    """A reducer as a module, so that its nodes in the graph can be told from the others."""
+
+    def __init__(self, reducer: Reducer) -> None:
+        super().__init__()
+        self.reduce = reducer
+
+    def forward(self, tower: TowerOutput) -> Reduced:
+        """Reduce a batch."""
+        return self.reduce(tower)
+
+
+def build_visual_graph(checkpoint: Checkpoint, reducer: Reducer) -> VisualGraph:
+    """Put a checkpoint's tower and projector around a reducer, in float32.
+
+    Raises:
+        CheckpointError: a tensor of the tower or the projector is missing or misshapen.
+        OptionError: the reducer's budget does not fit the tower, or `none` would hand on other
+            tokens than the language model was trained with.
+    """
+    _check_class_token(checkpoint, reducer)
+    model: Any = checkpoint.vision_model()
+    tower = make_tower(model, checkpoint.feature_layer, reducer.scoring)
+    embeddings = getattr(model, "vision_model", model).embeddings
+    graph = VisualGraph(
+        tower,
+        reducer,
+        checkpoint.projector(),
+        image_size=embeddings.image_size,
+        patches=embeddings.num_patches,
+    )
+    return graph.eval().requires_grad_(False)
+
+
+def _check_class_token(checkpoint: Checkpoint, reducer: Reducer) -> None:
+    given = reducer.options.get("class_token")
+    if reducer.name == "none" and given != checkpoint.keeps_class_token:
+        raise OptionError(
+            f"reducer none: class_token is {given}, but vision_feature_select_strategy in the "
+            f"checkpoint's config.json is {checkpoint.config.vision_feature_select_strategy!r}. "
+            f"Make the reducer with class_token={checkpoint.keeps_class_token}."
+        )

@@ -1,0 +1,1 @@
+"""ONNX graphs: their files, modules, float types, and the operators TensorRT takes."""
