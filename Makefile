@@ -9,7 +9,7 @@ export ORT_DISABLE_TELEMETRY := 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-trt test-gpu test-llamacpp test-vllm train-pocket \
+.PHONY: help install demo test test-slow test-trt test-faults test-gpu test-llamacpp test-vllm train-pocket \
   lint format bench clean
 
 help:  ## List the targets.
@@ -38,6 +38,9 @@ test-slow: install  ## Run the tests at CLIP-L/14-336 size.
 test-trt: install  ## Build real plans with NVIDIA's parser and compiler; needs no GPU.
 	@$(BIN)/python -m engines.install_trt_rtx >&2
 	$(BIN)/python -m pytest -m "trt and not slow"
+
+test-faults: install  ## Try every hostile input: files, frames, servers, commands (minutes).
+	FOVEATE_FAULTS=full $(BIN)/python -m pytest -n 2 --dist loadfile tests/faults
 
 test-gpu: install  ## Run the tests that need a CUDA GPU; they skip with a reason elsewhere.
 	$(BIN)/python -m pytest -m gpu
