@@ -1,4 +1,4 @@
-"""Say how many hostile inputs a test tries: a short share in `make test`, all in `make test-faults`."""
+"""Say how many hostile inputs a test tries: all in `make test-faults`, a share in `make test`."""
 
 from __future__ import annotations
 
