@@ -10,10 +10,10 @@ cleared, because a score rounded to ten bits keeps another patch.
 from __future__ import annotations
 
 import importlib
-import logging
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,8 +26,15 @@ from engines.manifest import Precision, TensorSpec
 from engines.staging import staged_file
 from engines.targets import Target, targets_of_gpu
 from engines.trt.batch_profile import ANY_BATCH, BatchRange, shape_ranges
+from engines.trt.build_log import BuildLog
 from engines.trt.build_progress import ProgressCallback, make_progress_monitor
-from engines.trt.layer_report import EngineReport, LayerReport, report_engine, report_network
+from engines.trt.layer_report import (
+    EngineReport,
+    LayerReport,
+    report_engine,
+    report_layers,
+    report_network,
+)
 from engines.trt.library import TrtLibrary, load_library_for, load_polygraphy
 from engines.trt.logger import make_logger
 from engines.trt.plan import PlanRecord, ShapeRange, write_plan
@@ -126,8 +133,9 @@ def build_plan(options: BuildOptions, on_progress: ProgressCallback | None = Non
     gpu = choose_gpu(options.target, find_gpu())
     library = load_library_for(options.target)
     options.plan.parent.mkdir(parents=True, exist_ok=True)
-    with _collected_complaints() as complaints:
-        work = _Compilation(load_polygraphy(library), library, options, profile, gpu, complaints)
+    loaders = load_polygraphy(library)
+    with BuildLog() as log, _every_message():
+        work = _Compilation(loaders, library, options, profile, gpu, log.errors)
         parsed, parse_seconds = _timed(work.parse)
         network_report = report_network(parsed[1])
         data, build_seconds = _timed(lambda: work.build(parsed, on_progress))
@@ -155,7 +163,7 @@ def build_plan(options: BuildOptions, on_progress: ProgressCallback | None = Non
     layers = LayerReport(
         parse_seconds=round(parse_seconds, 3),
         network=network_report,
-        engine=_inspect(library, data) if gpu else None,
+        engine=_inspect(library, data, log) if gpu else report_layers(log.layers),
     )
     with staged_file(layers_path(options.plan), EngineError) as staged:
         staged.write_text(layers.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -176,7 +184,7 @@ class _Compilation:
     options: BuildOptions
     profile: dict[str, ShapeRange]
     gpu: Gpu | None
-    complaints: list[str]
+    errors: list[str]
 
     def parse(self) -> Any:
         """Return (builder, network, parser)."""
@@ -185,7 +193,7 @@ class _Compilation:
             return self.loaders.NetworkFromOnnxPath(str(onnx), strongly_typed=True)()
         except Exception as error:  # Polygraphy's own exception type, and pybind's
             raise EngineError(
-                f"{onnx}: NVIDIA's ONNX parser refuses the graph: {_tell(self.complaints, error)} "
+                f"{onnx}: NVIDIA's ONNX parser refuses the graph: {_tell(self.errors, error)} "
                 "Export again with `python -m export.build`, whose graph check names the node."
             ) from error
 
@@ -209,7 +217,7 @@ class _Compilation:
                 raise KeyboardInterrupt from error
             raise EngineError(
                 f"{options.onnx}: {self.library.name} {self.library.version} cannot build the "
-                f"graph for {options.target.name}: {_tell(self.complaints, error)} If memory ran "
+                f"graph for {options.target.name}: {_tell(self.errors, error)} If memory ran "
                 "out, close other programs, lower --workspace, or add swap "
                 "(`python -m engines.doctor BUNDLE`)."
             ) from error
@@ -237,14 +245,21 @@ def _clear_tf32(trt: Any, config: Any) -> None:
     config.clear_flag(trt.BuilderFlag.TF32)
 
 
-def _inspect(library: TrtLibrary, data: Any) -> EngineReport | None:
+def _inspect(library: TrtLibrary, data: Any, log: BuildLog) -> EngineReport | None:
     trt = library.trt
     runtime = trt.Runtime(make_logger(trt))
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
-        return None
+        return report_layers(log.layers)
     inspector = engine.create_engine_inspector()
     return report_engine(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+def _every_message() -> AbstractContextManager[Any]:
+    """Let Polygraphy pass on all that TensorRT says, the layers after fusion among it."""
+    logger = importlib.import_module("polygraphy.logger").G_LOGGER
+    verbosity: AbstractContextManager[Any] = logger.verbosity(logger.EXTRA_VERBOSE)
+    return verbosity
 
 
 def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -252,25 +267,7 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return work(), time.perf_counter() - start
 
 
-class _collected_complaints(logging.Handler):  # noqa: N801 - used as a context manager
-    """Collect what the library says at error level while the block runs."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(" ".join(record.getMessage().split()))
-
-    def __enter__(self) -> list[str]:
-        logging.getLogger("Polygraphy").addHandler(self)
-        return self.messages
-
-    def __exit__(self, *_: object) -> None:
-        logging.getLogger("Polygraphy").removeHandler(self)
-
-
-def _tell(complaints: list[str], error: Exception) -> str:
-    """Return the first thing that went wrong, which is the cause; the rest follows from it."""
-    first = complaints[0] if complaints else " ".join(str(error).split())
+def _tell(errors: list[str], error: Exception) -> str:
+    """Return the first error, which is the cause of the others."""
+    first = errors[0] if errors else " ".join(str(error).split())
     return first if first.endswith(".") else f"{first}."

@@ -1,20 +1,27 @@
-"""What became of a graph: its layers as parsed, and as TensorRT fused them.
+"""Report what became of a graph: its layers as parsed, and as TensorRT fused them.
 
-Enters: a parsed network, and, where a GPU can load the plan, the engine inspector's JSON. Leaves:
-counts by kind and type, whether attention was fused, and the Q/DQ nodes that were not. The
-inspector has no field for fusion, so it is told by the words TensorRT names its kernels with.
+The layers after fusion come from the engine inspector where a GPU can open the plan, and from the
+build log elsewhere. Neither has a field for fusion, so it is told by the names of the kernels.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 _FUSED_ATTENTION = ("mha", "fmha", "flash_attention", "fused_attention")
 _QUANTIZATION = ("quantize", "dequantize", "quantizelinear", "dequantizelinear")
+_ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+_BYTES = {
+    "half": 2, "bfloat16": 2, "fp16": 2, "int8": 1, "uint8": 1, "fp8": 1, "float8": 1, "bool": 1,
+    "int64": 8,
+}  # fmt: skip
 
 
 class _Report(BaseModel):
@@ -42,7 +49,9 @@ class EngineReport(_Report):
     softmax_layers: int
     """Softmax outside fused attention: attention that was not fused, and the reducer's own."""
     quantization_left: int
-    """Q and DQ that no layer took in: each costs a pass over its tensor."""
+    """Layers that only quantize or dequantize: each costs a pass over its tensor."""
+    moved_bytes: int
+    """Sizes of all that the layers read and write, weights included, at batch 1."""
 
 
 class LayerReport(_Report):
@@ -51,7 +60,7 @@ class LayerReport(_Report):
     parse_seconds: float
     network: NetworkReport
     engine: EngineReport | None
-    """None without a GPU: only the device can open its plan."""
+    """None where neither a GPU could open the plan nor the build log told of layers."""
 
 
 def report_network(network: Any) -> NetworkReport:
@@ -70,25 +79,40 @@ def report_network(network: Any) -> NetworkReport:
     )
 
 
-def report_engine(inspector_json: str) -> EngineReport:
+def report_engine(inspector_json: str) -> EngineReport | None:
     """Count the layers of an engine from `EngineInspector.get_engine_information`."""
-    layers = json.loads(inspector_json).get("Layers", [])
+    return report_layers(json.loads(inspector_json).get("Layers", []))
+
+
+def report_layers(layers: Sequence[dict[str, Any] | str]) -> EngineReport | None:
+    """Count the layers of an engine, as the inspector or the build log describes them.
+
+    Returns:
+        The counts; None where there is no layer.
+    """
+    if not layers:
+        return None
     kinds: Counter[str] = Counter()
     types: Counter[str] = Counter()
-    fused = softmax = quantization = 0
+    fused = softmax = quantization = moved = 0
     for layer in layers:
         # Without detailed verbosity a layer is only its name.
         entry: dict[str, Any] = {"Name": layer} if isinstance(layer, str) else layer
-        kind = str(entry.get("LayerType", "unknown"))
+        kind = str(entry.get("LayerType") or "unknown")
         kinds[kind] += 1
         name = f"{entry.get('Name', '')} {entry.get('TacticName', '')}".lower()
         is_attention = any(word in name for word in _FUSED_ATTENTION)
         fused += is_attention
         origin = f"{name} {kind} {entry.get('Metadata', '')}".lower()
         softmax += "softmax" in origin and not is_attention
-        quantization += kind.lower() in _QUANTIZATION
+        quantization += _only_quantizes(entry, kind)
         for output in entry.get("Outputs", []):
             types[_type_of(output)] += 1
+        moved += sum(
+            _bytes_of(tensor)
+            for role in ("Inputs", "Constants", "Outputs")
+            for tensor in entry.get(role, [])
+        )
     return EngineReport(
         layers=len(layers),
         kinds=_sorted(kinds),
@@ -96,7 +120,22 @@ def report_engine(inspector_json: str) -> EngineReport:
         fused_attentions=fused,
         softmax_layers=softmax,
         quantization_left=quantization,
+        moved_bytes=moved,
     )
+
+
+def _only_quantizes(entry: dict[str, Any], kind: str) -> bool:
+    """Return whether a layer does nothing but Q or DQ."""
+    if kind.lower() in _QUANTIZATION:
+        return True
+    nodes = _ONNX_NODE.findall(str(entry.get("Metadata", "")))
+    return bool(nodes) and all("quantizelinear" in node.lower() for node in nodes)
+
+
+def _bytes_of(tensor: dict[str, Any]) -> int:
+    """Return the size of a tensor; a batch that is not fixed counts as 1."""
+    sizes = [abs(int(size)) for size in tensor.get("Dimensions", [])]
+    return math.prod(sizes) * _BYTES.get(_type_of(tensor).lower(), 4)
 
 
 def _type_of(tensor: dict[str, Any]) -> str:

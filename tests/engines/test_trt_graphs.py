@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from transformers import CLIPVisionConfig
 
 from benchmarks import random_graphs
 from engines.manifest import Precision, TensorSpec
@@ -46,6 +47,7 @@ def test_a_reducer_parses_and_builds(exported: Exported, precision: Precision, s
     types = result.layers.network.output_types
     kinds = result.layers.network.kinds
     assert result.record.plan_bytes > 10_000
+    assert_fused(result, precision, attentions_of(random_graphs.TINY))
     assert ("HALF" in types) == (precision in ("fp16", "mixed"))
     assert ("QUANTIZE" in kinds) == (precision in QUANTIZED)
     if precision in QUANTIZED:
@@ -57,6 +59,22 @@ def test_a_reducer_parses_and_builds(exported: Exported, precision: Precision, s
         assert kinds["DEQUANTIZE"] == kinds["QUANTIZE"] + 6 * layers + 1
 
 
+def attentions_of(config: CLIPVisionConfig) -> int:
+    """Return how many layers attend: all but the last, whose features nobody reads."""
+    return config.num_hidden_layers - 1
+
+
+def assert_fused(result: BuildResult, precision: Precision, attentions: int) -> None:
+    engine = result.layers.engine
+    assert engine is not None
+    if precision in ("fp16", "mixed"):
+        assert engine.fused_attentions == attentions
+    else:  # the compiler fuses attention in float16 only
+        assert engine.fused_attentions == 0
+    assert engine.quantization_left == 0
+    assert engine.moved_bytes > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_clip_l_336_builds(tmp_path: Path, precision: Precision) -> None:
@@ -64,3 +82,4 @@ def test_clip_l_336_builds(tmp_path: Path, precision: Precision) -> None:
     result = build(file, inputs, precision, 89)
     floor = {"fp32": 1.1e9, "fp16": 0.55e9, "int8": 0.28e9, "mixed": 0.28e9}[precision]
     assert floor < result.record.plan_bytes < 1.3 * floor
+    assert_fused(result, precision, attentions_of(random_graphs.CLIP_L_336))
