@@ -1,0 +1,7 @@
+"""The command `python -m export.build`."""
+
+from engines import cli
+from export.build.command import EXAMPLES, main
+
+if __name__ == "__main__":
+    cli.run(main, EXAMPLES)
