@@ -23,7 +23,7 @@ from engines.errors import EngineError, OptionError
 from engines.gpu import find_gpu
 from engines.manifest import VisionGraph
 from engines.targets import Target, find_target
-from engines.trt.batch_profile import ANY_BATCH, BatchRange, parse_batch, shape_ranges
+from engines.trt.batch_profile import ONE_IMAGE, BatchRange, parse_batch, shape_ranges
 from engines.trt.build_memory import add_swap_command, predict_build_bytes
 from engines.trt.build_progress import ProgressCallback
 from engines.trt.builder import BuildOptions, build_plan, choose_gpu, layers_path, workspace_of
@@ -46,7 +46,7 @@ from engines.trt.plan import (
 class PlanRequest:
     """What the user asked for."""
 
-    batch: BatchRange = ANY_BATCH
+    batch: BatchRange = ONE_IMAGE
     workspace_mb: int | None = None
     rebuild: bool = False
     trust: bool = False
@@ -79,7 +79,7 @@ def prepare_plan(
     options = BuildOptions(
         onnx=bundle.path(graph.file),
         onnx_sha256=bundle.manifest.files[graph.file].sha256,
-        plan=plan_path(bundle, graph, target),
+        plan=plan_path(bundle, graph, target, request.batch.largest),
         target=target,
         precision=graph.precision,
         inputs=graph.inputs,
@@ -159,7 +159,13 @@ def main(
     tokens: Annotated[
         int | None, typer.Option(help="One graph of several; left out, a plan for each.")
     ] = None,
-    batch: Annotated[str, typer.Option(help="smallest/tuned/largest, or one size.")] = "1/1/8",
+    batch: Annotated[
+        str,
+        typer.Option(
+            help="Images in one run: one size (4 for four cameras), or smallest/tuned/largest. "
+            "Each largest size has a plan of its own, and the runtime takes the one that fits."
+        ),
+    ] = "1",
     workspace: Annotated[
         int | None, typer.Option(min=1, help="Builder scratch memory, MB; left out, the target's.")
     ] = None,
@@ -206,7 +212,7 @@ def _warn_of_memory(
     to_build = [
         bundle.graph_bytes(graph)
         for graph in graphs
-        if request.rebuild or not plan_path(bundle, graph, target).exists()
+        if request.rebuild or not plan_path(bundle, graph, target, request.batch.largest).exists()
     ]
     memory = read_memory(Path("/proc/meminfo"))
     room = memory.get("MemAvailable", 0) + memory.get("SwapFree", 0)
@@ -234,7 +240,7 @@ if __name__ == "__main__":
         main,
         [
             "python -m engines.build build/rover",
-            "python -m engines.build build/rover --target rtx-4090 --batch 1/4/16",
+            "python -m engines.build build/rover --target rtx-4090 --batch 4",
             "python -m engines.build build/rover --rebuild --json",
         ],
     )

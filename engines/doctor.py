@@ -23,7 +23,14 @@ from engines.manifest import VisionGraph
 from engines.targets import Target, find_target, targets_of_gpu
 from engines.trt.build_memory import add_swap_command, predict_build_bytes
 from engines.trt.library import TrtLibrary
-from engines.trt.plan import list_differences, machine_here, plan_path, read_checked, read_record
+from engines.trt.plan import (
+    find_plan,
+    list_changes,
+    list_differences,
+    machine_here,
+    read_checked,
+    read_record,
+)
 
 Status = Literal["ok", "note", "problem"]
 
@@ -164,7 +171,7 @@ def examine_bundle(facts: DeviceFacts, bundle: Bundle, target: Target) -> list[F
     if target.needs_cuda:
         to_build = []
         for graph in bundle.manifest.vision:
-            plan = plan_path(bundle, graph, target)
+            plan = find_plan(bundle, graph, target)
             if plan.exists():
                 findings.append(_examine_plan(facts, bundle, graph, target))
             else:
@@ -200,7 +207,7 @@ def _examine_build_memory(facts: DeviceFacts, onnx_bytes: int, target: Target) -
 def _examine_plan(
     facts: DeviceFacts, bundle: Bundle, graph: VisionGraph, target: Target
 ) -> Finding:
-    plan = plan_path(bundle, graph, target)
+    plan = find_plan(bundle, graph, target)
     rebuild = f"python -m engines.build {bundle.root} --rebuild"
     try:
         record = read_record(plan)
@@ -212,9 +219,11 @@ def _examine_plan(
     gpu = None if ahead or isinstance(facts.gpu, NoGpu) else facts.gpu
     library = TrtLibrary(record.library, None, version or "no TensorRT")
     sha256 = bundle.manifest.files[graph.file].sha256
-    differences = list_differences(record, machine_here(sha256, library, target, gpu))
-    if differences:
+    machine = machine_here(sha256, library, target, gpu, facts.power_mode)
+    if differences := list_differences(record, machine):
         return Finding("plan", "problem", "; ".join(differences), rebuild)
+    if changes := list_changes(record, machine):
+        return Finding("plan", "note", f"{plan.name}: {'; '.join(changes)}", rebuild)
     return Finding("plan", "ok", f"{plan.name}, built {record.built_at}")
 
 

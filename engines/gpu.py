@@ -13,7 +13,7 @@ from pathlib import Path
 
 _DRIVER_LIBRARIES = ("libcuda.so.1", "libcuda.so", "nvcuda.dll")
 _TEGRA_FOLDERS = ("/usr/lib/aarch64-linux-gnu/nvidia", "/usr/lib/aarch64-linux-gnu/tegra")
-_MAJOR, _MINOR, _INTEGRATED = 75, 76, 18  # CUdevice_attribute
+_MAJOR, _MINOR, _INTEGRATED, _MULTIPROCESSORS = 75, 76, 18, 16  # CUdevice_attribute
 _NAME_BYTES = 256
 
 
@@ -28,6 +28,7 @@ class Gpu:
         integrated: shares its memory with the CPU, as on a Jetson.
         cuda: newest CUDA version the driver serves.
         driver: the driver's own version, ``"unknown"`` where the system does not say.
+        multiprocessors: how many it has; None where nobody asked.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Gpu:
     integrated: bool
     cuda: str
     driver: str
+    multiprocessors: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def find_gpu() -> Gpu | NoGpu:
         integrated=_attribute(library, _INTEGRATED) == 1,
         cuda=f"{version.value // 1000}.{version.value % 1000 // 10}",
         driver=driver_version(),
+        multiprocessors=_attribute(library, _MULTIPROCESSORS),
     )
 
 

@@ -33,6 +33,7 @@ def open_session(
     engine: str | None = None,
     threads: int | None = None,
     trust: bool = False,
+    batch: int = 1,
 ) -> Session:
     """Open a graph of a bundle.
 
@@ -42,6 +43,8 @@ def open_session(
         engine: one of `ENGINES`; the target's own when left out.
         threads: CPU threads, for engines on the CPU.
         trust: run a TensorRT plan that another user or machine signed.
+        batch: images in one run, which choose among the TensorRT plans that were built; every
+            session takes any number of them.
 
     Raises:
         OptionError: no such engine or target, or the engine cannot take the graph's precision.
@@ -59,7 +62,7 @@ def open_session(
     if name in ("openvino", "openvino-bf16"):
         return _open_openvino(bundle, chosen, name, threads)
     if name in ("tensorrt", "tensorrt-rtx"):
-        return _open_plan(bundle, chosen, name, trust)
+        return _open_plan(bundle, chosen, name, trust, batch)
     near = get_close_matches(name, ENGINES, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise OptionError(f"--engine {name}: expected one of {', '.join(ENGINES)}.{hint}")
@@ -99,12 +102,12 @@ def _open_openvino(bundle: Bundle, graph: VisionGraph, name: str, threads: int |
     )
 
 
-def _open_plan(bundle: Bundle, graph: VisionGraph, name: str, trust: bool) -> Session:
+def _open_plan(bundle: Bundle, graph: VisionGraph, name: str, trust: bool, batch: int) -> Session:
     from engines.trt.session import open_trt_session
 
     target = _target_of_plan(bundle, graph, name)
     try:
-        return open_trt_session(bundle, graph, target, trust=trust)
+        return open_trt_session(bundle, graph, target, trust=trust, batch=batch)
     except EngineError as error:
         raise EngineError(
             f"{error} To run the graph without TensorRT, slower: --engine ort."
@@ -117,12 +120,12 @@ def _target_of_plan(bundle: Bundle, graph: VisionGraph, name: str) -> Target:
     It need not be the bundle's own: `engines.build --target` builds for others as well.
     """
     from engines.gpu import Gpu, find_gpu
-    from engines.trt.plan import plan_path
+    from engines.trt.plan import find_plan
 
     own, gpu = target_of(bundle), find_gpu()
     known = [own, *load_targets(_own_targets()).values()]
     able = [target for target in known if target.engine == name]
-    built = [target for target in able if plan_path(bundle, graph, target).exists()]
+    built = [target for target in able if find_plan(bundle, graph, target).exists()]
     fitting = [target for target in built if isinstance(gpu, Gpu) and target.sm == gpu.sm]
     if fitting or built or own.engine == name:
         return (fitting or built or [own])[0]

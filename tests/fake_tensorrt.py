@@ -194,9 +194,15 @@ class FakeContext:
 
 class FakeEngine:
     def __init__(
-        self, cuda: FakeCuda, tensors: tuple[FakeTensor, ...], *, full: bool = False
+        self,
+        cuda: FakeCuda,
+        tensors: tuple[FakeTensor, ...],
+        *,
+        full: bool = False,
+        batches: tuple[int, int, int] = (1, 1, 8),
     ) -> None:
         self.tensors = tensors
+        self.batches = batches
         self.context = None if full else FakeContext(cuda, tensors)
         self.settings: FakeSettings | None = None
         self.num_io_tensors = len(tensors)
@@ -224,7 +230,7 @@ class FakeEngine:
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
         rest = self._tensor(name).shape[1:]
-        return [(batch, *rest) for batch in (1, 1, 8)]
+        return [(batch, *rest) for batch in self.batches]
 
 
 class Severity(Enum):
@@ -237,10 +243,37 @@ class ILogger:
     Severity = Severity
 
 
+class FakeKernels:
+    """`IRuntimeCache` of TensorRT-RTX; it takes what a cache like it wrote."""
+
+    def deserialize(self, blob: bytes) -> bool:
+        return blob == b"kernels"
+
+    def serialize(self) -> bytes:
+        return b"kernels"
+
+
 class FakeSettings:
     """`IRuntimeConfig` of TensorRT-RTX."""
 
     cuda_graph_strategy = "DISABLED"
+    cache: FakeKernels | None = None
+
+    def create_runtime_cache(self) -> FakeKernels:
+        return FakeKernels()
+
+    def set_runtime_cache(self, cache: FakeKernels) -> bool:
+        self.cache = cache
+        return True
+
+    def get_runtime_cache(self) -> FakeKernels | None:
+        return self.cache
+
+
+class FakeModule(SimpleNamespace):
+    """A module is hashable, a plain namespace is not."""
+
+    __hash__ = object.__hash__
 
 
 def make_fake_trt(
@@ -249,7 +282,8 @@ def make_fake_trt(
     *,
     refuses: bool = False,
     full: bool = False,
-) -> SimpleNamespace:
+    batches: tuple[int, int, int] = (1, 1, 8),
+) -> FakeModule:
     """Return a module-like object with what the session uses of the bindings.
 
     Args:
@@ -257,6 +291,7 @@ def make_fake_trt(
         tensors: of its engines.
         refuses: a plan is not loaded, with two errors and a warning said.
         full: no memory is left for a context.
+        batches: smallest, tuned and largest of the profile.
     """
 
     class Runtime:
@@ -269,9 +304,9 @@ def make_fake_trt(
                 self.logger.log(Severity.ERROR, "magicTag\n  failed.")
                 self.logger.log(Severity.INTERNAL_ERROR, "therefore")
                 return None
-            return FakeEngine(cuda, tensors, full=full)
+            return FakeEngine(cuda, tensors, full=full, batches=batches)
 
-    return SimpleNamespace(
+    return FakeModule(
         ILogger=ILogger,
         Runtime=Runtime,
         TensorIOMode=TensorIOMode,

@@ -19,10 +19,12 @@ class BatchRange:
 
     smallest: int = 1
     tuned: int = 1
-    largest: int = 8
+    largest: int = 1
 
 
-ANY_BATCH = BatchRange()
+ONE_IMAGE = BatchRange()
+"""The default. A fixed size lets TensorRT fuse bias and activation into the matrix products, which
+1/1/8 does not (docs/tensorrt.md)."""
 
 
 def parse_batch(text: str) -> BatchRange:
@@ -54,7 +56,7 @@ def shape_ranges(inputs: tuple[TensorSpec, ...], batch: BatchRange) -> dict[str,
 
     for spec in inputs:
         fixed = all(isinstance(axis, int) for axis in spec.shape)
-        if fixed and batch != ANY_BATCH and spec.shape[:1] != (batch.tuned,):
+        if fixed and batch != ONE_IMAGE and spec.shape[:1] != (batch.tuned,):
             raise OptionError(
                 f"--batch {batch.smallest}/{batch.tuned}/{batch.largest}: the graph's input "
                 f"{spec.name} has the fixed shape {list(spec.shape)}. Leave --batch out, or "

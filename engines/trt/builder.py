@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from engines import __version__
+from engines.device_facts import read_power_mode
 from engines.errors import EngineError
 from engines.gpu import Gpu, NoGpu, find_gpu
 from engines.manifest import Precision, TensorSpec
 from engines.staging import staged_file
 from engines.targets import Target, targets_of_gpu
-from engines.trt.batch_profile import ANY_BATCH, BatchRange, shape_ranges
+from engines.trt.batch_profile import ONE_IMAGE, BatchRange, shape_ranges
 from engines.trt.build_log import BuildLog
 from engines.trt.build_progress import ProgressCallback, make_progress_monitor
 from engines.trt.layer_report import (
@@ -36,7 +37,7 @@ from engines.trt.layer_report import (
     report_network,
 )
 from engines.trt.library import TrtLibrary, load_library_for, load_polygraphy
-from engines.trt.logger import make_logger
+from engines.trt.logger import process_logger
 from engines.trt.plan import PlanRecord, ShapeRange, write_plan
 
 _FLAGS = ("STRONGLY_TYPED", "NO_TF32")
@@ -64,7 +65,7 @@ class BuildOptions:
     target: Target
     precision: Precision
     inputs: tuple[TensorSpec, ...]
-    batch: BatchRange = ANY_BATCH
+    batch: BatchRange = ONE_IMAGE
     workspace_bytes: int | None = None
 
 
@@ -151,6 +152,8 @@ def build_plan(options: BuildOptions, on_progress: ProgressCallback | None = Non
             precision=options.precision,
             sm=options.target.sm or 0,
             gpu=gpu.name if gpu else None,
+            multiprocessors=gpu.multiprocessors if gpu else None,
+            power_mode=read_power_mode() if gpu else None,
             driver=gpu.driver if gpu else None,
             profile=profile,
             flags=_FLAGS,
@@ -247,7 +250,7 @@ def _clear_tf32(trt: Any, config: Any) -> None:
 
 def _inspect(library: TrtLibrary, data: Any, log: BuildLog) -> EngineReport | None:
     trt = library.trt
-    runtime = trt.Runtime(make_logger(trt))
+    runtime = trt.Runtime(process_logger(trt))
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         return report_layers(log.layers)

@@ -23,6 +23,7 @@ _SONAMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so")
 _FOLDERS = ("/usr/local/cuda/lib64", "/usr/local/cuda/targets/aarch64-linux/lib")
 _TO_DEVICE, _TO_HOST = 1, 2  # cudaMemcpyKind
 _CAPTURE_THREAD_LOCAL = 1  # cudaStreamCaptureMode
+_NON_BLOCKING = ctypes.c_uint(1)  # cudaStreamNonBlocking
 _Handle = ctypes.c_void_p
 
 
@@ -107,9 +108,9 @@ class CudaRuntime:
         self._call("cudaFreeHost", _Handle(buffer.ctypes.data))
 
     def create_stream(self) -> int:
-        """Return a new stream."""
+        """Return a new stream that neither waits for the legacy default stream nor stops it."""
         stream = _Handle()
-        self._call("cudaStreamCreate", ctypes.byref(stream))
+        self._call("cudaStreamCreateWithFlags", ctypes.byref(stream), _NON_BLOCKING)
         return stream.value or 0
 
     def destroy_stream(self, stream: int) -> None:

@@ -1,18 +1,20 @@
-"""What TensorRT says went wrong, kept for the error that is raised.
+"""Keep what TensorRT says went wrong, for the error that is raised.
 
-TensorRT's own logger prints on stdout, which belongs to a command's results. Enters: the bindings.
-Leaves: a logger that prints nothing and gives the first cause when it is asked.
+TensorRT's own logger prints on stdout, which belongs to a command's results. TensorRT keeps one
+pointer to a logger for the whole process, so there is one logger that lives as long.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 _MOST_KEPT = 16
 
 
-def make_logger(trt: Any) -> Any:
-    """Return an `ILogger` with a method ``take() -> str``.
+@functools.cache
+def process_logger(trt: Any) -> Any:
+    """Return the process's `ILogger`, with a method ``take() -> str``; the same at every call.
 
     The class is made here because its base belongs to whichever library was loaded.
     """

@@ -13,7 +13,7 @@ from pathlib import Path
 from engines.bundle import LOCAL_DIRECTORY
 from engines.manifest import VisionGraph
 from engines.targets import Target
-from engines.trt.batch_profile import ANY_BATCH, BatchRange, shape_ranges
+from engines.trt.batch_profile import ONE_IMAGE, BatchRange, shape_ranges
 from engines.trt.plan import plan_name
 
 SCRIPT_NAME = "build_on_device.sh"
@@ -21,7 +21,7 @@ PAGE_NAME = "BUILD_ON_DEVICE.md"
 
 
 def write_device_files(
-    folder: Path, graphs: Sequence[VisionGraph], target: Target, batch: BatchRange = ANY_BATCH
+    folder: Path, graphs: Sequence[VisionGraph], target: Target, batch: BatchRange = ONE_IMAGE
 ) -> tuple[str, ...]:
     """Write what builds the engines on the device; nothing where they are not built there.
 

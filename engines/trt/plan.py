@@ -8,9 +8,12 @@ is. Leaves: its bytes, or one `EngineError` that names both sides of every diffe
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import hmac
+import logging
 import os
+import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,9 @@ from engines.targets import Target
 from engines.trt.library import LibraryName, TrtLibrary
 
 Buffer = bytes | bytearray | memoryview
+KEY_VARIABLE = "FOVEATE_PLAN_KEY"
+"""Environment variable that names the file of the key, for containers that lose the home."""
+_log = logging.getLogger(__name__)
 
 
 class ShapeRange(BaseModel):
@@ -55,6 +61,10 @@ class PlanRecord(BaseModel):
     sm: int
     gpu: str | None
     """The GPU's name; None when it was built ahead of time, for any GPU of that SM."""
+    multiprocessors: int | None = None
+    """Of the GPU. AGX Orin, Orin NX and Orin Nano have one name and differ here."""
+    power_mode: str | None = None
+    """Of a Jetson when the plan was built: it decides which kernels were fastest."""
     driver: str | None
     profile: dict[str, ShapeRange]
     flags: tuple[str, ...]
@@ -76,9 +86,17 @@ class Machine:
     sm: int
     gpu: str
     driver: str
+    multiprocessors: int | None = None
+    power_mode: str | None = None
 
 
-def machine_here(onnx_sha256: str, library: TrtLibrary, target: Target, gpu: Gpu | None) -> Machine:
+def machine_here(
+    onnx_sha256: str,
+    library: TrtLibrary,
+    target: Target,
+    gpu: Gpu | None,
+    power_mode: str | None = None,
+) -> Machine:
     """Return what a plan of a graph must have been built for; no GPU where it is built ahead."""
     return Machine(
         onnx_sha256=onnx_sha256,
@@ -87,17 +105,37 @@ def machine_here(onnx_sha256: str, library: TrtLibrary, target: Target, gpu: Gpu
         sm=gpu.sm if gpu else target.sm or 0,
         gpu=gpu.name if gpu else "",
         driver=gpu.driver if gpu else "",
+        multiprocessors=gpu.multiprocessors if gpu else None,
+        power_mode=power_mode,
     )
 
 
-def plan_name(graph: VisionGraph, target: Target) -> str:
-    """Return the file name of a graph's plan for a target."""
-    return f"{Path(graph.file).stem}-{target.engine}-sm{target.sm}.plan"
+def plan_name(graph: VisionGraph, target: Target, batch: int = 1) -> str:
+    """Return the file name of a graph's plan for a target and up to `batch` images in one run."""
+    several = f"-b{batch}" if batch != 1 else ""
+    return f"{Path(graph.file).stem}-{target.engine}-sm{target.sm}{several}.plan"
 
 
-def plan_path(bundle: Bundle, graph: VisionGraph, target: Target) -> Path:
-    """Return where the plan of a graph for a target lies."""
-    return bundle.local / plan_name(graph, target)
+def plan_path(bundle: Bundle, graph: VisionGraph, target: Target, batch: int = 1) -> Path:
+    """Return where the plan of a graph for a target and up to `batch` images in one run lies."""
+    return bundle.local / plan_name(graph, target, batch)
+
+
+def find_plan(bundle: Bundle, graph: VisionGraph, target: Target, batch: int = 1) -> Path:
+    """Return the plan to run `batch` images with: the smallest that takes all, else the largest.
+
+    Where no plan was built, the path of the plan for one image.
+    """
+    one = plan_path(bundle, graph, target)
+    stem = re.escape(one.stem)
+    sizes = {1} if one.exists() else set()
+    for path in bundle.local.glob(f"{glob.escape(one.stem)}-b*.plan"):
+        found = re.fullmatch(rf"{stem}-b(\d+)", path.stem)
+        if found:
+            sizes.add(int(found[1]))
+    enough = [size for size in sizes if size >= batch]
+    size = min(enough) if enough else max(sizes, default=1)
+    return plan_path(bundle, graph, target, size)
 
 
 def rebuild_hint(plan: Path) -> str:
@@ -164,7 +202,23 @@ def list_differences(record: PlanRecord, machine: Machine) -> list[str]:
         ("compute capability", f"sm_{record.sm}", f"sm_{machine.sm}"),
     ]
     if record.gpu is not None:
-        pairs += [("GPU", record.gpu, machine.gpu), ("driver", record.driver, machine.driver)]
+        pairs.append(("GPU", record.gpu, machine.gpu))
+        if record.multiprocessors is not None:
+            pairs.append(("multiprocessors", record.multiprocessors, machine.multiprocessors))
+    return _unequal(pairs)
+
+
+def list_changes(record: PlanRecord, machine: Machine) -> list[str]:
+    """Name what has changed since a plan was built that may make it slower, but not wrong."""
+    pairs: list[tuple[str, object, object]] = []
+    if record.gpu is not None:
+        pairs.append(("driver", record.driver, machine.driver))
+        if record.power_mode is not None and machine.power_mode is not None:
+            pairs.append(("power mode", record.power_mode, machine.power_mode))
+    return _unequal(pairs)
+
+
+def _unequal(pairs: list[tuple[str, object, object]]) -> list[str]:
     return [
         f"{name}: the plan has {built}, this machine has {here}"
         for name, built, here in pairs
@@ -192,6 +246,13 @@ def read_plan(plan: Path, machine: Machine, *, trust: bool = False) -> tuple[byt
     data = read_checked(plan, record)
     if not trust:
         check_signature(plan, record)
+    if changes := list_changes(record, machine):
+        _log.warning(
+            "%s still runs, but may be slower than a new one: %s. %s.",
+            plan,
+            "; ".join(changes),
+            rebuild_hint(plan),
+        )
     return data, record
 
 
@@ -248,8 +309,24 @@ def is_signed_here(record: PlanRecord) -> bool:
     return hmac.compare_digest(record.signature, _signature(record))
 
 
+def seal(data: bytes) -> bytes:
+    """Return bytes behind their signature by this user's key."""
+    return hmac.digest(_load_key(), data, "sha256") + data
+
+
+def unseal(sealed: bytes) -> bytes | None:
+    """Return what `seal` was given; None where this user's key did not sign it."""
+    size = hashlib.sha256().digest_size
+    signature, data = sealed[:size], sealed[size:]
+    return (
+        data if hmac.compare_digest(signature, hmac.digest(_load_key(), data, "sha256")) else None
+    )
+
+
 def key_path() -> Path:
     """Return where this user's key lies."""
+    if chosen := os.environ.get(KEY_VARIABLE):
+        return Path(chosen).expanduser()
     folder = Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser()
     return folder / "foveate" / "plan.key"
 
@@ -274,7 +351,7 @@ def _load_key() -> bytes:
     except OSError as error:
         raise EngineError(
             f"{path}: the key that plans are signed with cannot be read or written ({error}). "
-            "Make the folder writable, or point XDG_CONFIG_HOME to one that is."
+            f"Make the folder writable, or name another file in {KEY_VARIABLE}."
         ) from error
     return key
 

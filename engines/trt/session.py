@@ -1,9 +1,9 @@
-"""A TensorRT or TensorRT-RTX plan behind the `Session` door.
+"""Run a TensorRT or TensorRT-RTX plan as a `Session`.
 
-Enters: a plan that `engines.trt.plan` found to be this machine's own. Leaves: a session whose
-device and page-locked buffers are allocated once, at the profile's largest shapes. A shape that
-comes twice in a row is captured as a CUDA graph, so that a camera loop pays for one launch rather
-than for hundreds. Only NVIDIA's bindings and `libcudart` are used, which a JetPack image holds.
+Device and page-locked buffers are allocated once, at the profile's largest shapes. When the plan is
+opened, the shape it is tuned for is run and captured as a CUDA graph, so that the first frame is as
+quick as the others and a camera loop pays for one launch rather than for hundreds. Only NVIDIA's
+bindings and `libcudart` are used, which a JetPack image holds.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,16 +21,17 @@ from numpy.typing import NDArray
 
 from engines.bundle import Bundle
 from engines.closeable import Closeable
+from engines.device_facts import read_power_mode
 from engines.errors import EngineError
 from engines.gpu import NoGpu, find_gpu
 from engines.manifest import VisionGraph
 from engines.session import Array
 from engines.targets import Target
 from engines.trt.cuda_memory import Cuda, open_cuda_runtime
-from engines.trt.execution_context import make_context
+from engines.trt.execution_context import make_context, open_kernel_cache
 from engines.trt.library import TrtLibrary, load_library_for
-from engines.trt.logger import make_logger
-from engines.trt.plan import machine_here, plan_path, read_plan, read_record
+from engines.trt.logger import process_logger
+from engines.trt.plan import find_plan, machine_here, read_plan, read_record
 
 _LOG = logging.getLogger(__name__)
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -53,6 +55,8 @@ class _Tensor:
     dtype: np.dtype[Any]
     smallest: Shape
     """Of an input; empty for an output."""
+    tuned: Shape
+    """Likewise."""
     largest: Shape
     device: int
     pinned: NDArray[np.uint8]
@@ -64,20 +68,21 @@ class _Tensor:
 
 
 def open_trt_session(
-    bundle: Bundle, graph: VisionGraph, target: Target, *, trust: bool = False
+    bundle: Bundle, graph: VisionGraph, target: Target, *, trust: bool = False, batch: int = 1
 ) -> TrtSession:
-    """Open the plan of a bundle's graph.
+    """Open the plan of a bundle's graph that suits a number of images best.
 
     Args:
         bundle: an opened bundle.
         graph: one of its graphs.
         target: the device.
         trust: run a plan that another user or machine signed.
+        batch: images in one run. More than the plan takes are run in several parts.
 
     Raises:
         EngineError: no plan, no GPU, no library, or a plan for something else.
     """
-    plan = plan_path(bundle, graph, target)
+    plan = find_plan(bundle, graph, target, batch)
     record = read_record(plan)
     gpu = find_gpu()
     if isinstance(gpu, NoGpu):
@@ -88,15 +93,23 @@ def open_trt_session(
         )
     library = load_library_for(target)
     sha256 = bundle.manifest.files[graph.file].sha256
-    data, _ = read_plan(plan, machine_here(sha256, library, target, gpu), trust=trust)
-    return TrtSession(data, library, open_cuda_runtime())
+    machine = machine_here(sha256, library, target, gpu, read_power_mode())
+    data, _ = read_plan(plan, machine, trust=trust)
+    cache = plan.with_suffix(".kernels") if library.name == "tensorrt-rtx" else None
+    return TrtSession(data, library, open_cuda_runtime(), kernel_cache=cache)
 
 
 class TrtSession(Closeable):
     """A loaded plan. Calls from several threads take turns."""
 
     def __init__(
-        self, plan: bytes, library: TrtLibrary, cuda: Cuda, *, cuda_graphs: bool = True
+        self,
+        plan: bytes,
+        library: TrtLibrary,
+        cuda: Cuda,
+        *,
+        cuda_graphs: bool = True,
+        kernel_cache: Path | None = None,
     ) -> None:
         """Load a plan.
 
@@ -104,7 +117,9 @@ class TrtSession(Closeable):
             plan: its bytes; they run as code, see `engines.trt.plan`.
             library: what built it.
             cuda: memory and streams.
-            cuda_graphs: capture a shape that comes a second time in a row.
+            cuda_graphs: capture the tuned shape at once, another that comes twice in a row.
+            kernel_cache: file of the kernels that TensorRT-RTX compiles at the first run; written
+                when it was not there or did not fit.
 
         Raises:
             EngineError: the library refuses the plan, or memory runs out.
@@ -122,7 +137,7 @@ class TrtSession(Closeable):
         self._tensors: dict[str, _Tensor] = {}
         self._inputs: list[_Tensor] = []
         self._outputs: list[_Tensor] = []
-        self._logger = make_logger(trt)
+        self._logger = process_logger(trt)
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
@@ -130,7 +145,10 @@ class TrtSession(Closeable):
                 f"{self._provider} refuses the plan ({len(plan):,} bytes): {self._logger.take()}. "
                 "Build it again: python -m engines.build BUNDLE --rebuild"
             )
-        self._context, self._captures = make_context(library, self._engine, cuda_graphs=cuda_graphs)
+        kernels = open_kernel_cache(library, self._engine, kernel_cache)
+        self._context, self._captures = make_context(
+            library, self._engine, kernels, cuda_graphs=cuda_graphs
+        )
         if self._context is None:
             raise EngineError(
                 f"{self._provider} cannot make room to run the plan: {self._logger.take()}. Close "
@@ -140,6 +158,9 @@ class TrtSession(Closeable):
         self._stream: int | None = cuda.create_stream()
         try:
             self._allocate()
+            self._warm_up()
+            if kernels is not None:
+                kernels.save()
         except BaseException:
             self.close()
             raise
@@ -160,27 +181,61 @@ class TrtSession(Closeable):
         return tuple(tensor.name for tensor in self._outputs)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run the graph once; the arrays returned belong to the caller.
+        """Run the graph on any number of rows; the arrays returned belong to the caller.
+
+        More rows than the plan takes at once are run in several parts.
 
         Raises:
             EngineError: a name, shape or dtype is not what the plan takes, or the run failed.
         """
-        self._check_inputs(inputs)
+        rows = self._check_inputs(inputs)
+        parts = []
         with self._turn:
             if self._stream is None:
                 raise EngineError("The session is closed; open it again to run it.")
-            shapes = tuple(tuple(inputs[tensor.name].shape) for tensor in self._inputs)
-            if shapes != self._shapes:
-                self._change_shapes(shapes)
-            for tensor, shape in zip(self._inputs, shapes, strict=True):
-                tensor.view(shape)[...] = inputs[tensor.name]
-            results = {
-                tensor.name: tensor.view(tuple(self._context.get_tensor_shape(tensor.name)))
-                for tensor in self._outputs
-            }
-            self._execute(results, self._stream)
-            self._cuda.synchronize(self._stream)
-            return {name: result.copy() for name, result in results.items()}
+            for first in range(0, rows, self._most_rows):
+                part = {
+                    name: array[first : first + self._most_rows] for name, array in inputs.items()
+                }
+                parts.append(self._run_part(part, self._stream))
+        if len(parts) == 1:
+            return parts[0]
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.output_names}
+
+    def _run_part(self, inputs: Mapping[str, Array], stream: int) -> dict[str, Array]:
+        """Run as many rows as the plan takes; where it takes no fewer, the last is repeated."""
+        rows = len(inputs[self._inputs[0].name])
+        shapes = tuple(
+            (max(rows, self._fewest_rows), *inputs[tensor.name].shape[1:])
+            for tensor in self._inputs
+        )
+        if shapes != self._shapes:
+            self._change_shapes(shapes)
+        for tensor, shape in zip(self._inputs, shapes, strict=True):
+            view = tensor.view(shape)
+            view[:rows] = inputs[tensor.name]
+            view[rows:] = inputs[tensor.name][-1:]
+        results = self._results()
+        self._execute(results, stream)
+        self._cuda.synchronize(stream)
+        return {name: result[:rows].copy() for name, result in results.items()}
+
+    def _results(self) -> dict[str, Array]:
+        """Return the outputs' page-locked buffers in the shapes of the moment."""
+        return {
+            tensor.name: tensor.view(tuple(self._context.get_tensor_shape(tensor.name)))
+            for tensor in self._outputs
+        }
+
+    def _warm_up(self) -> None:
+        """Run the tuned shape on zeros and capture it, before anything else uses the GPU."""
+        stream = self._stream
+        if stream is None:
+            return
+        self._change_shapes(tuple(tensor.tuned for tensor in self._inputs))
+        for _ in range(2 if self._captures else 1):
+            self._execute(self._results(), stream)
+            self._cuda.synchronize(stream)
 
     def _change_shapes(self, shapes: tuple[Shape, ...]) -> None:
         """Tell the context; a graph captured before is void, as the context's state changes."""
@@ -246,15 +301,17 @@ class TrtSession(Closeable):
         is_input = self._trt.TensorIOMode.INPUT
         inputs = [name for name in names if engine.get_tensor_mode(name) == is_input]
         for name in inputs:
-            smallest, _, largest = engine.get_tensor_profile_shape(name, _PROFILE)
-            context.set_input_shape(name, tuple(largest))
-            self._inputs.append(self._make_tensor(name, tuple(smallest), tuple(largest)))
+            smallest, tuned, largest = map(tuple, engine.get_tensor_profile_shape(name, _PROFILE))
+            context.set_input_shape(name, largest)
+            self._inputs.append(self._make_tensor(name, smallest, tuned, largest))
+        self._fewest_rows = max(tensor.smallest[0] for tensor in self._inputs)
+        self._most_rows = min(tensor.largest[0] for tensor in self._inputs)
         for name in names:
             if name not in inputs:
                 shape = tuple(context.get_tensor_shape(name))
-                self._outputs.append(self._make_tensor(name, (), shape))
+                self._outputs.append(self._make_tensor(name, (), (), shape))
 
-    def _make_tensor(self, name: str, smallest: Shape, largest: Shape) -> _Tensor:
+    def _make_tensor(self, name: str, smallest: Shape, tuned: Shape, largest: Shape) -> _Tensor:
         kind = self._engine.get_tensor_dtype(name).name
         if kind not in _DTYPES:
             raise EngineError(
@@ -265,11 +322,12 @@ class TrtSession(Closeable):
         size = int(np.prod(largest)) * dtype.itemsize
         device, pinned = self._cuda.allocate(size), self._cuda.allocate_pinned(size)
         self._context.set_tensor_address(name, device)
-        tensor = _Tensor(name, dtype, smallest, largest, device, pinned)
+        tensor = _Tensor(name, dtype, smallest, tuned, largest, device, pinned)
         self._tensors[name] = tensor
         return tensor
 
-    def _check_inputs(self, inputs: Mapping[str, Array]) -> None:
+    def _check_inputs(self, inputs: Mapping[str, Array]) -> int:
+        """Return how many rows there are; all inputs have as many."""
         wanted = {tensor.name: tensor for tensor in self._inputs}
         problems = [f'"{name}" is missing' for name in wanted if name not in inputs]
         problems += [f'"{name}" is not an input' for name in inputs if name not in wanted]
@@ -277,18 +335,19 @@ class TrtSession(Closeable):
             array = inputs.get(name)
             if array is None:
                 continue
-            ranges = zip(tensor.smallest, array.shape, tensor.largest, strict=False)
+            ranges = zip(tensor.smallest[1:], array.shape[1:], tensor.largest[1:], strict=False)
             fits = array.ndim == len(tensor.largest) and all(a <= b <= c for a, b, c in ranges)
-            if not fits or array.dtype != tensor.dtype:
+            if not fits or not len(array) or array.dtype != tensor.dtype:
                 problems.append(
-                    f'"{name}" is {array.dtype}{list(array.shape)}, expected {tensor.dtype} from '
-                    f"{list(tensor.smallest)} to {list(tensor.largest)}"
+                    f'"{name}" is {array.dtype}{list(array.shape)}, expected {tensor.dtype} '
+                    f"[rows, {str(list(tensor.largest[1:]))[1:]}"
                 )
         if problems:
-            raise EngineError(
-                f"The plan cannot be run on these inputs: {'; '.join(problems)}. Another batch "
-                "takes another plan: python -m engines.build BUNDLE --batch ... --rebuild"
-            )
+            raise EngineError(f"The plan cannot be run on these inputs: {'; '.join(problems)}.")
+        counts = {name: len(inputs[name]) for name in wanted}
+        if len(set(counts.values())) > 1:
+            raise EngineError(f"The inputs have different numbers of rows: {counts}.")
+        return next(iter(counts.values()))
 
     def close(self) -> None:
         """Free the plan and its buffers; calling it again does nothing."""

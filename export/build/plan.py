@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from graphs.graph_file import check_opset
 from calibration.int8.graphs import HALF_OPSET
 from calibration.int8.options import Int8Options
 from calibration.scales.calibration_file import Calibration
@@ -22,6 +21,7 @@ from engines.targets import Target, find_target
 from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.language.language_models import DecoderOptions, check_language_models
 from export.reducers import Reducer, make_reducer, reducer_for_budget
+from graphs.graph_file import check_opset
 
 Budget = int | Literal["all"]
 """Visual tokens to leave; ``"all"`` means no reduction."""

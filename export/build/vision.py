@@ -14,20 +14,20 @@ from tempfile import TemporaryDirectory
 from typing import Protocol
 
 from calibration.frames.dataset import CalibrationSet
-from graphs.operator_check import check_graph, oldest_tensorrt
-from graphs.graph_file import write_graph
-from graphs.float16 import convert_to_fp16
-from graphs.shared_weights import SharedWeights
 from calibration.int8.graphs import Int8Graphs, Int8Task, make_int8_graphs
 from calibration.int8.resume import Unfinished
 from engines.bundle import BundleDraft
 from engines.manifest import Precision, ReducerSpec, VisionGraph
 from engines.progress_bar import Progress
-from export.checkpoint.accuracy_table import AccuracyTable
 from export.build.plan import BuildOptions, BuildPlan
+from export.checkpoint.accuracy_table import AccuracyTable
 from export.reducers import Reducer
 from export.vision.to_onnx import trace_graph
 from export.vision.visual_graph import build_visual_graph
+from graphs.float16 import convert_to_fp16
+from graphs.graph_file import write_graph
+from graphs.operator_check import check_graph, oldest_tensorrt
+from graphs.shared_weights import SharedWeights
 
 
 class Step(Protocol):

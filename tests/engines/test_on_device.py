@@ -10,7 +10,7 @@ import pytest
 from engines.bundle import open_bundle, write_bundle
 from engines.manifest import Manifest
 from engines.targets import find_target
-from engines.trt.batch_profile import ANY_BATCH
+from engines.trt.batch_profile import ONE_IMAGE
 from engines.trt.on_device import PAGE_NAME, SCRIPT_NAME, make_page, write_device_files
 from tests.small_graph import write_small_bundle
 
@@ -27,7 +27,7 @@ def device(tmp_path: Path) -> Path:
     folder.mkdir()
     first = bundle.vision()
     graphs = (first, first.model_copy(update={"file": "vision/few.onnx"}))
-    written = write_device_files(folder, graphs, find_target("jetson-orin"), ANY_BATCH)
+    written = write_device_files(folder, graphs, find_target("jetson-orin"), ONE_IMAGE)
     assert written == (SCRIPT_NAME, PAGE_NAME)
     return folder
 
@@ -65,7 +65,7 @@ def test_the_trtexec_call_of_each_graph(device: Path) -> None:
         "--noTF32",
         "--minShapes=pixel_values:1x3x8x8",
         "--optShapes=pixel_values:1x3x8x8",
-        "--maxShapes=pixel_values:8x3x8x8",
+        "--maxShapes=pixel_values:1x3x8x8",
         "--memPoolSize=workspace:4096",
         "--profilingVerbosity=detailed",
         "--timingCacheFile=local/trtexec.cache",

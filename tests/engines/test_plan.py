@@ -15,7 +15,7 @@ from engines.gpu import Gpu, NoGpu
 from engines.manifest import TensorSpec
 from engines.targets import find_target
 from engines.trt import library as library_module
-from engines.trt.batch_profile import ANY_BATCH, BatchRange, parse_batch, shape_ranges
+from engines.trt.batch_profile import ONE_IMAGE, BatchRange, parse_batch, shape_ranges
 from engines.trt.builder import choose_gpu, timing_cache_path
 from engines.trt.library import TrtLibrary
 from engines.trt.plan import (
@@ -23,6 +23,7 @@ from engines.trt.plan import (
     PlanRecord,
     ShapeRange,
     adopt_plan,
+    find_plan,
     key_path,
     plan_path,
     read_plan,
@@ -78,7 +79,6 @@ def test_what_was_written_is_read(plan: Path) -> None:
         ({"library_version": "10.3.0.30"}, "10.3.0.26", "10.3.0.30"),
         ({"sm": 110}, "sm_87", "sm_110"),
         ({"gpu": "Orin Nano"}, "Orin", "Orin Nano"),
-        ({"driver": "540.5.0"}, "540.4.0", "540.5.0"),
     ],
 )
 def test_each_difference_names_both_values(
@@ -89,6 +89,36 @@ def test_each_difference_names_both_values(
     message = str(caught.value)
     assert f"the plan has {built}, this machine has {here}" in message
     assert "--rebuild" in message
+
+
+def test_a_new_driver_or_power_mode_is_told_and_not_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "vision.plan"
+    write_plan(path, DATA, make_record(power_mode="MAXN", multiprocessors=16))
+    here = replace(HERE, driver="540.5.0", power_mode="15W", multiprocessors=16)
+    assert read_plan(path, here)[0] == DATA
+    assert "driver: the plan has 540.4.0, this machine has 540.5.0" in caplog.text
+    assert "power mode: the plan has MAXN, this machine has 15W" in caplog.text
+    assert "--rebuild" in caplog.text
+    with pytest.raises(EngineError, match="multiprocessors: the plan has 16, this machine has 8"):
+        read_plan(path, replace(here, multiprocessors=8))
+
+
+def test_a_plan_is_chosen_by_the_number_of_images(tmp_path: Path) -> None:
+    bundle = open_bundle(write_small_bundle(tmp_path / "bundle"))
+    graph, target = bundle.vision(), find_target("rtx-4090")
+    bundle.local.mkdir()
+
+    def chosen(batch: int) -> str:
+        return find_plan(bundle, graph, target, batch).stem.rpartition("-sm89")[2]
+
+    assert chosen(1) == chosen(4) == "", "the path of the first one to build"
+    for batch in (4, 8):
+        plan_path(bundle, graph, target, batch).touch()
+    assert [chosen(batch) for batch in (1, 4, 5, 8, 9)] == ["-b4", "-b4", "-b8", "-b8", "-b8"]
+    plan_path(bundle, graph, target).touch()
+    assert [chosen(batch) for batch in (1, 2)] == ["", "-b4"]
 
 
 def test_all_differences_are_named_together(plan: Path) -> None:
@@ -148,8 +178,18 @@ def test_what_is_missing_is_named(plan: Path, spoil, expected: str) -> None:
 
 def test_an_unwritable_key_says_so(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", "/proc/nowhere")
-    with pytest.raises(EngineError, match=r"plan\.key.*XDG_CONFIG_HOME"):
+    with pytest.raises(EngineError, match=r"plan\.key.*FOVEATE_PLAN_KEY"):
         read_plan(plan, HERE)
+
+
+def test_the_key_may_lie_elsewhere(
+    plan: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FOVEATE_PLAN_KEY", str(tmp_path / "volume" / "key"))
+    with pytest.raises(EngineError, match="signature does not fit"):
+        read_plan(plan, HERE)
+    adopt_plan(plan)
+    assert read_plan(plan, HERE)[0] == DATA and (tmp_path / "volume" / "key").is_file()
 
 
 def test_no_gpu_says_where_to_build() -> None:
@@ -207,7 +247,7 @@ def test_plans_of_two_targets_lie_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("1/1/8", ANY_BATCH), ("4", BatchRange(4, 4, 4)), ("1/2/16", BatchRange(1, 2, 16))],
+    [("1", ONE_IMAGE), ("4", BatchRange(4, 4, 4)), ("1/2/16", BatchRange(1, 2, 16))],
 )
 def test_batch_is_read(text: str, expected: BatchRange) -> None:
     assert parse_batch(text) == expected
@@ -221,12 +261,13 @@ def test_a_batch_that_makes_no_sense(text: str) -> None:
 
 def test_shapes_follow_the_batch() -> None:
     spec = TensorSpec(name="x", dtype="float32", shape=("batch", 3, 336, 336))
-    assert shape_ranges((spec,), ANY_BATCH)["x"].largest == (8, 3, 336, 336)
+    assert shape_ranges((spec,), BatchRange(1, 1, 8))["x"].largest == (8, 3, 336, 336)
+    assert shape_ranges((spec,), ONE_IMAGE)["x"].largest == (1, 3, 336, 336)
 
 
 def test_a_fixed_graph_refuses_another_batch() -> None:
     spec = TensorSpec(name="x", dtype="float32", shape=(1, 3, 8, 8))
-    assert shape_ranges((spec,), ANY_BATCH)["x"].largest == (1, 3, 8, 8)
+    assert shape_ranges((spec,), ONE_IMAGE)["x"].largest == (1, 3, 8, 8)
     with pytest.raises(OptionError, match=r"x has the fixed shape \[1, 3, 8, 8\]"):
         shape_ranges((spec,), BatchRange(4, 4, 4))
 
