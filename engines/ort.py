@@ -38,6 +38,10 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(bool)": np.dtype(np.bool_),
 }
 
+# They join equal Q/DQ pairs, and a pair that several products share is not fused with any of them:
+# half of an INT8 tower would then run in FP32.
+_MERGE_EQUAL_NODES = ["IdenticalChildrenConsolidation", "CommonSubexpressionElimination"]
+
 Optimization = Literal["none", "basic", "extended", "all"]
 Provider = str | tuple[str, dict[str, str]]
 """ONNX Runtime's name of a provider, with its options where it has any."""
@@ -73,7 +77,7 @@ def create_inference_session(
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     # Without VNNI the fast INT8 product of x86 saturates silently; take the exact one there.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry("session.x64quantprecision", "0" if has_vnni() else "1")
     options.graph_optimization_level = getattr(
         onnxruntime.GraphOptimizationLevel,
         "ORT_DISABLE_ALL" if optimization == "none" else f"ORT_ENABLE_{optimization.upper()}",
@@ -85,7 +89,11 @@ def create_inference_session(
     try:
         # Its own fallback prints on stdout and goes on without the provider.
         session = onnxruntime.InferenceSession(
-            str(path), options, providers=ordered, enable_fallback=0
+            str(path),
+            options,
+            providers=ordered,
+            enable_fallback=0,
+            disabled_optimizers=_MERGE_EQUAL_NODES,
         )
     except Exception as error:  # ONNX Runtime's errors share no base class
         if names[0] != CPU and Path(path).is_file():
@@ -95,6 +103,16 @@ def create_inference_session(
     if session.get_providers()[0] != names[0]:
         raise EngineError(_start_message(path, names[0], onnxruntime, complaints))
     return session
+
+
+@functools.cache
+def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Tell whether the CPU multiplies INT8 into 32 bits at once, which is fast and exact."""
+    try:
+        flags = set(cpuinfo.read_text("utf-8", "replace").split())
+    except OSError:
+        return False
+    return not flags.isdisjoint({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
 def _onnxruntime() -> Any:

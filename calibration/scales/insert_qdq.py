@@ -62,9 +62,10 @@ def quantize_site(graph: ir.Graph, layers: Sequence[Layer], threshold: float, me
     first, source = layers[0], layers[0].source
     scale = _add(graph, half_exact(np.float32(threshold / LEVELS)), f"{first.name}.input_scale")
     zero = _add(graph, np.int8(0), f"{first.name}.input_zero_point")
-    integers = _insert(first, "QuantizeLinear", [source, scale, zero], "input")
-    floats = _insert(first, "DequantizeLinear", [integers, scale, zero], "input")
     for layer in layers:
+        # A pair for each product: ONNX Runtime fuses none that several products share.
+        integers = _insert(layer, "QuantizeLinear", [source, scale, zero], "input")
+        floats = _insert(layer, "DequantizeLinear", [integers, scale, zero], "input")
         layer.node.replace_input_with(0, floats)
         _quantize_weight(graph, layer, mean)
 

@@ -129,3 +129,12 @@ def test_what_stops_a_provider_is_told_and_not_printed(
 def test_threads_are_checked(graph: Path) -> None:
     with pytest.raises(EngineError, match="threads is 0, expected 1 or more"):
         create_inference_session(graph, threads=0)
+
+
+def test_the_fast_int8_product_is_taken_only_where_it_is_exact(tmp_path: Path) -> None:
+    flags = {"avx2 avx512f": False, "avx2 avx512_vnni": True, "avx_vnni": True, "amx_int8": True}
+    for number, (text, expected) in enumerate(flags.items()):
+        file = tmp_path / str(number)
+        file.write_text(f"flags\t\t: fpu sse {text}\n")
+        assert ort.has_vnni(file) is expected
+    assert not ort.has_vnni(tmp_path / "none")

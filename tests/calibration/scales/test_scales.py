@@ -100,8 +100,8 @@ def test_scales_are_per_channel_for_weights_and_zero_points_are_zero(graphs, cal
         else:
             assert scale.shape == zero.shape == ()
             kinds[node.op_type] += 1
-    # q, k and v share the pair before them: four pairs a layer, one for the patches.
-    assert kinds == {"weight": 19, "QuantizeLinear": 13, "DequantizeLinear": 13}
+    # A pair for each product: six a layer, one for the patches.
+    assert kinds == {"weight": 19, "QuantizeLinear": 19, "DequantizeLinear": 19}
     assert not any(name.endswith("q_proj.weight") for name in model.graph.initializers)
 
 
