@@ -77,7 +77,7 @@ def compare(out: Path, examination: Examination, count: int, threads: int) -> di
                 GenerationOptions(max_tokens=_LONGEST),
             )
             visual = answer.seen[0]
-            parts = writer.parts([Turn("user", question.text, images=1)], [visual.picture(0)])
+            parts = writer.parts([Turn("user", question.text, images=1)], [visual.tokens_of(0)])
             _, ids = reference.answer(parts, _LONGEST, writer.stop_token_ids)
             packed = examination.right_answers_about(picture, visual.tokens, visual.valid)
             is_right = answer.text.strip() == question.answer

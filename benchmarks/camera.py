@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,18 +27,19 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from engines.bundle import Bundle, open_bundle
 from runtime.camera.answering import FrameAnswerer, FrameEncoder
 from runtime.camera.budgets.budgeted import BudgetedEncoder, ObservedAnswerer
 from runtime.camera.budgets.goal import Goal
 from runtime.camera.loop import CameraLoop, CameraOptions
-from runtime.camera.parts import CameraAnswer, Said
-from runtime.frames import FrameSource, Picture
+from runtime.camera.parts import CameraAnswer
+from runtime.frames import FrameSource
 from runtime.frames.frame import Capture, ReadErrors
 from runtime.language.generate import GenerationOptions
-from runtime.model import open_model
-from runtime.vision import VisualTokens
+from runtime.model import Answer, open_model
+from runtime.vision import Pixels, VisualTokens
 from runtime.vision.graph_pool import GraphPool
 from runtime.vision.parallel_resize import Bands
 from runtime.vision.preprocess import preprocess_batch
@@ -92,29 +93,49 @@ class SyntheticCamera:
 class Free:
     """Encodes and answers at no cost, so that what is left is the loop's own."""
 
-    def encode(self, image: Picture) -> VisualTokens:
-        """Return one empty token."""
+    def encode(self, images: Sequence[Pixels]) -> list[VisualTokens]:
+        """Return one empty token for each image."""
         empty = np.zeros((1, 1), np.int64)
         tokens = np.zeros((1, 1, 1), np.float32)
-        return VisualTokens(tokens, np.ones(1, np.int64), empty, empty, {})
+        return [VisualTokens(tokens, np.ones(1, np.int64), empty, empty, {}) for _ in images]
 
-    def answer(self, visual: Any, question: str, prefilled: Any, interrupted: Any) -> Said:
+    def answer(self, visual: Any, question: str, prefilled: Any, interrupted: Any) -> Answer:
         """Say nothing."""
         prefilled()
-        return Said("", (), "stop_token", 1, 0.0, 0.0)
+        return Answer("", (), "stop_token", "free", 1, 0, {"prefill": 0.0, "decode": 0.0})
+
+
+class Samples:
+    """What is noted of each answer, in memory that is taken before the first one.
+
+    A Python list of 10,000 pairs of numbers takes over a megabyte, which would count as growth.
+    """
+
+    def __init__(self, most: int, columns: int) -> None:
+        self._rows = np.full((most, columns), np.nan)
+        self._count = 0
+
+    def add(self, *values: float) -> None:
+        """Note the values of one answer."""
+        self._rows[self._count] = values
+        self._count += 1
+
+    def settled(self) -> NDArray[np.float64]:
+        """Return all but the first tenth, float64[columns, answers]: the first ones warm up."""
+        return np.transpose(self._rows[self._count // 10 : self._count])
 
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def growth_per_10000_frames(resident: list[tuple[int, int]]) -> float:
+def growth_per_10000_frames(frames: NDArray[np.float64], sizes: NDArray[np.float64]) -> float:
     """Return by which share of the memory at its beginning a run grows in 10,000 frames.
 
     Args:
-        resident: frames so far and bytes, as the run went.
+        frames: float64[N], how many so far, as the run went.
+        sizes: float64[N], resident bytes.
     """
-    frames, sizes = np.array(resident).T
     return float(np.polyfit(frames, sizes, 1)[0] * 10_000 / sizes[0])
 
 
@@ -123,30 +144,31 @@ def measure_bundle(bundle: Bundle, seconds: float, fps: float, max_tokens: int) 
         options = CameraOptions(QUESTION, reuse=False)
         answerer = FrameAnswerer(model, GenerationOptions(max_tokens=max_tokens))
         source = FrameSource(SyntheticCamera(fps, round(seconds * fps)))
-        loop = CameraLoop(source, FrameEncoder(model.encoder), answerer, options)
-        ages, costs, resident = [], [], []
+        loop = CameraLoop([source], FrameEncoder(model.encoder), answerer, options)
+        samples = Samples(round(seconds * fps), columns=4)
+        answers = 0
         started_s = time.monotonic()
         for item in loop.answers():
             if isinstance(item, CameraAnswer):
-                ages.append(item.age_ms)
-                costs.append(item.seen.encode_ms + item.said.prefill_ms)
-                resident.append((loop.frames, resident_bytes()))
+                cost_ms = item.encoded.encode_ms + item.answer.milliseconds["prefill"]
+                samples.add(item.age_ms, cost_ms, loop.frames, resident_bytes())
+                answers += 1
         spent_s = time.monotonic() - started_s
         frame = np.random.default_rng(1).integers(0, 256, (1, HEIGHT, WIDTH, 3), dtype=np.uint8)
         alone_ms = _fastest_ms(lambda: preprocess_batch(frame, bundle.preprocessing))
         with Bands() as bands:
             banded_ms = _fastest_ms(lambda: preprocess_batch(frame, bundle.preprocessing, bands))
-    settled = slice(len(ages) // 10, None)  # the first answers warm up
-    p99_age, p50_cost = np.percentile(ages[settled], 99), np.median(costs[settled])
+    ages, costs, frames, sizes = samples.settled()
+    p99_age, p50_cost = np.percentile(ages, 99), np.median(costs)
     return {
         "frames": loop.frames,
-        "answers_per_second": round(len(ages) / spent_s, 2),
-        "age_p50_ms": round(float(np.median(ages[settled])), 1),
+        "answers_per_second": round(answers / spent_s, 2),
+        "age_p50_ms": round(float(np.median(ages)), 1),
         "age_p99_ms": round(float(p99_age), 1),
         "encode_and_prefill_p50_ms": round(float(p50_cost), 1),
         "age_p99_over_encode_and_prefill": round(float(p99_age / p50_cost), 2),
         "drops": dict(loop.drops),
-        "bundle_memory_growth": round(growth_per_10000_frames(resident[settled]), 4),
+        "bundle_memory_growth": round(growth_per_10000_frames(frames, sizes), 4),
         "preprocess_1080p_ms": round(banded_ms, 2),
         "preprocess_1080p_one_core_ms": round(alone_ms, 2),
     }
@@ -156,14 +178,14 @@ def measure_loop(frames: int = 10_000) -> dict[str, Any]:
     """Measure the loop alone, at 500 frames per second: nothing is encoded or answered for real."""
     free = Free()
     source = FrameSource(SyntheticCamera(500.0, frames))
-    loop = CameraLoop(source, free, free, CameraOptions("?", reuse=True))
-    resident = []
+    loop = CameraLoop([source], free, free, CameraOptions("?", reuse=True))
+    samples = Samples(frames, columns=2)
     before_s = time.process_time()
     for _ in loop.answers():
-        resident.append((loop.frames, resident_bytes()))
+        samples.add(loop.frames, resident_bytes())
     return {
         "loop_ms_per_frame": round((time.process_time() - before_s) / frames * 1e3, 3),
-        "loop_memory_growth": round(growth_per_10000_frames(resident[len(resident) // 10 :]), 4),
+        "loop_memory_growth": round(growth_per_10000_frames(*samples.settled()), 4),
     }
 
 
@@ -188,7 +210,7 @@ def measure_target(bundle: Bundle, seconds: float, fps: float, max_tokens: int) 
         controller = encoder.calibrate(answerer, QUESTION, Goal("latency", target_ms))
         source = FrameSource(SyntheticCamera(fps, round(seconds * fps)))
         observed = ObservedAnswerer(answerer, controller)
-        loop = CameraLoop(source, encoder, observed, CameraOptions(QUESTION, reuse=False))
+        loop = CameraLoop([source], encoder, observed, CameraOptions(QUESTION, reuse=False))
         halves: tuple[list[float], list[float]] = ([], [])
         started_s = time.monotonic()
         loaded_s = 0.0
@@ -201,7 +223,8 @@ def measure_target(bundle: Bundle, seconds: float, fps: float, max_tokens: int) 
                 for _ in range(2 * (os.cpu_count() or 1) - 1):
                     load.enter_context(_busy_process())
             if not loaded_s or now_s - loaded_s > _SETTLING_S:
-                latency_ms = sum(item.seen.visual.milliseconds.values()) + item.said.prefill_ms
+                latency_ms = item.milliseconds["prefill"]
+                latency_ms += sum(item.encoded.visual.milliseconds.values())
                 halves[bool(loaded_s)].append(latency_ms)
     return {
         "target_ms": round(target_ms, 1),

@@ -132,7 +132,7 @@ class Row:
 def see(model: Model, held_out: HeldOut) -> dict[str, Embeddings]:
     """Return the visual tokens of every picture."""
     return {
-        name: model.encoder.encode([load_picture(held_out.folder / name)]).picture(0)
+        name: model.encoder.encode([load_picture(held_out.folder / name)]).tokens_of(0)
         for name in held_out.questions
     }
 

@@ -22,9 +22,10 @@ import typer
 from PIL import Image
 
 from engines.manifest import Preprocessing
+from runtime.vision import Pixels
 from runtime.vision.geometry import lay_out
 from runtime.vision.parallel_resize import Bands
-from runtime.vision.preprocess import Pixels, PixelValues, normalise, preprocess
+from runtime.vision.preprocess import PixelValues, normalise, preprocess
 
 HEIGHT, WIDTH, SIDE = 1080, 1920, 336
 GOAL_MS = 5.0

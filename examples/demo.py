@@ -19,7 +19,8 @@ from engines.progress_bar import show_progress
 from export.build import build_bundle
 from export.build.plan import BuildOptions
 from runtime.language.generate import GenerationOptions
-from runtime.model import Answer, Model, Pixels, open_model
+from runtime.model import Answer, Model, open_model
+from runtime.vision import Pixels
 from runtime.vision.overlay import save_overlay
 from runtime.vision.pictures import load_picture
 

@@ -85,7 +85,7 @@ class Chat:
         if name == "/image":
             self.conversation.show(load_picture(rest), rest)
         elif name == "/frame":
-            self.conversation.replace_picture(load_picture(rest), rest)
+            self.conversation.replace_image(load_picture(rest), rest)
         elif name == "/save":
             from runtime.transcript import save_conversation
 
@@ -103,7 +103,7 @@ class Chat:
 
     def _tell_tokens(self) -> None:
         conversation = self.conversation
-        visual = sum(len(picture.tokens) for picture in conversation.pictures)
+        visual = sum(len(image.tokens) for image in conversation.images)
         told = (
             f"{conversation.count_positions()} of {conversation.model.language.context_length} "
             f"positions, {visual} of them visual tokens"

@@ -1,8 +1,8 @@
-"""A conversation about pictures that does not start over with every question.
+"""A conversation about images over one loaded model.
 
-Enters: pictures and questions, one after the other. Leaves: answers. The whole conversation is the
-prompt each time, and `Context` computes only what the KV cache does not hold: a follow-up question
-costs its own tokens, and a new frame in the place of the last costs the frame and the question.
+The whole conversation is the prompt each time, and `Context` computes only what the KV cache does
+not hold: a follow-up question costs its own tokens, and a new frame in the place of the last costs
+the frame and the question.
 """
 
 from __future__ import annotations
@@ -10,24 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-from numpy.typing import NDArray
-
 from runtime.language.generate import GenerationOptions
 from runtime.language.parts import Embeddings
 from runtime.language.prompt import Turn
 from runtime.model import Answer, Model, Show
-from runtime.vision import VisualTokens
-
-Pixels = NDArray[np.uint8]
+from runtime.vision import Pixels, VisualTokens
 
 _LARGEST_RESERVE = 0.25
 """Share of the context that is kept free for an answer, at most."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture as the language model saw it.
+class ShownImage:
+    """An image as the language model saw it.
 
     Attributes:
         name: what the user calls it, a path for example.
@@ -44,17 +39,17 @@ class Exchange:
 
     Attributes:
         question: the words.
-        pictures: shown with it, before the words.
+        images: shown with it, before the words.
         answer: None while it is being written.
     """
 
     question: str
-    pictures: tuple[Picture, ...] = ()
+    images: tuple[ShownImage, ...] = ()
     answer: str | None = None
 
 
 class Conversation:
-    """Pictures, questions and answers over one loaded model.
+    """Images, questions and answers over one loaded model.
 
     Attributes:
         model: answers; another conversation over it costs recomputing this one.
@@ -68,43 +63,43 @@ class Conversation:
         self.system = system
         self.exchanges: list[Exchange] = []
         self.dropped = 0
-        self._shown: list[Picture] = []  # waiting for the next question
+        self._shown: list[ShownImage] = []  # waiting for the next question
         self._seen: list[VisualTokens] = []  # how those of them that are new were seen
 
     @property
-    def pictures(self) -> tuple[Picture, ...]:
-        """Every picture the next prompt holds, oldest first."""
-        said = [picture for exchange in self.exchanges for picture in exchange.pictures]
+    def images(self) -> tuple[ShownImage, ...]:
+        """Every image the next prompt holds, oldest first."""
+        said = [image for exchange in self.exchanges for image in exchange.images]
         return (*said, *self._shown)
 
-    def show(self, pixels: Pixels, name: str = "picture") -> VisualTokens:
-        """Put one more picture before the next question.
+    def show(self, image: Pixels, name: str = "picture") -> VisualTokens:
+        """Put one more image before the next question.
 
         Args:
-            pixels: RGB, uint8[H, W, 3].
+            image: RGB, uint8[H, W, 3].
             name: what to call it.
         """
-        visual = self.model.encoder.encode([pixels])
-        self._shown.append(Picture(name, visual.picture(0)))
+        visual = self.model.encoder.encode([image])
+        self._shown.append(ShownImage(name, visual.tokens_of(0)))
         self._seen.append(visual)
         return visual
 
-    def replace_picture(self, pixels: Pixels, name: str = "frame") -> VisualTokens:
-        """Put a new frame in the place of the last picture.
+    def replace_image(self, image: Pixels, name: str = "frame") -> VisualTokens:
+        """Put a new frame in the place of the last image.
 
-        What was said since that picture was shown is forgotten: it is no longer true.
+        What was said since that image was shown is forgotten: it is no longer true.
 
         Args:
-            pixels: RGB, uint8[H, W, 3].
+            image: RGB, uint8[H, W, 3].
             name: what to call it.
         """
-        visual = self.model.encoder.encode([pixels])
+        visual = self.model.encoder.encode([image])
         if not self._shown:
-            with_pictures = [at for at, said in enumerate(self.exchanges) if said.pictures]
-            if with_pictures:
-                self._shown = list(self.exchanges[with_pictures[-1]].pictures)
-                del self.exchanges[with_pictures[-1] :]
-        self._shown[-1:] = [Picture(name, visual.picture(0))]
+            with_images = [at for at, said in enumerate(self.exchanges) if said.images]
+            if with_images:
+                self._shown = list(self.exchanges[with_images[-1]].images)
+                del self.exchanges[with_images[-1] :]
+        self._shown[-1:] = [ShownImage(name, visual.tokens_of(0))]
         self._seen[-1:] = [visual]
         return visual
 
@@ -113,7 +108,7 @@ class Conversation:
     ) -> Answer:
         """Answer the next question.
 
-        When the context is full the oldest exchanges go; the system's words and the latest picture
+        When the context is full the oldest exchanges go; the system's words and the latest image
         stay.
 
         Args:
@@ -131,8 +126,8 @@ class Conversation:
         self._shown = []
         try:
             self._make_room(chosen.max_tokens)
-            pictures = [picture.tokens for picture in self.pictures]
-            answer = self.model.answer(self._turns(), pictures, chosen, show)
+            images = [image.tokens for image in self.images]
+            answer = self.model.answer(self._turns(), images, chosen, show)
         except BaseException:
             self.exchanges, self._shown, self.dropped = before
             raise
@@ -156,20 +151,20 @@ class Conversation:
 
     def count_positions(self) -> int:
         """Return how many positions the conversation takes, with what makes the model answer."""
-        visual = sum(len(picture.tokens) - 1 for picture in self.pictures)
+        visual = sum(len(image.tokens) - 1 for image in self.images)
         return len(self.model.writer.ids(self._turns())) + visual
 
     def _drop_oldest(self) -> None:
         oldest = self.exchanges.pop(0)
         self.dropped += 1
-        if oldest.pictures and not self.pictures:  # the latest picture stays
+        if oldest.images and not self.images:  # the latest image stays
             first = self.exchanges[0]
-            self.exchanges[0] = replace(first, pictures=oldest.pictures[-1:])
+            self.exchanges[0] = replace(first, images=oldest.images[-1:])
 
     def _turns(self) -> Sequence[Turn]:
         turns = [Turn("system", self.system)] if self.system else []
         for exchange in self.exchanges:
-            turns.append(Turn("user", exchange.question, images=len(exchange.pictures)))
+            turns.append(Turn("user", exchange.question, images=len(exchange.images)))
             if exchange.answer is not None:
                 turns.append(Turn("assistant", exchange.answer))
         return turns

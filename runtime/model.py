@@ -1,16 +1,11 @@
-"""A bundle, ready to answer: its vision graph, its prompts and its language model together.
-
-Enters: pictures and questions. Leaves: answers, with the time of every stage.
-"""
+"""A loaded bundle that answers questions about images: vision graph, prompts and language model."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-
-import numpy as np
-from numpy.typing import NDArray
 
 from engines.bundle import Bundle
 from engines.closeable import Closeable
@@ -23,9 +18,8 @@ from runtime.language.generate import Finish, GenerationOptions
 from runtime.language.local_text import LocalText
 from runtime.language.parts import Embeddings
 from runtime.language.prompt import PromptWriter, Turn
-from runtime.vision import VisionEncoder, VisualTokens
+from runtime.vision import Pixels, VisionEncoder, VisualTokens
 
-Pixels = NDArray[np.uint8]
 Show = Callable[[str], None]
 """Called with each piece of an answer as it is written."""
 
@@ -42,9 +36,9 @@ class Answer:
         prompt_tokens: positions of the prompt, visual tokens included.
         reused_tokens: how many of them were in the KV cache already; None where a server does not
             say.
-        milliseconds: time by stage: `preprocess` and `encode` of the pictures that came with the
+        milliseconds: time by stage: `preprocess` and `encode` of the images that came with the
             question, `prefill`, `decode` and `total`.
-        seen: those pictures, as the language model saw them.
+        seen: those images, as the language model saw them.
     """
 
     text: str
@@ -67,9 +61,9 @@ class Answer:
         return sum(int(visual.valid[0]) for visual in self.seen)
 
     def with_seen(self, seen: Sequence[VisualTokens]) -> Answer:
-        """Return the answer with the pictures that came with its question, and their time."""
+        """Return the answer with the images that came with its question, and their time."""
         preprocess_ms = sum(visual.milliseconds["preprocess"] for visual in seen)
-        encode_ms = sum(visual.milliseconds["vision"] for visual in seen)
+        encode_ms = sum(visual.milliseconds["encode"] for visual in seen)
         spent = {"preprocess": preprocess_ms, "encode": encode_ms, **self.milliseconds}
         spent["total"] += preprocess_ms + encode_ms
         return replace(self, milliseconds=spent, seen=tuple(seen))
@@ -80,7 +74,7 @@ class Model(Closeable):
 
     Attributes:
         bundle: what was opened.
-        encoder: pictures to visual tokens.
+        encoder: images to visual tokens.
         writer: conversations to parts.
         language: writes the answers.
     """
@@ -95,20 +89,20 @@ class Model(Closeable):
 
     def ask(
         self,
-        picture: Pixels,
+        image: Pixels,
         question: str,
         options: GenerationOptions | None = None,
         *,
         system: str | None = None,
         show: Show | None = None,
     ) -> Answer:
-        """Answer one question about one picture.
+        """Answer one question about one image.
 
-        Text before the picture that the KV cache holds from an earlier question is not computed
-        again, nor is the picture if it is the same.
+        Text before the image that the KV cache holds from an earlier question is not computed
+        again, nor is the image if it is the same.
 
         Args:
-            picture: RGB, uint8[H, W, 3].
+            image: RGB, uint8[H, W, 3].
             question: what to ask.
             options: how the answer is written.
             system: instructions before the conversation; not every checkpoint takes them.
@@ -116,45 +110,91 @@ class Model(Closeable):
 
         Raises:
             OptionError: the chat template refuses the conversation.
-            PictureError: not a picture the tower can take.
+            PictureError: not an image the tower can take.
             BackendError: more positions than the context holds.
         """
-        visual = self.encoder.encode([picture])
+        visual = self.encoder.encode([image])
+        return self.answer_about([visual], question, options, system=system, show=show)
+
+    def answer_about(
+        self,
+        visuals: Sequence[VisualTokens],
+        question: str,
+        options: GenerationOptions | None = None,
+        *,
+        system: str | None = None,
+        show: Show | None = None,
+        prefilled: Callable[[], None] | None = None,
+        interrupted: Callable[[], bool] | None = None,
+    ) -> Answer:
+        """Answer one question about images that are encoded.
+
+        Args:
+            visuals: the tokens of each image, a batch of one each, in the order of the prompt.
+            question: what to ask.
+            options: how the answer is written.
+            system: instructions before the conversation.
+            show: as in `answer`, like the two that follow.
+            prefilled: called once the prompt was read.
+            interrupted: asked after each piece; true ends the answer early.
+
+        Raises:
+            OptionError: the chat template refuses the conversation.
+            BackendError: the language model failed, or more positions than the context holds.
+        """
         turns = [Turn("system", system)] if system else []
-        turns.append(Turn("user", question, images=1))
-        return self.answer(turns, [visual.picture(0)], options, show).with_seen([visual])
+        turns.append(Turn("user", question, images=len(visuals)))
+        answer = self.answer(
+            turns,
+            [visual.tokens_of(0) for visual in visuals],
+            options,
+            show,
+            prefilled=prefilled,
+            interrupted=interrupted,
+        )
+        return answer.with_seen(visuals)
 
     def answer(
         self,
         turns: Sequence[Turn],
-        pictures: Sequence[Embeddings],
+        images: Sequence[Embeddings],
         options: GenerationOptions | None = None,
         show: Show | None = None,
+        *,
+        prefilled: Callable[[], None] | None = None,
+        interrupted: Callable[[], bool] | None = None,
     ) -> Answer:
         """Write the next turn of a conversation; what the KV cache holds of it is not recomputed.
 
         Args:
             turns: the conversation, ending with a question.
-            pictures: float32[N, D] of each picture in it.
+            images: float32[N, D] of each image in it.
             options: how the answer is written.
             show: called with each piece of the answer as it is written.
+            prefilled: called once the prompt was read.
+            interrupted: asked after each piece; true ends the answer early.
 
         Raises:
             OptionError: the chat template refuses the conversation.
-            BackendError: more positions than the context holds.
+            BackendError: the language model failed, or more positions than the context holds.
         """
         started = time.perf_counter()
-        generation = self.language.generate(turns, pictures, options or GenerationOptions())
+        generation = self.language.generate(turns, images, options or GenerationOptions())
         generation.prefill()
         decoding = time.perf_counter()
-        for piece in generation:
-            if show is not None:
-                show(piece)
+        if prefilled is not None:
+            prefilled()
+        with closing(iter(generation)) as pieces:  # leaving early cancels a server's answer
+            for piece in pieces:
+                if show is not None:
+                    show(piece)
+                if interrupted is not None and interrupted():
+                    break
         ended = time.perf_counter()
         return Answer(
             text=generation.text,
             token_ids=tuple(generation.token_ids),
-            finish=generation.finish or "max_tokens",
+            finish=generation.finish or "interrupted",
             backend=self.language.name,
             prompt_tokens=generation.prompt_tokens,
             reused_tokens=generation.reused_tokens,

@@ -17,7 +17,7 @@ import numpy as np
 from engines.bundle import Bundle
 from engines.errors import OptionError
 from engines.staging import staged_file
-from runtime.conversation import Conversation, Exchange, Picture
+from runtime.conversation import Conversation, Exchange, ShownImage
 from runtime.language.parts import Embeddings
 from runtime.model import Model
 
@@ -40,8 +40,8 @@ def save_conversation(conversation: Conversation, path: str | Path) -> None:
                 "question": exchange.question,
                 "answer": exchange.answer,
                 "pictures": [
-                    {"name": picture.name, "tokens": _text_from_tokens(picture.tokens)}
-                    for picture in exchange.pictures
+                    {"name": image.name, "tokens": _text_from_tokens(image.tokens)}
+                    for image in exchange.images
                 ],
             }
             for exchange in conversation.exchanges
@@ -85,11 +85,11 @@ def _identity(bundle: Bundle) -> str:
 
 def _exchange(fields: dict[str, Any], model: Model) -> Exchange:
     width = model.bundle.manifest.text.hidden_size
-    pictures = tuple(
-        Picture(str(picture["name"]), _tokens_from_text(picture["tokens"], width))
-        for picture in fields["pictures"]
+    images = tuple(
+        ShownImage(str(image["name"]), _tokens_from_text(image["tokens"], width))
+        for image in fields["pictures"]
     )
-    return Exchange(str(fields["question"]), pictures, fields["answer"])
+    return Exchange(str(fields["question"]), images, fields["answer"])
 
 
 def _text_from_tokens(tokens: Embeddings) -> str:

@@ -26,12 +26,11 @@ from runtime.camera.view_options import ViewOptions
 from runtime.model_options import ModelOptions
 
 if TYPE_CHECKING:
-    from runtime.camera.answer_stream import AnswerStream
-    from runtime.camera.answering import FrameEncoder
     from runtime.camera.budgets.budgeted import BudgetedEncoder
     from runtime.camera.budgets.controller import BudgetController
     from runtime.camera.budgets.goal import Goal
-    from runtime.camera.parts import Answerer, CameraAnswer, CameraOptions
+    from runtime.camera.loop import CameraLoop
+    from runtime.camera.parts import Answerer, CameraAnswer, CameraOptions, Encoder
     from runtime.frames import FrameSource, SourceOptions
     from runtime.language.generate import GenerationOptions
     from runtime.model import Model
@@ -148,21 +147,18 @@ def _open(source: str | FrameSource, view: SourceOptions) -> FrameSource:
 
 def _make_loop(
     sources: Sequence[FrameSource], model: Model, options: WatchOptions, open_things: ExitStack
-) -> tuple[AnswerStream, BudgetController | None]:
+) -> tuple[CameraLoop, BudgetController | None]:
     """Return the loop and what chooses its budgets, if there is a goal."""
     from runtime.camera.answering import FrameAnswerer, FrameEncoder
     from runtime.camera.loop import CameraLoop
-    from runtime.camera.many_cameras import ManyCameras
 
-    encoder: FrameEncoder | BudgetedEncoder = FrameEncoder(model.encoder)
+    encoder: Encoder = FrameEncoder(model.encoder)
     answerer: Answerer = FrameAnswerer(model, options.generation, options.system)
     controller = None
     if options.goal is not None:
         encoder, answerer = _budgeted(model, answerer, options, options.goal, open_things)
         controller = encoder.controller
-    if len(sources) == 1:
-        return CameraLoop(sources[0], encoder, answerer, options.camera), controller
-    return ManyCameras(sources, encoder, answerer, options.camera), controller
+    return CameraLoop(sources, encoder, answerer, options.camera), controller
 
 
 def _budgeted(
@@ -187,7 +183,7 @@ def _budgeted(
 
 
 def _observers(
-    loop: AnswerStream,
+    loop: CameraLoop,
     controller: BudgetController | None,
     options: WatchOptions,
     open_things: ExitStack,

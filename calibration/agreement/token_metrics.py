@@ -84,7 +84,7 @@ def average_agreement(pictures: Iterable[TokenAgreement]) -> Agreement:
 
 def compare_visual_tokens(reference: VisualTokens, candidate: VisualTokens) -> TokenAgreement:
     """Compare what two vision graphs made of one picture, a batch of one each."""
-    theirs, ours = reference.picture(0), candidate.picture(0)  # [valid, D] each
+    theirs, ours = reference.tokens_of(0), candidate.tokens_of(0)  # [valid, D] each
     their_origin, our_origin = reference.origin[0, : len(theirs)], candidate.origin[0, : len(ours)]
     at_theirs, at_ours = match_tokens(reference, candidate)
     cosine = measure_cosine(theirs[at_theirs], ours[at_ours])

@@ -23,7 +23,8 @@ from engines.errors import OptionError, SourceError
 from engines.manifest import Preprocessing
 from runtime.frames import Frame, FrameSource, SourceOptions, open_source
 from runtime.frames.source import FrameClock
-from runtime.vision.preprocess import Pixels, PixelValues, normalise, resize_picture
+from runtime.vision import Pixels
+from runtime.vision.preprocess import PixelValues, normalise, resize_picture
 
 MOST_UNREADABLE = 0.1
 """Share of the frames that may be unreadable before something is wrong with the source."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from calibration.frames.near_duplicates import Signature, is_repeated, measure_change, sign_frame
-from runtime.vision.preprocess import Pixels
+from runtime.vision import Pixels
 
 
 @dataclass(frozen=True, eq=False)

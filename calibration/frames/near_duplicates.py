@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from runtime.vision.preprocess import Pixels
+from runtime.vision import Pixels
 
 Signature = NDArray[np.int16]
 """int16[16, 16, 3], levels of 255."""

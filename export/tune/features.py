@@ -23,8 +23,9 @@ from engines.staging import staged_file
 from export.checkpoint.llava import Checkpoint
 from export.reducers import Reducer
 from export.towers.registry import make_tower
+from runtime.vision import Pixels
 from runtime.vision.pictures import load_picture
-from runtime.vision.preprocess import Pixels, preprocess_batch
+from runtime.vision.preprocess import preprocess_batch
 
 _PICTURES_AT_ONCE = 8
 _TODO, _UNREADABLE = -1, 0

@@ -32,8 +32,8 @@ from export.verify.report import (
     summarize_stages,
 )
 from export.verify.sides import (
-    Answer,
     BundleLanguage,
+    GreedyAnswer,
     Question,
     TorchSide,
     find_checkpoint,
@@ -41,9 +41,9 @@ from export.verify.sides import (
     refuse_other_checkpoint,
 )
 from export.verify.tolerances import Tolerances, tolerances_for
-from runtime.vision import VisualTokens
+from runtime.vision import Pixels, VisualTokens
 from runtime.vision.pictures import load_picture
-from runtime.vision.preprocess import Pixels, PixelValues
+from runtime.vision.preprocess import PixelValues
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2"}
 
@@ -184,13 +184,13 @@ class _Comparison:
                 tokens=(int(theirs.tokens.valid[0]), int(ours.valid[0])),
                 visual_tokens=compare_visual_tokens(theirs.tokens, ours),
                 stages=tuple(measure_stages(theirs.stages, stages, theirs.tokens, ours)),
-                answer=language.compare(answer, ours.picture(0))
+                answer=language.compare(answer, ours.tokens_of(0))
                 if language is not None and answer is not None
                 else None,
             )
 
 
-def _look(side: TorchSide, picture: Pixels) -> tuple[PixelValues, Observation, Answer | None]:
+def _look(side: TorchSide, picture: Pixels) -> tuple[PixelValues, Observation, GreedyAnswer | None]:
     pixels = side.prepare(picture)
     observation = side.observe(pixels)
     return pixels, observation, side.answer(observation)

@@ -26,10 +26,9 @@ from engines.errors import OptionError
 from engines.staging import staged_file
 from export.verify.candidates import Candidate
 from export.verify.report import CandidateReport, PictureAgreement, VerifyReport, rank_worst
-from runtime.vision import VisualTokens
+from runtime.vision import Pixels, VisualTokens
 from runtime.vision.overlay import draw_overlay
 from runtime.vision.pictures import load_picture
-from runtime.vision.preprocess import Pixels
 
 _COLOURS = ("#1f6feb", "#d4581f", "#2d8a4e", "#8a3ffc", "#b8860b", "#c2255c")
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 860, 260, 56, 66  # of the chart, in its own units

@@ -69,7 +69,7 @@ class VisionReference:
             valid=reduced.valid.numpy(),
             origin=reduced.origin.numpy(),
             assignment=reduced.assignment.numpy(),
-            milliseconds={"vision": (time.perf_counter() - started) * 1e3},
+            milliseconds={"encode": (time.perf_counter() - started) * 1e3},
         )
         stages = {EMBEDDINGS: states[0]}
         stages |= {layer_stage(layer): state for layer, state in enumerate(states[1:])}

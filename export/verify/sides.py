@@ -27,7 +27,8 @@ from export.verify.report import AnswerAgreement
 from runtime.backends.opening import open_backend
 from runtime.language.generate import Generation, GenerationOptions
 from runtime.language.prompt import PromptWriter, Turn
-from runtime.vision.preprocess import Pixels, PixelValues, preprocess_batch
+from runtime.vision import Pixels
+from runtime.vision.preprocess import PixelValues, preprocess_batch
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class GreedyAnswer:
     """What a language model says: logits of its first token, float32[V], and its greedy answer."""
 
     logits: NDArray[np.float32]
@@ -88,15 +89,15 @@ class TorchSide:
         """Return what PyTorch makes of prepared pixels."""
         return self.vision.observe(pixel_values)
 
-    def answer(self, seen: Observation) -> Answer | None:
+    def answer(self, seen: Observation) -> GreedyAnswer | None:
         """Return what PyTorch says of what it saw; None where it is not asked."""
         if self.language is None or self.prompt is None:
             return None
-        parts = self.prompt.parts(self.question.turns, [seen.tokens.picture(0)])
+        parts = self.prompt.parts(self.question.turns, [seen.tokens.tokens_of(0)])
         logits, ids = self.language.answer(
             parts, self.question.max_tokens, self.prompt.stop_token_ids
         )
-        return Answer(logits, tuple(ids), self.prompt.tokenizer.decode(ids))
+        return GreedyAnswer(logits, tuple(ids), self.prompt.tokenizer.decode(ids))
 
 
 class BundleLanguage:
@@ -109,7 +110,7 @@ class BundleLanguage:
         self.backend = open_backend(bundle, backend, threads=threads)
         self.question = question
 
-    def compare(self, expected: Answer, tokens: NDArray[np.float32]) -> AnswerAgreement:
+    def compare(self, expected: GreedyAnswer, tokens: NDArray[np.float32]) -> AnswerAgreement:
         """Ask the question and compare with what PyTorch answered.
 
         Args:
@@ -128,7 +129,7 @@ class BundleLanguage:
             bundle=given.text,
         )
 
-    def _answer(self, tokens: NDArray[np.float32]) -> Answer | None:
+    def _answer(self, tokens: NDArray[np.float32]) -> GreedyAnswer | None:
         self.backend.rewind(0)
         logits = self.backend.prefill(self.prompt.parts(self.question.turns, [tokens]))
         if np.isnan(logits).any():
@@ -142,7 +143,7 @@ class BundleLanguage:
         )
         for _ in generation:
             pass
-        return Answer(logits, tuple(generation.token_ids), generation.text)
+        return GreedyAnswer(logits, tuple(generation.token_ids), generation.text)
 
     def close(self) -> None:
         """Free the language model."""

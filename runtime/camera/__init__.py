@@ -1,1 +1,1 @@
-"""The camera loop: live frames to answers, on time; `loop` is where to begin."""
+"""The camera loop: answers about live frames; `loop` is where to begin."""

@@ -1,51 +1,37 @@
-"""A bundle behind the two doors of the camera loop: one encodes frames, one answers about them.
+"""A bundle's vision graph and language model as the camera loop takes them.
 
-They share nothing that changes, so the loop may run each in a thread of its own.
+They share no state that changes, so the loop runs each in a thread of its own.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 
-from runtime.camera.parts import Said
-from runtime.frames import Picture
 from runtime.language.generate import GenerationOptions
-from runtime.language.prompt import Turn
-from runtime.model import Model
-from runtime.vision import VisionEncoder, VisualTokens
+from runtime.model import Answer, Model
+from runtime.vision import Pixels, VisionEncoder, VisualTokens
 
 
 class FrameEncoder:
-    """The vision graph, for one camera or several."""
+    """The vision graph; see `runtime.camera.parts.Encoder`."""
 
     def __init__(self, encoder: VisionEncoder) -> None:
         self._encoder = encoder
 
-    def encode(self, image: Picture) -> VisualTokens:
-        """Encode one picture.
+    def encode(self, images: Sequence[Pixels]) -> list[VisualTokens]:
+        """Encode images, uint8[H, W, 3] each, as one batch; return the tokens of each.
 
         Raises:
             EngineError: the graph failed.
-            PictureError: not a picture the tower can take.
-        """
-        return self._encoder.encode([image])
-
-    def encode_batch(self, images: Sequence[Picture]) -> list[VisualTokens]:
-        """Encode pictures of any sizes as one batch.
-
-        Raises:
-            EngineError: the graph failed.
-            PictureError: one is not a picture the tower can take.
+            PictureError: one is not an image the tower can take.
         """
         return self._encoder.encode(list(images)).split()
 
 
 class FrameAnswerer:
-    """The language model, asked about one frame after another.
+    """The language model, asked about one frame after another; see `Model.answer_about`.
 
-    Text before the picture stays in the KV cache, and of the same picture its tokens too.
+    Text before the image stays in the KV cache, and of the same image its tokens too.
     """
 
     def __init__(
@@ -53,7 +39,7 @@ class FrameAnswerer:
     ) -> None:
         self._model = model
         self._options = options or GenerationOptions(max_tokens=64)
-        self._turns = [Turn("system", system)] if system else []
+        self._system = system
 
     def answer(
         self,
@@ -61,28 +47,18 @@ class FrameAnswerer:
         question: str,
         prefilled: Callable[[], None],
         interrupted: Callable[[], bool],
-    ) -> Said:
-        """Answer a question about one encoded picture.
+    ) -> Answer:
+        """Answer a question about one encoded image.
 
         Raises:
             OptionError: the chat template refuses the question.
             BackendError: the language model failed.
         """
-        started_s = time.perf_counter()
-        turns = [*self._turns, Turn("user", question, images=1)]
-        generation = self._model.language.generate(turns, [visual.picture(0)], self._options)
-        generation.prefill()
-        decoding_s = time.perf_counter()
-        prefilled()
-        with closing(iter(generation)) as pieces:
-            for _ in pieces:
-                if interrupted():
-                    break
-        return Said(
-            text=generation.text,
-            token_ids=tuple(generation.token_ids),
-            finish=generation.finish or "interrupted",
-            prompt_tokens=generation.prompt_tokens,
-            prefill_ms=(decoding_s - started_s) * 1e3,
-            decode_ms=(time.perf_counter() - decoding_s) * 1e3,
+        return self._model.answer_about(
+            [visual],
+            question,
+            self._options,
+            system=self._system,
+            prefilled=prefilled,
+            interrupted=interrupted,
         )

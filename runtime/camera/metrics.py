@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from prometheus_client.core import CounterMetricFamily, Metric
     from rich.live import Live
 
-    from runtime.camera.answer_stream import AnswerStream
     from runtime.camera.budgets.controller import BudgetController
+    from runtime.camera.loop import CameraLoop
     from runtime.camera.parts import CameraAnswer
 
 ADDRESS = "127.0.0.1"
@@ -36,7 +36,7 @@ class MetricsServer:
     """
 
     def __init__(
-        self, loop: AnswerStream, port: int, controller: BudgetController | None = None
+        self, loop: CameraLoop, port: int, controller: BudgetController | None = None
     ) -> None:
         """Begin to serve.
 
@@ -89,11 +89,9 @@ class MetricsServer:
         """Count an answer."""
         self._age.observe(answer.age_ms / 1e3)
         self._answers.labels(str(answer.reused).lower()).inc()
-        stages = {} if answer.seen.kept else dict(answer.seen.visual.milliseconds)
         if not answer.reused:
-            stages |= {"prefill": answer.said.prefill_ms, "decode": answer.said.decode_ms}
-            self._tokens.inc(len(answer.said.token_ids))
-        for stage, ms in stages.items():
+            self._tokens.inc(len(answer.answer.token_ids))
+        for stage, ms in answer.milliseconds.items():
             self._stage.labels(stage).observe(ms / 1e3)
 
     def close(self) -> None:
@@ -106,7 +104,7 @@ class MetricsServer:
 class _LoopCounts:
     """What the loop counts itself, read when it is asked for."""
 
-    def __init__(self, loop: AnswerStream) -> None:
+    def __init__(self, loop: CameraLoop) -> None:
         self._loop = loop
 
     def collect(self) -> Iterator[CounterMetricFamily]:
@@ -161,7 +159,7 @@ class _BudgetState:
 class StatusLine:
     """One line on a terminal that says how the loop is doing; use `show` for each answer."""
 
-    def __init__(self, loop: AnswerStream, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, loop: CameraLoop, clock: Callable[[], float] = time.monotonic) -> None:
         self._loop = loop
         self._clock = clock
         self._started_s = clock()
@@ -184,7 +182,7 @@ class StatusLine:
         if self._live is not None:
             from rich.text import Text
 
-            line = f"{self.text()} | {' '.join(answer.said.text.split())}"
+            line = f"{self.text()} | {' '.join(answer.answer.text.split())}"
             self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
 
     def text(self) -> str:

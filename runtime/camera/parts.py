@@ -1,4 +1,4 @@
-"""What the camera loop works with, and what its threads hand to each other.
+"""The data types and protocols of the camera loop.
 
 Ages are measured on the monotonic clock, so that a wall clock set back changes nothing.
 """
@@ -12,8 +12,9 @@ from typing import Protocol
 
 from engines.errors import OptionError
 from runtime.camera.scene_change import StillnessOptions
-from runtime.frames import Frame, Picture
-from runtime.vision import VisualTokens
+from runtime.frames import Frame
+from runtime.model import Answer
+from runtime.vision import Pixels, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,14 @@ class CameraOptions:
 
 
 @dataclass(frozen=True, eq=False)
-class Arrival:
+class QueuedFrame:
     """A frame and when the loop received it.
 
     Attributes:
-        frame: the picture.
-        index: frames received before it.
+        frame: the image.
+        index: frames of its camera received before it.
         at_s: monotonic seconds.
-        camera: which of several cameras it came from, counted from 0.
+        camera: which of the cameras it came from, counted from 0.
     """
 
     frame: Frame
@@ -67,18 +68,18 @@ class Arrival:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class EncodedFrame:
     """A frame that was encoded, or found equal to one that was.
 
     Attributes:
-        arrival: the frame.
+        queued: the frame.
         visual: its visual tokens.
-        encode_ms: what encoding cost; 0 where the tokens were kept.
+        encode_ms: its share of what encoding the batch took; 0 where the tokens were kept.
         kept: whether the tokens are those of an earlier frame of a still scene.
         done_s: monotonic seconds when the tokens were there.
     """
 
-    arrival: Arrival
+    queued: QueuedFrame
     visual: VisualTokens
     encode_ms: float
     kept: bool
@@ -86,38 +87,18 @@ class Seen:
 
 
 class Encoder(Protocol):
-    """Turns a picture into visual tokens."""
+    """Turns images into visual tokens."""
 
-    def encode(self, image: Picture) -> VisualTokens:
-        """Encode one picture; raises `EngineError` or `PictureError`."""
+    def encode(self, images: Sequence[Pixels]) -> Sequence[VisualTokens]:
+        """Encode images of any sizes as one batch; return the tokens of each.
 
+        Args:
+            images: uint8[H, W, 3] each, RGB.
 
-class BatchEncoder(Protocol):
-    """Turns pictures into visual tokens, all at once."""
-
-    def encode_batch(self, images: Sequence[Picture]) -> Sequence[VisualTokens]:
-        """Encode pictures of any sizes; raises `EngineError` or `PictureError`."""
-
-
-@dataclass(frozen=True)
-class Said:
-    """What the language model answered.
-
-    Attributes:
-        text: the answer.
-        token_ids: its tokens.
-        finish: why it ended.
-        prompt_tokens: positions of the prompt, visual tokens included.
-        prefill_ms: time until the first logits.
-        decode_ms: time from there to the end.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish: str
-    prompt_tokens: int
-    prefill_ms: float
-    decode_ms: float
+        Raises:
+            EngineError: the graph failed.
+            PictureError: one is not an image the tower can take.
+        """
 
 
 class Answerer(Protocol):
@@ -129,7 +110,7 @@ class Answerer(Protocol):
         question: str,
         prefilled: Callable[[], None],
         interrupted: Callable[[], bool],
-    ) -> Said:
+    ) -> Answer:
         """Answer; call ``prefilled`` before decoding, and end early once ``interrupted``.
 
         Raises:
@@ -143,18 +124,26 @@ class CameraAnswer:
     """An answer about one frame.
 
     Attributes:
-        seen: the frame and its tokens.
+        encoded: the frame and its tokens.
         question: what was asked.
-        said: the answer; of a still scene, the one given before.
+        answer: what was answered; of a still scene, the answer given before.
         age_ms: age of the frame when the first token was there.
         reused: nothing was computed: the scene and the question are those of the last answer.
     """
 
-    seen: Seen
+    encoded: EncodedFrame
     question: str
-    said: Said
+    answer: Answer
     age_ms: float
     reused: bool
+
+    @property
+    def milliseconds(self) -> dict[str, float]:
+        """Time of each stage that was computed for this frame."""
+        if self.reused:
+            return {}
+        visual = {} if self.encoded.kept else self.encoded.visual.milliseconds
+        return visual | {name: self.answer.milliseconds[name] for name in ("prefill", "decode")}
 
 
 @dataclass(frozen=True)

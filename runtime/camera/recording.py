@@ -91,14 +91,14 @@ class Recording:
                 self.written += 1
 
     def _write(self, answer: CameraAnswer, document: dict[str, Any]) -> None:
-        arrival = answer.seen.arrival
-        frame = arrival.frame
-        camera = f"{arrival.camera}-" if self._cameras > 1 else ""
-        stem = self._folder / f"{camera}{arrival.index:08d}"
+        queued = answer.encoded.queued
+        frame = queued.frame
+        camera = f"{queued.camera}-" if self._cameras > 1 else ""
+        stem = self._folder / f"{camera}{queued.index:08d}"
         with staged_file(stem.with_suffix(".jpg"), OptionError) as staged:
             Image.fromarray(frame.image).save(staged, "JPEG", quality=90)
         save_overlay(
-            stem.with_suffix(".overlay.png"), frame.image, answer.seen.visual, self._bundle
+            stem.with_suffix(".overlay.png"), frame.image, answer.encoded.visual, self._bundle
         )
         # The JSON comes last: where it is, the pictures are.
         with staged_file(stem.with_suffix(".json"), OptionError) as staged:

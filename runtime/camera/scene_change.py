@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.frames import Picture
+from runtime.vision import Pixels
 
 Blocks = NDArray[np.float32]
 
@@ -56,7 +56,7 @@ class Stillness:
         self._reference: Blocks | None = None
         self._reference_s = 0.0
 
-    def has_changed(self, image: Picture) -> bool:
+    def has_changed(self, image: Pixels) -> bool:
         """Say whether the frame must be encoded; then it becomes what later ones are compared to.
 
         Args:
@@ -90,7 +90,7 @@ class Stillness:
             self._noise.clear()
 
 
-def block_means(image: Picture) -> Blocks:
+def block_means(image: Pixels) -> Blocks:
     """Return the mean brightness of a grid of blocks, float32[rows, 32] in grey levels.
 
     Args:

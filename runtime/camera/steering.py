@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from engines.errors import FoveateError, OptionError
 
 if TYPE_CHECKING:
-    from runtime.camera.answer_stream import AnswerStream
+    from runtime.camera.loop import CameraLoop
 
 
-def obey(control: Iterable[str], loop: AnswerStream) -> None:
+def obey(control: Iterable[str], loop: CameraLoop) -> None:
     """Carry out what is written on the control lines, until they end."""
     for line in control:
         word, _, rest = line.strip().partition(" ")
@@ -35,7 +35,7 @@ def obey(control: Iterable[str], loop: AnswerStream) -> None:
 
 
 @contextmanager
-def stopping_on_signals(loop: AnswerStream) -> Iterator[None]:
+def stopping_on_signals(loop: CameraLoop) -> Iterator[None]:
     """Let SIGINT and SIGTERM end the loop in order; a second one ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,8 +1,4 @@
-"""What a camera loop has to say, as the JSON objects that commands and nodes put out.
-
-Enters: answers, stalls, a loop that has ended. Leaves: one object for each, whose ``event`` says
-which it is.
-"""
+"""A camera loop's answers, stalls and summary as JSON objects; ``event`` says which one it is."""
 
 from __future__ import annotations
 
@@ -11,27 +7,25 @@ from typing import TYPE_CHECKING, Any
 from runtime.camera.parts import CameraAnswer, Stall
 
 if TYPE_CHECKING:
-    from runtime.camera.answer_stream import AnswerStream
     from runtime.camera.budgets.controller import BudgetController
+    from runtime.camera.loop import CameraLoop
     from runtime.camera.recording import Recording
 
 
 def document_from_answer(answer: CameraAnswer) -> dict[str, Any]:
     """Return an answer as the JSON object of its line."""
-    seen, said = answer.seen, answer.said
-    frame = seen.arrival.frame
-    spent = {} if answer.reused else {"prefill": said.prefill_ms, "decode": said.decode_ms}
-    encode = {} if seen.kept else seen.visual.milliseconds
+    encoded, said = answer.encoded, answer.answer
+    frame = encoded.queued.frame
     return {
         "event": "answer",
         "answer": said.text,
         "question": answer.question,
         "source": frame.source,
-        "frame": seen.arrival.index,
+        "frame": encoded.queued.index,
         "timestamp_ns": frame.timestamp_ns,
         "age_ms": round(answer.age_ms, 3),
-        "milliseconds": {stage: round(ms, 3) for stage, ms in (encode | spent).items()},
-        "visual_tokens": int(seen.visual.valid[0]),
+        "milliseconds": {stage: round(ms, 3) for stage, ms in answer.milliseconds.items()},
+        "visual_tokens": int(encoded.visual.valid[0]),
         "prompt_tokens": said.prompt_tokens,
         "answer_tokens": len(said.token_ids),
         "finish": said.finish,
@@ -45,7 +39,7 @@ def document_from_stall(stall: Stall) -> dict[str, Any]:
 
 
 def summary_of(
-    loop: AnswerStream,
+    loop: CameraLoop,
     answers: int,
     recording: Recording | None,
     controller: BudgetController | None,

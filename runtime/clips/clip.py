@@ -1,9 +1,9 @@
-"""A clip becomes a few frames, and a few visual tokens of each: more of those where more is new.
+"""Answer a question about a clip from a few of its frames, with more tokens where more is new.
 
-Enters: a recording and a question. Leaves: an answer from a prompt that holds a picture for each
-frame told of, in the order of time. A frame costs what one of the bundle's graphs has tokens, so a
-bundle of several budgets shares better; with one graph, fewer frames are told of. A checkpoint that
-was trained on single pictures may make little of several.
+The prompt holds an image for each frame that is not left out, in the order of time. A frame costs
+as many tokens as one of the bundle's graphs gives, so a bundle of several budgets shares better;
+with one graph, fewer frames are in the prompt. A checkpoint that was trained on single images may
+make little of several.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from engines.errors import SourceError
 from runtime.camera.scene_change import block_means, changed_share
 from runtime.clips.clip_options import ClipOptions
 from runtime.clips.token_sharing import share_tokens
-from runtime.frames import Frame, FrameSource, Picture, open_source
+from runtime.frames import Frame, FrameSource, open_source
 from runtime.language.generate import GenerationOptions
-from runtime.language.prompt import Turn
 from runtime.model import Answer, Model, Show
-from runtime.vision import VisualTokens
+from runtime.vision import Pixels, VisualTokens
 from runtime.vision.graph_pool import GraphPool
 
 _NOTICEABLE = 6.0
@@ -104,7 +103,7 @@ def spread_frames(source: FrameSource, most: int) -> list[Frame]:
     return [frame for frame in decoded if frame is not None]
 
 
-def measure_newness(images: Sequence[Picture]) -> list[float]:
+def measure_newness(images: Sequence[Pixels]) -> list[float]:
     """Return for each frame of a clip the share of it that is new, 0 to 1.
 
     The first is new as a whole. Each other one is compared, block by block, with the last one in
@@ -123,7 +122,7 @@ def measure_newness(images: Sequence[Picture]) -> list[float]:
 
 
 def encode_frames(
-    pool: GraphPool, images: Sequence[Picture], tokens: Sequence[int]
+    pool: GraphPool, images: Sequence[Pixels], tokens: Sequence[int]
 ) -> list[VisualTokens]:
     """Encode frames, those with equally many tokens as one batch; those with none are left out.
 
@@ -156,7 +155,7 @@ def ask_about_clip(
         frames: from `read_clip`.
         question: what to ask.
         pool: the bundle's graphs.
-        total: visual tokens to spend at most; None spends as many as one picture has patches.
+        total: visual tokens to spend at most; None spends as many as one image has patches.
         generation: how the answer is written.
         system: instructions before the question.
         show: called with each piece of the answer as it is written.
@@ -170,10 +169,7 @@ def ask_about_clip(
     graph = model.encoder.graph
     tokens = share_tokens(newness, pool.budgets, total or graph.patch_rows * graph.patch_columns)
     seen = encode_frames(pool, images, tokens)
-    turns = [Turn("system", system)] if system else []
-    turns.append(Turn("user", question, images=len(seen)))
-    pictures = [visual.picture(0) for visual in seen]
-    answer = model.answer(turns, pictures, generation, show).with_seen(seen)
+    answer = model.answer_about(seen, question, generation, system=system, show=show)
     return ClipAnswer(
         **{field.name: getattr(answer, field.name) for field in fields(answer)},
         frames=tuple(

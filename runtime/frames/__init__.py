@@ -7,8 +7,8 @@
 One file per kind; `opening` chooses among them, `source` is what they have in common.
 """
 
-from runtime.frames.frame import Frame, Picture, ReadErrors
+from runtime.frames.frame import Frame, ReadErrors
 from runtime.frames.opening import open_source
 from runtime.frames.source import FrameSource, SourceOptions
 
-__all__ = ["Frame", "FrameSource", "Picture", "ReadErrors", "SourceOptions", "open_source"]
+__all__ = ["Frame", "FrameSource", "ReadErrors", "SourceOptions", "open_source"]

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from engines.errors import SourceError
-from runtime.frames.frame import Capture, Picture, ReadErrors
+from runtime.frames.frame import Capture, ReadErrors
+from runtime.vision import Pixels
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -115,9 +116,9 @@ def captures_of(
         container.close()
 
 
-def image_from_video_frame(picture: VideoFrame) -> Picture:
+def image_from_video_frame(picture: VideoFrame) -> Pixels:
     """Convert a decoded picture to RGB, turned the way its file says it is to be shown."""
-    image: Picture = picture.to_ndarray(format="rgb24")  # type: ignore[assignment]
+    image: Pixels = picture.to_ndarray(format="rgb24")  # type: ignore[assignment]
     quarter_turns = round(picture.rotation / 90)
     return np.rot90(image, k=quarter_turns) if quarter_turns else image
 

@@ -13,11 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-Picture = NDArray[np.uint8]
-"""uint8[H, W, 3], RGB; perhaps a view of something larger, turned or in another order."""
+from runtime.vision import Pixels
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +29,7 @@ class Frame:
         source: the name of the source it came from.
     """
 
-    image: Picture
+    image: Pixels
     timestamp_ns: int
     source: str
 
@@ -49,7 +45,7 @@ class Capture:
     """
 
     timestamp_ns: int
-    image: Callable[[], Picture]
+    image: Callable[[], Pixels]
 
 
 @dataclass

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from engines.errors import SourceError
-from runtime.frames.frame import Capture, Picture, ReadErrors
+from runtime.frames.frame import Capture, ReadErrors
+from runtime.vision import Pixels
 
 PICTURE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
@@ -63,7 +64,7 @@ def _natural_order(file: Path) -> list[tuple[int, str]]:
     return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in pieces]
 
 
-def _load(file: Path) -> Picture:
+def _load(file: Path) -> Pixels:
     from runtime.vision.pictures import load_picture
 
     return load_picture(file)

@@ -15,12 +15,12 @@ from PIL import Image
 
 from engines.errors import SourceError
 from runtime.frames.decoding import import_av
-from runtime.frames.frame import Picture
+from runtime.vision import Pixels
 
 Bytes = NDArray[np.uint8]
 
 
-def image_from_message(message: Any) -> Picture:
+def image_from_message(message: Any) -> Pixels:
     """Return the picture of an Image message: its height, width, encoding, step and data.
 
     Raises:
@@ -47,7 +47,7 @@ def image_from_message(message: Any) -> Picture:
     return convert(rows, width)
 
 
-def image_from_compressed_message(message: Any) -> Picture:
+def image_from_compressed_message(message: Any) -> Pixels:
     """Return the picture of a CompressedImage message: JPEG, PNG or WebP.
 
     Raises:
@@ -73,34 +73,34 @@ def stamp_ns(message: Any) -> int:
     return int(seconds) * 1_000_000_000 + int(stamp.nanosec)
 
 
-def _colour(step: int) -> Callable[[Bytes, int], Picture]:
+def _colour(step: int) -> Callable[[Bytes, int], Pixels]:
     """Take three bytes as a pixel, in their order or the other way round, without a copy."""
 
-    def convert(rows: Bytes, width: int) -> Picture:
+    def convert(rows: Bytes, width: int) -> Pixels:
         return rows.reshape(len(rows), width, 3)[..., ::step]
 
     return convert
 
 
-def _colour_of_four(layout: str) -> Callable[[Bytes, int], Picture]:
-    def convert(rows: Bytes, width: int) -> Picture:
+def _colour_of_four(layout: str) -> Callable[[Bytes, int], Pixels]:
+    def convert(rows: Bytes, width: int) -> Pixels:
         size = (width, len(rows))
         return np.asarray(Image.frombytes("RGB", size, rows.tobytes(), "raw", layout))
 
     return convert
 
 
-def _grey(rows: Bytes, width: int) -> Picture:
+def _grey(rows: Bytes, width: int) -> Pixels:
     return np.repeat(rows[..., None], 3, axis=2)
 
 
-def _grey_16_bit(rows: Bytes, width: int) -> Picture:
+def _grey_16_bit(rows: Bytes, width: int) -> Pixels:
     high_bytes = np.ascontiguousarray(rows).reshape(len(rows), width, 2)[..., 1]
     return np.repeat(high_bytes[..., None], 3, axis=2)
 
 
-def _through_ffmpeg(pixel_format: str, swap_pairs: bool = False) -> Callable[[Bytes, int], Picture]:
-    def convert(rows: Bytes, width: int) -> Picture:
+def _through_ffmpeg(pixel_format: str, swap_pairs: bool = False) -> Callable[[Bytes, int], Pixels]:
+    def convert(rows: Bytes, width: int) -> Pixels:
         av = import_av("This image encoding")
         if pixel_format == "yuyv422" and width % 2:
             raise SourceError(f"A YUV 4:2:2 image is {width} pixels wide; the width must be even.")
@@ -110,13 +110,13 @@ def _through_ffmpeg(pixel_format: str, swap_pairs: bool = False) -> Callable[[By
             if swap_pairs:  # UYVY to YUYV
                 pixels = np.ascontiguousarray(pixels[..., ::-1])
         frame = av.VideoFrame.from_ndarray(pixels, format=pixel_format)
-        image: Picture = frame.to_ndarray(format="rgb24")
+        image: Pixels = frame.to_ndarray(format="rgb24")
         return image
 
     return convert
 
 
-_CONVERSIONS: Mapping[str, tuple[Callable[[Bytes, int], Picture], int]] = {
+_CONVERSIONS: Mapping[str, tuple[Callable[[Bytes, int], Pixels], int]] = {
     "rgb8": (_colour(1), 3),
     "bgr8": (_colour(-1), 3),
     "8uc3": (_colour(-1), 3),

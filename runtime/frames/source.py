@@ -15,7 +15,8 @@ import numpy as np
 
 from engines.closeable import Closeable
 from engines.errors import OptionError, PictureError, SourceError
-from runtime.frames.frame import Capture, Frame, Picture, Reader, ReadErrors
+from runtime.frames.frame import Capture, Frame, Reader, ReadErrors
+from runtime.vision import Pixels
 
 Rotation = Literal[0, 90, 180, 270]
 
@@ -99,7 +100,7 @@ class FrameSource(Closeable):
             self.errors.count("undecodable", error)
             return None
 
-    def _view(self, image: Picture) -> Picture:
+    def _view(self, image: Pixels) -> Pixels:
         if self._options.crop is not None:
             x, y, width, height = self._options.crop
             rows, columns = image.shape[:2]

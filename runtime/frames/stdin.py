@@ -17,7 +17,8 @@ import numpy as np
 
 from engines.errors import SourceError
 from runtime.frames.decoding import captures_of, open_container
-from runtime.frames.frame import Capture, Picture, ReadErrors
+from runtime.frames.frame import Capture, ReadErrors
+from runtime.vision import Pixels
 
 
 class StdinStream:
@@ -78,7 +79,7 @@ class StdinFrames:
                 return
             yield Capture(time.time_ns(), partial(self._image, data))
 
-    def _image(self, data: bytes) -> Picture:
+    def _image(self, data: bytes) -> Pixels:
         return np.frombuffer(data, np.uint8).reshape(self._shape)
 
     def close(self) -> None:

@@ -18,9 +18,11 @@ from runtime.language.sampling import Sampler, Sampling
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-Finish = Literal["stop_token", "stop_string", "complete", "max_tokens", "context_full"]
-"""`complete`: the answer has the form asked for and nothing can follow. After the last two it may
-be cut short."""
+Finish = Literal[
+    "stop_token", "stop_string", "complete", "max_tokens", "context_full", "interrupted"
+]
+"""`complete`: the answer has the form asked for and nothing can follow. After the last three it may
+be cut short; `interrupted`: the caller stopped it."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
-"""Pictures become visual tokens.
+"""Images become visual tokens.
 
     with VisionEncoder(open_bundle("build/pocket")) as encoder:
-        tokens = encoder.encode([load_picture("kitchen.jpg")]).picture(0)
+        tokens = encoder.encode([load_picture("kitchen.jpg")]).tokens_of(0)
 
-`encoder` is where to begin: it reads `pictures`, goes through `preprocess` and runs the graph;
+`encoder` is where to begin: it reads images, goes through `preprocess` and runs the graph;
 `overlay` shows what its tokens stand for.
 """
 
 from runtime.vision.encoder import VisionEncoder, VisualTokens
+from runtime.vision.resize import Pixels
 
-__all__ = ["VisionEncoder", "VisualTokens"]
+__all__ = ["Pixels", "VisionEncoder", "VisualTokens"]

@@ -1,8 +1,4 @@
-"""Pictures become visual tokens: the bundle's preprocessing, then its vision graph.
-
-Enters: uint8 RGB pictures. Leaves: the few tokens the language model is to read, and which patches
-they came from.
-"""
+"""The vision encoder of a bundle: preprocessing and the vision graph turn images into tokens."""
 
 from __future__ import annotations
 
@@ -20,14 +16,15 @@ from engines.manifest import VisionGraph
 from engines.open_session import open_session
 from engines.session import Session
 from runtime.vision.parallel_resize import Bands
-from runtime.vision.preprocess import Pixels, check_picture, preprocess_batch
+from runtime.vision.preprocess import check_picture, preprocess_batch
+from runtime.vision.resize import Pixels
 
 _OUTPUTS = ("visual_tokens", "valid_count", "patch_index", "assignment")
 
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """What is left of a batch of pictures.
+    """The visual tokens of a batch of images.
 
     Attributes:
         tokens: float32[B, N, D] in the language model's width; zeros beyond ``valid``.
@@ -35,7 +32,7 @@ class VisualTokens:
         origin: int64[B, N]; the patch a token stands for, -1 where it is no single patch.
         assignment: int64[B, P]; what became of each patch. ``slot >= 0``: token ``slot`` was made
             from it; ``-(slot + 2)``: merged into token ``slot``; ``-1``: in no token.
-        milliseconds: time of the stages ``"preprocess"`` and ``"vision"``, for the whole batch.
+        milliseconds: time of the stages ``"preprocess"`` and ``"encode"``, for the whole batch.
     """
 
     tokens: NDArray[np.float32]
@@ -44,12 +41,12 @@ class VisualTokens:
     assignment: NDArray[np.int64]
     milliseconds: dict[str, float]
 
-    def picture(self, at: int) -> NDArray[np.float32]:
-        """Return the real tokens of one picture, float32[valid, D]."""
+    def tokens_of(self, at: int) -> NDArray[np.float32]:
+        """Return the real tokens of one image of the batch, float32[valid, D]."""
         return self.tokens[at, : self.valid[at]]
 
     def split(self) -> list[VisualTokens]:
-        """Return each picture by itself, with its share of the batch's time."""
+        """Return each image by itself, with its share of the batch's time."""
         count = len(self.tokens)
         share_ms = {stage: ms / count for stage, ms in self.milliseconds.items()}
         return [
@@ -114,22 +111,22 @@ class VisionEncoder(Closeable):
             )
         self._dtype = np.dtype(self.graph.inputs[0].dtype)
 
-    def encode(self, pictures: Pixels | Sequence[Pixels]) -> VisualTokens:
-        """Turn pictures into visual tokens.
+    def encode(self, images: Pixels | Sequence[Pixels]) -> VisualTokens:
+        """Turn images into visual tokens.
 
         Args:
-            pictures: RGB, uint8[B, H, W, 3], or a list of uint8[H, W, 3] of any sizes. A picture in
+            images: RGB, uint8[B, H, W, 3], or a list of uint8[H, W, 3] of any sizes. An image in
                 BGR order (OpenCV's) cannot be told from one in RGB: give it as
-                ``picture[:, :, ::-1]``, which costs nothing.
+                ``image[:, :, ::-1]``, which costs nothing.
 
         Raises:
-            PictureError: a wrong shape or dtype, or no pictures.
+            PictureError: a wrong shape or dtype, or no images.
             EngineError: the graph failed.
         """
-        _check_pictures(pictures)
+        _check_images(images)
         started = time.perf_counter()
         pixel_values = preprocess_batch(
-            pictures, self.bundle.preprocessing, self._bands
+            images, self.bundle.preprocessing, self._bands
         )  # [B, 3, H, W]
         prepared = time.perf_counter()
         name = self.session.input_names[0]
@@ -143,7 +140,7 @@ class VisionEncoder(Closeable):
             assignment=assignment.astype(np.int64, copy=False),
             milliseconds={
                 "preprocess": (prepared - started) * 1e3,
-                "vision": (ended - prepared) * 1e3,
+                "encode": (ended - prepared) * 1e3,
             },
         )
 
@@ -154,19 +151,19 @@ class VisionEncoder(Closeable):
             self.session.close()
 
 
-def _check_pictures(pictures: Pixels | Sequence[Pixels]) -> None:
-    if isinstance(pictures, np.ndarray) and pictures.ndim == 3:
-        got = f"{pictures.dtype}[{', '.join(map(str, pictures.shape))}]"
+def _check_images(images: Pixels | Sequence[Pixels]) -> None:
+    if isinstance(images, np.ndarray) and images.ndim == 3:
+        got = f"{images.dtype}[{', '.join(map(str, images.shape))}]"
         raise PictureError(
-            f"pictures is {got}, expected a batch uint8[B, H, W, 3] or a list of pictures. Give "
-            "one picture as `picture[None]`."
+            f"images is {got}, expected a batch uint8[B, H, W, 3] or a list of images. Give one "
+            "image as `image[None]`."
         )
-    if not isinstance(pictures, np.ndarray | list | tuple):
+    if not isinstance(images, np.ndarray | list | tuple):
         raise PictureError(
-            f"pictures is a {type(pictures).__name__}, expected uint8[B, H, W, 3] or a list of "
+            f"images is a {type(images).__name__}, expected uint8[B, H, W, 3] or a list of "
             "uint8[H, W, 3]."
         )
-    if len(pictures) == 0:
-        raise PictureError("There are no pictures to encode, expected at least one.")
-    for at, picture in enumerate(pictures):
-        check_picture(picture, f"pictures[{at}]")
+    if len(images) == 0:
+        raise PictureError("There are no images to encode, expected at least one.")
+    for at, image in enumerate(images):
+        check_picture(image, f"images[{at}]")

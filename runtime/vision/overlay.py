@@ -21,7 +21,7 @@ from engines.errors import OptionError
 from engines.staging import staged_file
 from runtime.vision.encoder import VisualTokens
 from runtime.vision.geometry import lay_out
-from runtime.vision.preprocess import Pixels
+from runtime.vision.resize import Pixels
 
 _SHORTEST, _LONGEST = 768, 1600  # pixels along the longer side: small enough to mail, sharp lines
 _NARROWEST = 360  # the legend must fit

@@ -15,12 +15,10 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from engines.errors import PictureError
-
-Pixels = NDArray[np.uint8]
+from runtime.vision.resize import Pixels
 
 MAX_PIXELS = 128_000_000
 """Larger pictures are refused before they are decoded: 128 Mpx are 384 MB of RGB."""

@@ -18,10 +18,9 @@ from engines.errors import PictureError
 from engines.manifest import Preprocessing
 from runtime.vision.geometry import Geometry, lay_out
 from runtime.vision.parallel_resize import ALONE, Bands
-from runtime.vision.resize import Canvas, Span, resize
+from runtime.vision.resize import Canvas, Pixels, Span, resize
 
 PixelValues = NDArray[np.float32]
-Pixels = NDArray[np.uint8]
 
 
 def preprocess(

@@ -21,6 +21,7 @@ from PIL import Image
 from runtime.vision.parallel_resize import Bands
 
 Pixels = NDArray[np.uint8]
+"""uint8[H, W, 3], RGB; perhaps a view of something larger, turned or in another order."""
 Colour = tuple[int, int, int]
 
 _ROWS, _COLUMNS = 0, 1

@@ -58,7 +58,11 @@ def test_answer_equals_transformers_given_the_same_visual_tokens(
         backend = model.context.backend
         place = int(np.flatnonzero(ids == model.writer.image_token_id)[0])
         rows = np.concatenate(
-            [backend.embed(ids[:place]), answer.seen[0].picture(0), backend.embed(ids[place + 1 :])]
+            [
+                backend.embed(ids[:place]),
+                answer.seen[0].tokens_of(0),
+                backend.embed(ids[place + 1 :]),
+            ]
         )
     generated = language_reference.generate(
         inputs_embeds=torch.from_numpy(rows[None]), max_new_tokens=30, do_sample=False

@@ -76,7 +76,7 @@ def test_commands(
     chat.hear(f"/save {tmp_path / 'talk.json'}")
     assert json.loads((tmp_path / "talk.json").read_text())["exchanges"][0]["question"]
     chat.hear("/reset")
-    assert chat.conversation.pictures == ()
+    assert chat.conversation.images == ()
     chat.hear("/help")
     assert "/frame FILE" in capsys.readouterr().err
 

@@ -40,7 +40,7 @@ def narrow(language_bundle: Bundle) -> Iterator[Model]:
 def starting_over(model: Model, turns: list[Turn], pictures: list[np.ndarray]) -> str:
     """The answer of a model that has nothing in its cache."""
     model.context.prefill([np.array([250, 251])])
-    answer = model.answer(turns, [model.encoder.encode([p]).picture(0) for p in pictures], SHORT)
+    answer = model.answer(turns, [model.encoder.encode([p]).tokens_of(0) for p in pictures], SHORT)
     assert answer.reused_tokens == 0
     return answer.text
 
@@ -75,7 +75,7 @@ def test_a_new_frame_keeps_what_is_before_the_picture(model: Model) -> None:
     conversation.show(FIRST)
     conversation.ask("What is in the picture?", SHORT)
     conversation.ask("How many chairs?", SHORT)
-    conversation.replace_picture(SECOND)
+    conversation.replace_image(SECOND)
     assert conversation.exchanges == []
     answer = conversation.ask("What is in the picture?", SHORT)
     turns = [Turn("system", "Be brief."), Turn("user", "What is in the picture?", images=1)]
@@ -89,14 +89,14 @@ def test_a_frame_replaces_only_the_last_of_several_pictures(model: Model) -> Non
     conversation.show(FIRST, "a")
     conversation.show(FIRST, "b")
     conversation.ask("Compare them.", SHORT)
-    conversation.replace_picture(SECOND, "c")
-    assert [picture.name for picture in conversation.pictures] == ["a", "c"]
-    conversation.replace_picture(FIRST, "d")
-    assert [picture.name for picture in conversation.pictures] == ["a", "d"]
+    conversation.replace_image(SECOND, "c")
+    assert [picture.name for picture in conversation.images] == ["a", "c"]
+    conversation.replace_image(FIRST, "d")
+    assert [picture.name for picture in conversation.images] == ["a", "d"]
     assert conversation.ask("Compare them.", SHORT).visual_tokens == 16
     fresh = Conversation(model)
-    fresh.replace_picture(FIRST, "only")
-    assert [picture.name for picture in fresh.pictures] == ["only"]
+    fresh.replace_image(FIRST, "only")
+    assert [picture.name for picture in fresh.images] == ["only"]
 
 
 def test_a_full_context_drops_the_oldest_and_keeps_system_and_picture(narrow: Model) -> None:
@@ -108,8 +108,8 @@ def test_a_full_context_drops_the_oldest_and_keeps_system_and_picture(narrow: Mo
         assert answer.prompt_tokens + 20 <= narrow.context.context_length
     assert conversation.dropped > 0
     assert conversation.dropped + len(conversation.exchanges) == 6
-    assert [picture.name for picture in conversation.pictures] == ["kept"]
-    assert conversation.exchanges[0].pictures[0].name == "kept"
+    assert [picture.name for picture in conversation.images] == ["kept"]
+    assert conversation.exchanges[0].images[0].name == "kept"
 
 
 def test_a_question_that_cannot_fit_changes_nothing(narrow: Model) -> None:
@@ -128,10 +128,10 @@ def test_a_bad_picture_changes_nothing(model: Model) -> None:
     conversation = Conversation(model)
     conversation.show(FIRST, "good")
     conversation.ask("What is it?", SHORT)
-    for place in (conversation.show, conversation.replace_picture):
+    for place in (conversation.show, conversation.replace_image):
         with pytest.raises(PictureError):
             place(np.zeros((4, 4), np.uint8))
-    assert [picture.name for picture in conversation.pictures] == ["good"]
+    assert [picture.name for picture in conversation.images] == ["good"]
 
 
 def test_reset_forgets(model: Model) -> None:
@@ -140,7 +140,7 @@ def test_reset_forgets(model: Model) -> None:
     conversation.ask("What is it?", SHORT)
     conversation.show(SECOND)
     conversation.reset()
-    assert conversation.pictures == ()
+    assert conversation.images == ()
     assert conversation.exchanges == []
     assert conversation.system == "Be brief."
 
@@ -157,7 +157,7 @@ def test_a_saved_conversation_goes_on_as_if_it_had_never_stopped(
     assert [said.answer for said in restored.exchanges] == [
         said.answer for said in conversation.exchanges
     ]
-    assert np.array_equal(restored.pictures[0].tokens, conversation.pictures[0].tokens)
+    assert np.array_equal(restored.images[0].tokens, conversation.images[0].tokens)
     expected = conversation.ask("How many?", SHORT)
     model.context.prefill([np.array([250, 251])])
     answer = restored.ask("How many?", SHORT)

@@ -120,13 +120,13 @@ def test_answers_of_a_still_scene_are_those_of_a_fresh_look(pocket: Model) -> No
         for reuse in (True, False):
             source = source_of((frame.astype(np.uint8) for frame in frames), live=False)
             loop = CameraLoop(
-                source,
+                [source],
                 FrameEncoder(pocket.encoder),
                 FrameAnswerer(pocket, GenerationOptions(max_tokens=16)),
                 replace(camera, question=question, reuse=reuse),
             )
             answers[reuse] = list(loop.answers())
         assert [answer.reused for answer in answers[True]] == [False, True, True]
-        assert [answer.said.text for answer in answers[True]] == [
-            answer.said.text for answer in answers[False]
+        assert [answer.answer.text for answer in answers[True]] == [
+            answer.answer.text for answer in answers[False]
         ]

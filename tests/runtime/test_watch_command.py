@@ -60,7 +60,7 @@ def test_a_video_file_is_answered_as_its_frames_are_one_by_one(
     assert [line["timestamp_ns"] for line in answers] == [n * 100_000_000 for n in range(6)]
     assert [line["frame"] for line in answers] == list(range(6))
     assert end == {"event": "end", "frames": 6, "answers": 6, "drops": {}, "errors": {}}
-    assert set(answers[0]["milliseconds"]) == {"preprocess", "vision", "prefill", "decode"}
+    assert set(answers[0]["milliseconds"]) == {"preprocess", "encode", "prefill", "decode"}
     assert answers[0]["age_ms"] > 0
     assert answers[0]["visual_tokens"] > 0
 

@@ -13,11 +13,11 @@ import numpy as np
 from engines.closeable import Closeable
 from engines.errors import OptionError
 from runtime.camera.budgets.controller import BudgetController, tell_accuracy
-from runtime.camera.budgets.goal import Cost, Goal
+from runtime.camera.budgets.goal import FrameCost, Goal
 from runtime.camera.budgets.power import PowerMeter
-from runtime.camera.parts import Answerer, Said
-from runtime.frames import Picture
-from runtime.vision import VisionEncoder, VisualTokens
+from runtime.camera.parts import Answerer
+from runtime.model import Answer
+from runtime.vision import Pixels, VisualTokens
 from runtime.vision.graph_pool import GraphPool
 
 _ROUNDS = 5
@@ -93,18 +93,18 @@ class BudgetedEncoder(Closeable):
 
     def _measure(
         self, answerer: Answerer, question: str, meter: PowerMeter | None
-    ) -> dict[int, Cost]:
+    ) -> dict[int, FrameCost]:
         """Return what each budget costs. They take turns: a load that comes and goes hits all."""
         random = np.random.default_rng(0)
 
-        def play_round(tokens: int) -> Cost:
+        def play_round(tokens: int) -> FrameCost:
             image = random.integers(0, 256, (1080, 1920, 3), dtype=np.uint8)  # nothing reused
             visual = self._pool.encoder(tokens).encode([image])
             pieces = itertools.count(1)
-            said = answerer.answer(
+            answer = answerer.answer(
                 visual, question, lambda: None, lambda: next(pieces) >= _ANSWER_TOKENS
             )
-            return cost_of(visual, said)
+            return cost_of(visual, answer)
 
         for tokens in self.budgets:
             play_round(tokens)  # warms up
@@ -113,7 +113,7 @@ class BudgetedEncoder(Closeable):
         for tokens in self.budgets:
             costs = [costs[tokens] for costs in rounds]
             fastest_ms, next_ms, *_ = sorted(cost.first_token_ms for cost in costs)
-            baseline[tokens] = Cost(
+            baseline[tokens] = FrameCost(
                 fastest_ms,
                 min(cost.token_ms for cost in costs),
                 None if meter is None else _watts_of(meter, partial(play_round, tokens)),
@@ -121,17 +121,10 @@ class BudgetedEncoder(Closeable):
             )
         return baseline
 
-    def encode(self, image: Picture) -> VisualTokens:
-        """Encode one picture with the budget of the moment."""
-        return self._encoder_now().encode([image])
-
-    def encode_batch(self, images: Sequence[Picture]) -> list[VisualTokens]:
-        """Encode pictures as one batch with the budget of the moment."""
-        return self._encoder_now().encode(list(images)).split()
-
-    def _encoder_now(self) -> VisionEncoder:
+    def encode(self, images: Sequence[Pixels]) -> list[VisualTokens]:
+        """Encode images as one batch with the budget of the moment; return the tokens of each."""
         tokens = self.controller.tokens if self.controller else self.budgets[0]
-        return self._pool.encoder(tokens)
+        return self._pool.encoder(tokens).encode(list(images)).split()
 
     def close(self) -> None:
         """Free the graphs; calling it again does nothing."""
@@ -155,15 +148,15 @@ class ObservedAnswerer:
         question: str,
         prefilled: Callable[[], None],
         interrupted: Callable[[], bool],
-    ) -> Said:
+    ) -> Answer:
         """Answer as the answerer does; tokens that were kept tell nothing and are not counted."""
-        said = self._answerer.answer(visual, question, prefilled, interrupted)
+        answer = self._answerer.answer(visual, question, prefilled, interrupted)
         watts = self._meter.take_watts() if self._meter else None
         if visual is not self._last and (self._meter is None or watts is not None):
-            cost = replace(cost_of(visual, said), watts=watts)
-            self._controller.observe(visual.tokens.shape[1], cost, len(said.token_ids))
+            cost = replace(cost_of(visual, answer), watts=watts)
+            self._controller.observe(visual.tokens.shape[1], cost, len(answer.token_ids))
         self._last = visual
-        return said
+        return answer
 
 
 def _watts_of(meter: PowerMeter, play_round: Callable[[], object]) -> float:
@@ -178,7 +171,7 @@ def _watts_of(meter: PowerMeter, play_round: Callable[[], object]) -> float:
     raise OptionError("The power meter has stopped: it gives no readings any more.")
 
 
-def cost_of(visual: VisualTokens, said: Said) -> Cost:
+def cost_of(visual: VisualTokens, answer: Answer) -> FrameCost:
     """Return what a frame and its answer cost, power aside."""
-    first_token_ms = sum(visual.milliseconds.values()) + said.prefill_ms
-    return Cost(first_token_ms, said.decode_ms / max(len(said.token_ids), 1))
+    first_token_ms = sum(visual.milliseconds.values()) + answer.milliseconds["prefill"]
+    return FrameCost(first_token_ms, answer.milliseconds["decode"] / max(len(answer.token_ids), 1))

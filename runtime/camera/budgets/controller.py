@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engines.errors import OptionError
-from runtime.camera.budgets.goal import Cost, Goal
+from runtime.camera.budgets.goal import FrameCost, Goal
 from runtime.camera.budgets.pareto import Offer, most_for_its_cost, worthwhile
 from runtime.camera.parts import Estimate
 
@@ -65,7 +65,7 @@ class BudgetController:
 
     def __init__(
         self,
-        baseline: Mapping[int, Cost],
+        baseline: Mapping[int, FrameCost],
         goal: Goal,
         accuracy: Mapping[int, float | None] | None = None,
     ) -> None:
@@ -120,7 +120,7 @@ class BudgetController:
         """
         return worthwhile([self._offer(tokens) for tokens in self._baseline])
 
-    def observe(self, tokens: int, cost: Cost, answer_tokens: int = 1) -> Decision | None:
+    def observe(self, tokens: int, cost: FrameCost, answer_tokens: int = 1) -> Decision | None:
         """Take one measurement and return the change it led to, if any.
 
         Args:

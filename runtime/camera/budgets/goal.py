@@ -9,7 +9,7 @@ from engines.errors import OptionError
 
 
 @dataclass(frozen=True)
-class Cost:
+class FrameCost:
     """What a frame costs with one budget.
 
     Attributes:
@@ -52,7 +52,7 @@ class Goal:
         """What is spent."""
         return "watt" if self.kind == "power" else "millisecond"
 
-    def cost_of(self, cost: Cost, answer_tokens: float) -> float:
+    def cost_of(self, cost: FrameCost, answer_tokens: float) -> float:
         """Return what counts of a cost: ms, ms for each token of an answer, or watts."""
         if self.kind == "latency":
             return cost.first_token_ms
@@ -60,7 +60,7 @@ class Goal:
             return cost.first_token_ms / answer_tokens + cost.token_ms
         return cost.watts or 0.0
 
-    def noise_of(self, cost: Cost) -> float:
+    def noise_of(self, cost: FrameCost) -> float:
         """Return the share by which what counts is uncertain; of watts nobody measures it."""
         return 0.0 if self.kind == "power" else cost.noise
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from runtime.camera.parts import Said
-from runtime.frames import FrameSource, Picture
+from runtime.frames import FrameSource
 from runtime.frames.frame import Capture, ReadErrors
-from runtime.vision import VisualTokens
+from runtime.model import Answer
+from runtime.vision import Pixels, VisualTokens
 
 
 class Script:
@@ -19,7 +19,7 @@ class Script:
 
     name = "script"
 
-    def __init__(self, pictures: Iterator[Picture], live: bool = True, period_s: float = 0.0):
+    def __init__(self, pictures: Iterator[Pixels], live: bool = True, period_s: float = 0.0):
         self.live, self.period_s = live, period_s
         self._pictures = pictures
         self._closed = threading.Event()
@@ -35,12 +35,12 @@ class Script:
 
 
 def source_of(
-    pictures: Iterator[Picture], live: bool = True, period_s: float = 0.002
+    pictures: Iterator[Pixels], live: bool = True, period_s: float = 0.002
 ) -> FrameSource:
     return FrameSource(Script(pictures, live, period_s))
 
 
-def numbered(count: int, height: int = 8, width: int = 8) -> Iterator[Picture]:
+def numbered(count: int, height: int = 8, width: int = 8) -> Iterator[Pixels]:
     """Pictures whose shade is their number modulo 256."""
     for index in range(count):
         yield np.full((height, width, 3), index % 256, np.uint8)
@@ -54,7 +54,10 @@ class ShadeEncoder:
         self.calls = 0
         self.busy: list[tuple[float, float]] = []
 
-    def encode(self, image: Picture) -> VisualTokens:
+    def encode(self, images: Sequence[Pixels]) -> list[VisualTokens]:
+        return [self.encode_one(image) for image in images]
+
+    def encode_one(self, image: Pixels) -> VisualTokens:
         self.calls += 1
         started_s = time.monotonic()
         time.sleep(self.seconds)
@@ -65,8 +68,13 @@ class ShadeEncoder:
             valid=np.ones(1, np.int64),
             origin=np.zeros((1, 1), np.int64),
             assignment=np.zeros((1, 1), np.int64),
-            milliseconds={"preprocess": 0.0, "vision": self.seconds * 1e3},
+            milliseconds={"preprocess": 0.0, "encode": self.seconds * 1e3},
         )
+
+
+def answer_of(text: str, **milliseconds: float) -> Answer:
+    """An answer of two tokens."""
+    return Answer(text, (1, 2), "stop_token", "double", 9, 0, milliseconds)
 
 
 class ShadeAnswerer:
@@ -83,7 +91,7 @@ class ShadeAnswerer:
         question: str,
         prefilled: Callable[[], None],
         interrupted: Callable[[], bool],
-    ) -> Said:
+    ) -> Answer:
         self.calls += 1
         time.sleep(self.prefill_s)
         prefilled()
@@ -92,5 +100,8 @@ class ShadeAnswerer:
         while time.monotonic() < end_s and not interrupted():
             time.sleep(0.001)
         self.decoding.append((started_s, time.monotonic()))
-        text = f"{question} {visual.tokens[0, 0, 0]:.0f}"
-        return Said(text, (1, 2), "stop_token", 9, self.prefill_s * 1e3, self.decode_s * 1e3)
+        return answer_of(
+            f"{question} {visual.tokens[0, 0, 0]:.0f}",
+            prefill=self.prefill_s * 1e3,
+            decode=self.decode_s * 1e3,
+        )

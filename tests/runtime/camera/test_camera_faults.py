@@ -24,10 +24,10 @@ from runtime.camera.loop import CameraLoop, CameraOptions
 from runtime.camera.pacing import at_their_own_pace
 from runtime.camera.parts import CameraAnswer, Stall
 from runtime.camera.recording import Recording
-from runtime.frames import FrameSource, Picture
+from runtime.frames import FrameSource
 from runtime.frames.frame import Capture, ReadErrors
 from runtime.frames.reconnect import Reconnecting
-from runtime.vision import VisualTokens
+from runtime.vision import Pixels, VisualTokens
 from tests.runtime.camera.doubles import Script, ShadeAnswerer, ShadeEncoder, numbered, source_of
 
 LOOK = CameraOptions("shade?", reuse=False)
@@ -42,7 +42,7 @@ def test_a_source_that_vanishes_twenty_times_goes_on_being_answered() -> None:
         return Script(numbered(4), period_s=0.002)
 
     source = FrameSource(Reconnecting(plug_in, first_wait_s=0.001, longest_wait_s=0.002))
-    loop = CameraLoop(source, ShadeEncoder(), ShadeAnswerer(), LOOK)
+    loop = CameraLoop([source], ShadeEncoder(), ShadeAnswerer(), LOOK)
     answers = 0
     for item in loop.answers():
         answers += isinstance(item, CameraAnswer)
@@ -56,10 +56,10 @@ def test_the_resolution_changes_in_mid_stream() -> None:
     sizes = [(8, 8), (480, 640), (1, 1), (1080, 1920), (33, 17)]
     pictures = (np.full((*size, 3), 9, np.uint8) for size in sizes for _ in range(4))
     options = CameraOptions("shade?", every_frame=True)
-    loop = CameraLoop(source_of(pictures, live=False), ShadeEncoder(), ShadeAnswerer(), options)
+    loop = CameraLoop([source_of(pictures, live=False)], ShadeEncoder(), ShadeAnswerer(), options)
     answers = list(loop.answers())
     assert len(answers) == 20
-    assert {answer.said.text for answer in answers} == {"shade? 9"}
+    assert {answer.answer.text for answer in answers} == {"shade? 9"}
 
 
 class SetBack(Script):
@@ -75,10 +75,10 @@ class SetBack(Script):
 def test_the_clock_jumps_backwards(live: bool) -> None:
     source = FrameSource(SetBack(numbered(40), live, period_s=0.005))
     started_s = time.monotonic()
-    loop = CameraLoop(source, ShadeEncoder(), ShadeAnswerer(), LOOK)
+    loop = CameraLoop([source], ShadeEncoder(), ShadeAnswerer(), LOOK)
     answers = list(loop.answers())
     assert time.monotonic() - started_s < 20  # and not an hour
-    assert answers[-1].seen.arrival.index == 39
+    assert answers[-1].encoded.queued.index == 39
     assert all(0 <= answer.age_ms < 1000 for answer in answers)
 
 
@@ -116,7 +116,7 @@ def test_a_backend_that_hangs_is_reported_and_the_next_answer_is_about_now() -> 
     answerer = Hanging()
     source = source_of(itertools.cycle(numbered(256, 100, 100)), period_s=0.002)
     options = CameraOptions("shade?", reuse=False, stall_after_s=0.2)
-    loop = CameraLoop(source, ShadeEncoder(), answerer, options)
+    loop = CameraLoop([source], ShadeEncoder(), answerer, options)
     items = []
     held_up = None
     for item in loop.answers():
@@ -136,13 +136,13 @@ def test_a_backend_that_hangs_is_reported_and_the_next_answer_is_about_now() -> 
     assert stalls
     assert stalls[0].seconds >= 0.2
     after = items[items.index(stalls[-1]) + 2]  # the one after the answer that hung
-    assert after.seen.arrival.index >= held_up - 1
+    assert after.encoded.queued.index >= held_up - 1
 
 
 def test_stopping_does_not_wait_for_a_backend_that_hangs() -> None:
     answerer = Hanging()
     answerer.calls = 2
-    loop = CameraLoop(source_of(itertools.cycle(numbered(9))), ShadeEncoder(), answerer, LOOK)
+    loop = CameraLoop([source_of(itertools.cycle(numbered(9)))], ShadeEncoder(), answerer, LOOK)
     threading.Timer(0.1, loop.stop).start()
     started_s = time.monotonic()
     assert list(loop.answers()) == []
@@ -173,14 +173,14 @@ class Failing(ShadeAnswerer):
 def test_a_backend_that_fails_now_and_then_is_asked_again() -> None:
     options = CameraOptions("shade?", every_frame=True, reuse=False)
     source = source_of(numbered(20), live=False)
-    loop = CameraLoop(source, ShadeEncoder(), Failing({3, 4, 10}), options)
+    loop = CameraLoop([source], ShadeEncoder(), Failing({3, 4, 10}), options)
     assert len(list(loop.answers())) == 17
     assert loop.drops == {"answering failed": 3}
 
 
 def test_a_backend_that_always_fails_ends_the_loop_with_its_error() -> None:
     source = source_of(itertools.cycle(numbered(9)))
-    loop = CameraLoop(source, ShadeEncoder(), Failing(set(range(100))), LOOK)
+    loop = CameraLoop([source], ShadeEncoder(), Failing(set(range(100))), LOOK)
     with pytest.raises(BackendError, match="out of memory"):
         list(loop.answers())
     assert loop.drops["answering failed"] == 5
@@ -188,29 +188,29 @@ def test_a_backend_that_always_fails_ends_the_loop_with_its_error() -> None:
 
 def test_a_frame_that_cannot_be_encoded_is_dropped() -> None:
     class Choosy(ShadeEncoder):
-        def encode(self, image: Picture) -> VisualTokens:
+        def encode_one(self, image: Pixels) -> VisualTokens:
             if image[0, 0, 0] % 3 == 0:
                 raise EngineError("the engine is upset")
-            return super().encode(image)
+            return super().encode_one(image)
 
     options = CameraOptions("shade?", every_frame=True)
-    loop = CameraLoop(source_of(numbered(9), live=False), Choosy(), ShadeAnswerer(), options)
+    loop = CameraLoop([source_of(numbered(9), live=False)], Choosy(), ShadeAnswerer(), options)
     assert len(list(loop.answers())) == 6
     assert loop.drops == {"encoding failed": 3}
 
 
 def test_a_bug_in_a_thread_reaches_the_caller() -> None:
     class Broken(ShadeEncoder):
-        def encode(self, image: Picture) -> VisualTokens:
+        def encode_one(self, image: Pixels) -> VisualTokens:
             raise ZeroDivisionError
 
-    loop = CameraLoop(source_of(numbered(5)), Broken(), ShadeAnswerer(), LOOK)
+    loop = CameraLoop([source_of(numbered(5))], Broken(), ShadeAnswerer(), LOOK)
     with pytest.raises(ZeroDivisionError):
         list(loop.answers())
 
 
 def one_answer() -> CameraAnswer:
-    loop = CameraLoop(source_of(numbered(1), live=False), ShadeEncoder(), ShadeAnswerer(), LOOK)
+    loop = CameraLoop([source_of(numbered(1), live=False)], ShadeEncoder(), ShadeAnswerer(), LOOK)
     (answer,) = loop.answers()
     return answer
 
@@ -233,7 +233,7 @@ def test_a_disk_that_is_full_costs_recordings_and_leaves_no_pieces(
     recording = Recording(tmp_path / "kept", language_bundle)
     answer = one_answer()
     for number in range(4):
-        object.__setattr__(answer.seen.arrival, "index", number)
+        object.__setattr__(answer.encoded.queued, "index", number)
         recording.keep(answer, {"number": number})
         done = number + 1
         while recording.written + recording.drops["not written"] < done:

@@ -13,8 +13,9 @@ import pytest
 
 from engines.errors import OptionError
 from runtime.camera.loop import CameraLoop, CameraOptions
-from runtime.camera.parts import CameraAnswer, Said
+from runtime.camera.parts import CameraAnswer
 from runtime.camera.scene_change import StillnessOptions
+from runtime.model import Answer
 from runtime.vision import VisualTokens
 from tests.runtime.camera.doubles import ShadeAnswerer, ShadeEncoder, numbered, source_of
 
@@ -36,10 +37,12 @@ def answers_of(loop: CameraLoop) -> list[CameraAnswer]:
 
 def test_each_frame_of_a_recording_in_turn() -> None:
     options = CameraOptions("shade?", every_frame=True, reuse=False)
-    loop = CameraLoop(source_of(numbered(20), live=False), ShadeEncoder(), ShadeAnswerer(), options)
+    loop = CameraLoop(
+        [source_of(numbered(20), live=False)], ShadeEncoder(), ShadeAnswerer(), options
+    )
     answers = answers_of(loop)
-    assert [answer.said.text for answer in answers] == [f"shade? {n}" for n in range(20)]
-    assert [answer.seen.arrival.index for answer in answers] == list(range(20))
+    assert [answer.answer.text for answer in answers] == [f"shade? {n}" for n in range(20)]
+    assert [answer.encoded.queued.index for answer in answers] == list(range(20))
     assert not loop.drops
 
 
@@ -56,7 +59,7 @@ class Gated(ShadeAnswerer):
         question: str,
         prefilled: Callable[[], None],
         interrupted: Callable[[], bool],
-    ) -> Said:
+    ) -> Answer:
         said = super().answer(visual, question, prefilled, interrupted)
         wait_until(lambda: self.may_end() or interrupted())
         return said
@@ -71,9 +74,9 @@ def test_only_the_newest_frame_is_answered_and_every_frame_is_accounted_for() ->
         return loop.frames >= min(50 * (answerer.calls), 200)
 
     answerer = Gated(fifty_more_came)
-    loop = CameraLoop(source, ShadeEncoder(), answerer, ALWAYS_LOOK)
+    loop = CameraLoop([source], ShadeEncoder(), answerer, ALWAYS_LOOK)
     answers = answers_of(loop)
-    indices = [answer.seen.arrival.index for answer in answers]
+    indices = [answer.encoded.queued.index for answer in answers]
     assert indices == sorted(set(indices))
     assert loop.frames == 200
     assert len(answers) + sum(loop.drops.values()) == 200
@@ -85,14 +88,14 @@ def test_encoding_overlaps_decoding() -> None:
     """An answer ends only once the next frame was encoded: without overlap it never would."""
     encoder = ShadeEncoder()
     answerer = Gated(lambda: encoder.calls > answerer.calls)
-    loop = CameraLoop(source_of(itertools.cycle(numbered(200))), encoder, answerer, ALWAYS_LOOK)
+    loop = CameraLoop([source_of(itertools.cycle(numbered(200)))], encoder, answerer, ALWAYS_LOOK)
     assert len(list(itertools.islice(loop.answers(), 5))) == 5
 
 
 def test_answers_come_at_the_pace_asked_for() -> None:
     options = CameraOptions("shade?", every_s=0.1, reuse=False)
     source = source_of(itertools.cycle(numbered(200)))
-    loop = CameraLoop(source, ShadeEncoder(), ShadeAnswerer(), options)
+    loop = CameraLoop([source], ShadeEncoder(), ShadeAnswerer(), options)
     started_s = time.monotonic()
     for count, _ in enumerate(loop.answers(), start=1):
         if count == 5:
@@ -102,13 +105,13 @@ def test_answers_come_at_the_pace_asked_for() -> None:
 
 def test_the_question_changes_and_the_loop_pauses_while_running() -> None:
     loop = CameraLoop(
-        source_of(itertools.cycle(numbered(200))), ShadeEncoder(), ShadeAnswerer(), ALWAYS_LOOK
+        [source_of(itertools.cycle(numbered(200)))], ShadeEncoder(), ShadeAnswerer(), ALWAYS_LOOK
     )
     answers = loop.answers()
-    assert next(answers).said.text.startswith("shade?")
+    assert next(answers).answer.text.startswith("shade?")
     loop.ask("colour?")
     late = list(itertools.islice(answers, 12))  # what was under way had the old question
-    assert late[-1].said.text.startswith("colour?")
+    assert late[-1].answer.text.startswith("colour?")
     loop.pause()
     frames = loop.frames
     wait_until(lambda: loop.frames > frames + 50)  # the source goes on being read
@@ -118,7 +121,7 @@ def test_the_question_changes_and_the_loop_pauses_while_running() -> None:
     wait_until(lambda: loop.frames > frames + 50)
     assert loop._out.empty()
     loop.resume()
-    newest = next(answers).seen.arrival.index
+    newest = next(answers).encoded.queued.index
     assert newest >= frames
     loop.stop()
     assert list(answers) == []
@@ -126,7 +129,7 @@ def test_the_question_changes_and_the_loop_pauses_while_running() -> None:
 
 def test_stop_from_another_thread_ends_everything() -> None:
     source = source_of(itertools.cycle(numbered(200)))
-    loop = CameraLoop(source, ShadeEncoder(), ShadeAnswerer(0.0, 30.0), ALWAYS_LOOK)
+    loop = CameraLoop([source], ShadeEncoder(), ShadeAnswerer(0.0, 30.0), ALWAYS_LOOK)
     threading.Timer(0.2, loop.stop).start()
     started_s = time.monotonic()
     assert list(loop.answers()) == []
@@ -157,7 +160,7 @@ def watch_each(
     """Watch a recording frame by frame, so that what happens does not hang on time."""
     encoder, answerer = ShadeEncoder(), ShadeAnswerer()
     source = source_of(iter(scene), live=False, period_s=0.0)
-    loop = CameraLoop(source, encoder, answerer, options)
+    loop = CameraLoop([source], encoder, answerer, options)
     return loop, encoder, answerer, answers_of(loop)
 
 
@@ -165,13 +168,13 @@ def test_a_still_scene_costs_nothing_and_its_answer_stays_equal() -> None:
     _, encoder, answerer, answers = watch_each(noisy_scene(60))
     assert [answer.reused for answer in answers] == [False] + [True] * 59
     assert encoder.calls == answerer.calls == 1
-    assert len({answer.said.text for answer in answers}) == 1
-    assert all(answer.seen.encode_ms == 0 and answer.seen.kept for answer in answers[1:])
+    assert len({answer.answer.text for answer in answers}) == 1
+    assert all(answer.encoded.encode_ms == 0 and answer.encoded.kept for answer in answers[1:])
 
 
 def test_a_small_change_ends_the_reuse() -> None:
     _, _, _, answers = watch_each(noisy_scene(60, moved_at=40))
-    assert [a.seen.arrival.index for a in answers if not a.seen.kept] == [0, 40]
+    assert [a.encoded.queued.index for a in answers if not a.encoded.kept] == [0, 40]
 
 
 def test_without_reuse_every_frame_is_looked_at() -> None:
@@ -181,12 +184,12 @@ def test_without_reuse_every_frame_is_looked_at() -> None:
 
 def test_another_question_about_a_still_scene_is_asked() -> None:
     source = source_of(iter(noisy_scene(60)), live=False, period_s=0.0)
-    loop = CameraLoop(source, ShadeEncoder(), ShadeAnswerer(), EACH)
+    loop = CameraLoop([source], ShadeEncoder(), ShadeAnswerer(), EACH)
     texts = []
     for item in loop.answers():
         if item.reused:
             loop.ask("colour?")
-        texts.append(item.said.text)
+        texts.append(item.answer.text)
     assert texts[0].startswith("shade?")
     assert texts[-1].startswith("colour?")
 
@@ -194,7 +197,7 @@ def test_another_question_about_a_still_scene_is_asked() -> None:
 def test_on_change_answers_only_changes() -> None:
     options = replace(EACH, on_change=True)
     loop, encoder, _, answers = watch_each(noisy_scene(60, moved_at=40), options)
-    assert [answer.seen.arrival.index for answer in answers] == [0, 40]
+    assert [answer.encoded.queued.index for answer in answers] == [0, 40]
     assert loop.drops == {"unchanged": 58}
     assert encoder.calls == 2
 
@@ -202,6 +205,6 @@ def test_on_change_answers_only_changes() -> None:
 def test_an_empty_question_is_refused() -> None:
     with pytest.raises(OptionError, match="question is empty"):
         CameraOptions("  ")
-    loop = CameraLoop(source_of(numbered(0)), ShadeEncoder(), ShadeAnswerer(), ALWAYS_LOOK)
+    loop = CameraLoop([source_of(numbered(0))], ShadeEncoder(), ShadeAnswerer(), ALWAYS_LOOK)
     with pytest.raises(OptionError, match="question is empty"):
         loop.ask("")

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from engines.errors import BackendError, EngineError, SourceError
-from runtime.camera.many_cameras import ManyCameras
+from runtime.camera.loop import CameraLoop
 from runtime.camera.parts import CameraAnswer, CameraOptions
 from runtime.camera.scene_change import StillnessOptions
-from runtime.frames import FrameSource, Picture
+from runtime.frames import FrameSource
 from runtime.frames.frame import Capture, ReadErrors
 from runtime.frames.reconnect import Reconnecting
-from runtime.vision import VisualTokens
+from runtime.vision import Pixels, VisualTokens
 from tests.runtime.camera.doubles import Script, ShadeAnswerer, ShadeEncoder, numbered
 
 IN_TURN = CameraOptions("shade?", every_frame=True, reuse=False)
@@ -31,12 +31,12 @@ class BatchShades(ShadeEncoder):
         self.refused = refused
         self.batches: list[list[int]] = []
 
-    def encode_batch(self, images: Sequence[Picture]) -> list[VisualTokens]:
+    def encode(self, images: Sequence[Pixels]) -> list[VisualTokens]:
         shades = [int(image[0, 0, 0]) for image in images]
         self.batches.append(shades)
         if self.refused in shades:
             raise EngineError("one of the pictures is upsetting")
-        return [self.encode(image) for image in images]
+        return super().encode(images)
 
 
 def camera(name: str, shades: Sequence[int], live: bool = False) -> FrameSource:
@@ -46,21 +46,21 @@ def camera(name: str, shades: Sequence[int], live: bool = False) -> FrameSource:
     return FrameSource(script)
 
 
-def answers_of(loop: ManyCameras) -> list[CameraAnswer]:
+def answers_of(loop: CameraLoop) -> list[CameraAnswer]:
     return [item for item in loop.answers() if isinstance(item, CameraAnswer)]
 
 
 def said_by(answers: Sequence[CameraAnswer]) -> dict[str, list[str]]:
     said: dict[str, list[str]] = {}
     for answer in answers:
-        said.setdefault(answer.seen.arrival.frame.source, []).append(answer.said.text)
+        said.setdefault(answer.encoded.queued.frame.source, []).append(answer.answer.text)
     return said
 
 
 def test_every_frame_of_every_recording_is_answered_with_its_source() -> None:
     encoder = BatchShades()
     sources = [camera("left", [1, 2, 3]), camera("right", [101, 102, 103, 104])]
-    loop = ManyCameras(sources, encoder, ShadeAnswerer(), IN_TURN)
+    loop = CameraLoop(sources, encoder, ShadeAnswerer(), IN_TURN)
     assert said_by(answers_of(loop)) == {
         "left": ["shade? 1", "shade? 2", "shade? 3"],
         "right": ["shade? 101", "shade? 102", "shade? 103", "shade? 104"],
@@ -88,12 +88,12 @@ def test_a_round_is_one_batch() -> None:
     barrier = threading.Barrier(3)
     sources = [FrameSource(Together(barrier, shade)) for shade in (10, 20, 30)]
     encoder = BatchShades()
-    answers = answers_of(ManyCameras(sources, encoder, ShadeAnswerer(0.0, 0.02), IN_TURN))
+    answers = answers_of(CameraLoop(sources, encoder, ShadeAnswerer(0.0, 0.02), IN_TURN))
     assert len(answers) == 15
     assert [10, 20, 30] in encoder.batches
     assert len(encoder.batches) < 15
     for number, answer in enumerate(answers[:3]):
-        assert answer.seen.arrival.camera in (0, 1, 2), number
+        assert answer.encoded.queued.camera in (0, 1, 2), number
 
 
 class Dying(Script):
@@ -107,7 +107,7 @@ class Dying(Script):
 def test_a_camera_that_dies_does_not_stop_the_others() -> None:
     dying = FrameSource(Dying(numbered(9), live=False))
     healthy = camera("healthy", range(50, 70))
-    loop = ManyCameras([dying, healthy], BatchShades(), ShadeAnswerer(), IN_TURN)
+    loop = CameraLoop([dying, healthy], BatchShades(), ShadeAnswerer(), IN_TURN)
     said = said_by(answers_of(loop))
     assert len(said["healthy"]) == 20
     assert len(said["script"]) == 2
@@ -125,11 +125,11 @@ def test_a_camera_that_vanishes_comes_back_while_the_others_go_on() -> None:
 
     shaky = FrameSource(Reconnecting(plug_in, first_wait_s=0.001, longest_wait_s=0.002))
     steady = FrameSource(Script(itertools.cycle(numbered(200)), period_s=0.001))
-    loop = ManyCameras([shaky, steady], BatchShades(), ShadeAnswerer(), LOOK)
+    loop = CameraLoop([shaky, steady], BatchShades(), ShadeAnswerer(), LOOK)
     cameras = set()
     for item in loop.answers():
         if shaky.errors.counts["disconnected"] >= 5:
-            cameras.add(item.seen.arrival.camera)
+            cameras.add(item.encoded.queued.camera)
         if cameras == {0, 1}:
             break
     assert loop.errors["disconnected"] >= 5
@@ -139,8 +139,8 @@ def test_a_camera_that_vanishes_comes_back_while_the_others_go_on() -> None:
 def test_a_frame_that_cannot_be_encoded_costs_itself_only() -> None:
     barrier = threading.Barrier(2)
     sources = [FrameSource(Together(barrier, 10)), FrameSource(Together(barrier, 66))]
-    loop = ManyCameras(sources, BatchShades(refused=66), ShadeAnswerer(), IN_TURN)
-    assert [answer.said.text for answer in answers_of(loop)] == ["shade? 10"] * 5
+    loop = CameraLoop(sources, BatchShades(refused=66), ShadeAnswerer(), IN_TURN)
+    assert [answer.answer.text for answer in answers_of(loop)] == ["shade? 10"] * 5
     assert loop.drops == {"encoding failed": 5}
     assert sources[1].errors.counts == {"encoding failed": 5}
 
@@ -151,12 +151,12 @@ def test_a_still_camera_keeps_its_tokens_while_another_moves() -> None:
     )
     sources = [camera("still", [80] * 20), camera("moving", [0, 80, 160, 240] * 5)]
     answerer = ShadeAnswerer()
-    answers = answers_of(ManyCameras(sources, BatchShades(), answerer, options))
-    reused = {answer.seen.arrival.frame.source for answer in answers if answer.reused}
+    answers = answers_of(CameraLoop(sources, BatchShades(), answerer, options))
+    reused = {answer.encoded.queued.frame.source for answer in answers if answer.reused}
     assert reused == {"still"}
     assert len(answers) == 40
     assert answerer.calls == 40 - sum(answer.reused for answer in answers)
-    assert {a.said.text for a in answers if a.seen.arrival.camera == 0} == {"shade? 80"}
+    assert {a.answer.text for a in answers if a.encoded.queued.camera == 0} == {"shade? 80"}
 
 
 def test_on_change_is_each_cameras_own() -> None:
@@ -167,7 +167,7 @@ def test_on_change_is_each_cameras_own() -> None:
         stillness=StillnessOptions(learn_s=0.0, refresh_s=60.0),
     )
     sources = [camera("still", [80] * 20), camera("moving", [0, 80, 160, 240] * 5)]
-    loop = ManyCameras(sources, BatchShades(), ShadeAnswerer(), options)
+    loop = CameraLoop(sources, BatchShades(), ShadeAnswerer(), options)
     said = said_by(answers_of(loop))
     assert len(said["still"]) < 5
     assert len(said["moving"]) == 20
@@ -180,7 +180,7 @@ def test_a_language_model_that_always_fails_ends_the_loop_with_its_error() -> No
             raise BackendError("out of memory")
 
     sources = [camera("left", range(20)), camera("right", range(20))]
-    loop = ManyCameras(sources, BatchShades(), Failing(), IN_TURN)
+    loop = CameraLoop(sources, BatchShades(), Failing(), IN_TURN)
     with pytest.raises(BackendError, match="out of memory"):
         answers_of(loop)
     assert loop.drops["answering failed"] == 5
@@ -190,11 +190,11 @@ def test_control_while_running() -> None:
     sources = [camera(name, range(200), live=True) for name in ("left", "right")]
     for source in sources:
         source._reader._pictures = itertools.cycle(numbered(100))
-    loop = ManyCameras(sources, BatchShades(), ShadeAnswerer(), LOOK)
+    loop = CameraLoop(sources, BatchShades(), ShadeAnswerer(), LOOK)
     answers = loop.answers()
-    assert next(answers).said.text.startswith("shade?")
+    assert next(answers).answer.text.startswith("shade?")
     loop.ask("colour?")
-    assert any(next(answers).said.text.startswith("colour?") for _ in range(20))
+    assert any(next(answers).answer.text.startswith("colour?") for _ in range(20))
     loop.stop()
     list(answers)
     assert "camera loop" not in {thread.name for thread in threading.enumerate()}

@@ -9,7 +9,7 @@ import pytest
 
 from engines.errors import OptionError
 from runtime.camera.budgets.controller import BudgetController
-from runtime.camera.budgets.goal import Cost, Goal
+from runtime.camera.budgets.goal import FrameCost, Goal
 from runtime.camera.loop import CameraLoop, CameraOptions
 from runtime.camera.metrics import MetricsServer, StatusLine
 from tests.runtime.camera.doubles import ShadeAnswerer, ShadeEncoder, numbered, source_of
@@ -18,7 +18,7 @@ from tests.runtime.camera.doubles import ShadeAnswerer, ShadeEncoder, numbered, 
 def finished_loop() -> tuple[CameraLoop, list]:
     options = CameraOptions("shade?", every_frame=True, reuse=False)
     source = source_of(numbered(6), live=False)
-    loop = CameraLoop(source, ShadeEncoder(), ShadeAnswerer(), options)
+    loop = CameraLoop([source], ShadeEncoder(), ShadeAnswerer(), options)
     return loop, list(loop.answers())
 
 
@@ -26,12 +26,12 @@ def test_metrics_are_served_on_the_loopback_interface_only() -> None:
     pytest.importorskip("prometheus_client")
     loop, answers = finished_loop()
     loop.drops["superseded"] = 7
-    loop.source.errors.count("corrupt packet", "bad bits")
+    loop.sources[0].errors.count("corrupt packet", "bad bits")
     controller = BudgetController(
-        {64: Cost(10.0), 128: Cost(20.0)}, Goal("latency", 25.0), {64: 0.9, 128: 0.95}
+        {64: FrameCost(10.0), 128: FrameCost(20.0)}, Goal("latency", 25.0), {64: 0.9, 128: 0.95}
     )
     for _ in range(20):
-        controller.observe(controller.tokens, Cost(80.0))
+        controller.observe(controller.tokens, FrameCost(80.0))
     server = MetricsServer(loop, 0, controller)
     try:
         for answer in answers:

@@ -113,7 +113,7 @@ def test_the_prompt_holds_the_frames_that_were_told_of(
                 few.encoder.encode([frames[2].image]),
                 many.encoder.encode([frames[5].image]),
             ]
-        pictures = [visual.picture(0) for visual in seen]
+        pictures = [visual.tokens_of(0) for visual in seen]
         expected = few.answer([Turn("user", QUESTION, images=3)], pictures, SHORT)
     assert answer.text == expected.text
     assert answer.prompt_tokens == expected.prompt_tokens

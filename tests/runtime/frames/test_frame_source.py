@@ -9,9 +9,10 @@ import pytest
 
 from engines.errors import OptionError, SourceError
 from runtime.frames import FrameSource, SourceOptions
-from runtime.frames.frame import Capture, Picture, ReadErrors
+from runtime.frames.frame import Capture, ReadErrors
 from runtime.frames.opening import crop_from_text
 from runtime.frames.source import FrameClock
+from runtime.vision import Pixels
 
 
 class Numbered:
@@ -27,7 +28,7 @@ class Numbered:
         for index, time_ns in enumerate(self.times_ns):
             yield Capture(time_ns, lambda index=index: self.image(index))
 
-    def image(self, index: int) -> Picture:
+    def image(self, index: int) -> Pixels:
         self.decoded += 1
         if index in self.bad:
             raise SourceError(f"frame {index} is torn")

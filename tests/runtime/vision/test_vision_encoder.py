@@ -34,8 +34,8 @@ def test_tokens_and_where_they_came_from(bundle: Bundle) -> None:
     assert seen.valid.tolist() == [2, 2]
     assert seen.origin.tolist() == [[2, 3]] * 2
     assert seen.assignment.tolist() == [[-1, -2, 0, 1]] * 2
-    assert set(seen.milliseconds) == {"preprocess", "vision"}
-    np.testing.assert_array_equal(seen.picture(1), seen.tokens[1])
+    assert set(seen.milliseconds) == {"preprocess", "encode"}
+    np.testing.assert_array_equal(seen.tokens_of(1), seen.tokens[1])
 
 
 def test_a_batch_array_is_the_same_as_a_list(bundle: Bundle) -> None:
@@ -57,10 +57,10 @@ def test_a_given_session_is_used_and_stays_open(bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     ("pictures", "told"),
     [
-        (picture(), r"uint8\[8, 8, 3\], expected a batch .*picture\[None\]"),
-        ([], "no pictures"),
-        (picture()[None].astype(np.float32), r"pictures\[0\] is float32"),
-        ([picture(), picture()[:, :, 0]], r"pictures\[1\] is uint8\[8, 8\]"),
+        (picture(), r"uint8\[8, 8, 3\], expected a batch .*image\[None\]"),
+        ([], "no images"),
+        (picture()[None].astype(np.float32), r"images\[0\] is float32"),
+        ([picture(), picture()[:, :, 0]], r"images\[1\] is uint8\[8, 8\]"),
         ("photo.jpg", "is a str"),
     ],
 )

@@ -19,11 +19,11 @@ from engines.errors import OptionError
 from runtime.camera.budgets.budget_options import BudgetOptions
 from runtime.camera.budgets.budgeted import BudgetedEncoder, ObservedAnswerer
 from runtime.camera.budgets.controller import BudgetController
-from runtime.camera.budgets.goal import Cost, Goal
+from runtime.camera.budgets.goal import FrameCost, Goal
 from runtime.camera.loop import CameraOptions
-from runtime.camera.parts import Said
 from runtime.frames import SourceOptions
 from runtime.language.generate import GenerationOptions
+from runtime.model import Answer
 from runtime.model_options import ModelOptions
 from runtime.vision import VisualTokens
 from runtime.vision.graph_pool import GraphPool
@@ -31,7 +31,7 @@ from runtime.watch import WatchOptions, watch
 from tests.runtime.camera.doubles import ShadeAnswerer, ShadeEncoder
 
 LATENCY_MS = {32: 40.0, 64: 60.0, 128: 110.0, 192: 170.0}
-COSTS = {tokens: Cost(ms, token_ms=5.0) for tokens, ms in LATENCY_MS.items()}
+COSTS = {tokens: FrameCost(ms, token_ms=5.0) for tokens, ms in LATENCY_MS.items()}
 TARGET_MS = 200.0
 
 
@@ -48,7 +48,7 @@ def run(
     for load in loads:
         tokens = controller.tokens
         latency_ms = LATENCY_MS[tokens] * load * (1 + noise * rng.standard_normal())
-        controller.observe(tokens, Cost(latency_ms))
+        controller.observe(tokens, FrameCost(latency_ms))
         budgets.append(tokens)
         latencies_ms.append(latency_ms)
     return budgets, latencies_ms
@@ -104,13 +104,13 @@ POCKET_ACCURACY = {32: 0.818, 64: 0.948, 128: 0.956, 192: 0.957}
 
 def pocket_controller(goal_ms: float, **changed_ms: float) -> BudgetController:
     costs_ms = POCKET_MS | {int(name[1:]): ms for name, ms in changed_ms.items()}
-    costs = {tokens: Cost(ms, noise=0.01) for tokens, ms in costs_ms.items()}
+    costs = {tokens: FrameCost(ms, noise=0.01) for tokens, ms in costs_ms.items()}
     return BudgetController(costs, Goal("latency", goal_ms), POCKET_ACCURACY)
 
 
 def play(controller: BudgetController, costs_ms: dict[int, float], load: float, count: int) -> None:
     for _ in range(count):
-        controller.observe(controller.tokens, Cost(costs_ms[controller.tokens] * load))
+        controller.observe(controller.tokens, FrameCost(costs_ms[controller.tokens] * load))
 
 
 def test_thirteen_points_of_accuracy_are_not_given_up_for_a_millisecond() -> None:
@@ -158,7 +158,7 @@ def test_a_goal_no_budget_keeps_does_not_cost_accuracy_for_nothing() -> None:
 
 
 def test_a_goal_that_is_kept_and_missed_by_turns_is_not_talked_about() -> None:
-    costs = {64: Cost(35.0), 192: Cost(60.0)}
+    costs = {64: FrameCost(35.0), 192: FrameCost(60.0)}
     controller = BudgetController(costs, Goal("latency", 70.0), {64: 0.95, 192: 0.96})
     costs_ms = {64: 35.0, 192: 60.0}
     for load in (1.96, 2.04) * 20:  # 68.6 and 71.4 ms, ten frames each
@@ -168,7 +168,7 @@ def test_a_goal_that_is_kept_and_missed_by_turns_is_not_talked_about() -> None:
 
 
 def test_a_dearer_budget_runs_where_the_cheapest_does_not_keep_the_goal_either() -> None:
-    costs = {16: Cost(20.0), 64: Cost(25.0)}
+    costs = {16: FrameCost(20.0), 64: FrameCost(25.0)}
     controller = BudgetController(costs, Goal("latency", 30.0), {16: 0.5, 64: 0.9})
     costs_ms = {16: 20.0, 64: 25.0}
     play(controller, costs_ms, 1.4, 30)
@@ -201,7 +201,7 @@ def controller_of(
     machine: tuple[dict[int, float], dict[int, float | None], float], slack: float
 ) -> BudgetController:
     costs_ms, accuracy, noise = machine
-    costs = {n: Cost(ms, noise=noise) for n, ms in costs_ms.items()}
+    costs = {n: FrameCost(ms, noise=noise) for n, ms in costs_ms.items()}
     return BudgetController(costs, Goal("latency", slack * min(costs_ms.values())), accuracy)
 
 
@@ -256,7 +256,7 @@ def test_it_settles_on_the_most_accurate_budget_that_keeps_the_goal(
 def test_measurements_of_an_earlier_budget_do_not_decide_again() -> None:
     controller = controller_for(100.0)
     assert controller.tokens == 64
-    assert controller.observe(128, Cost(500.0)) is None
+    assert controller.observe(128, FrameCost(500.0)) is None
 
 
 def test_a_target_that_cannot_be_kept_is_refused_with_what_can() -> None:
@@ -284,11 +284,13 @@ def test_a_rate_is_kept_for_answers_of_the_length_they_have() -> None:
 
 def test_power_is_kept_and_never_refused() -> None:
     """Waiting between answers saves power too, so that a goal below all may still be met."""
-    costs = {32: Cost(1.0, watts=12.0), 64: Cost(1.0, watts=16.0)}
+    costs = {32: FrameCost(1.0, watts=12.0), 64: FrameCost(1.0, watts=16.0)}
     controller = BudgetController(costs, Goal("power", 10.0))
     assert controller.tokens == 32
     for _ in range(30):  # an answer each second: half the power
-        controller.observe(controller.tokens, Cost(1.0, watts=costs[controller.tokens].watts / 2))
+        controller.observe(
+            controller.tokens, FrameCost(1.0, watts=costs[controller.tokens].watts / 2)
+        )
     assert controller.tokens == 64
     for _ in range(30):  # as fast as it can
         controller.observe(controller.tokens, costs[controller.tokens])
@@ -308,13 +310,13 @@ class Meter:
 
 
 def test_frames_without_a_power_reading_are_not_counted() -> None:
-    controller = BudgetController({1: Cost(1.0, watts=7.5)}, Goal("power", 10.0))
+    controller = BudgetController({1: FrameCost(1.0, watts=7.5)}, Goal("power", 10.0))
     meter = Meter()
     answerer = ObservedAnswerer(ShadeAnswerer(), controller, meter)
     seen = []
     controller.observe = lambda tokens, cost, length: seen.append((tokens, cost.watts, length))
     for _ in range(7):
-        visual = ShadeEncoder().encode(np.zeros((8, 8, 3), np.uint8))
+        visual = ShadeEncoder().encode_one(np.zeros((8, 8, 3), np.uint8))
         answerer.answer(visual, "shade?", lambda: None, lambda: False)
         answerer.answer(visual, "shade?", lambda: None, lambda: False)  # kept: tells nothing
     assert meter.asked == 14
@@ -383,7 +385,7 @@ def test_budgets_take_turns_while_they_are_measured(
     """A load that comes and goes hits every budget then, instead of making one look dear."""
 
     class Noting(ShadeAnswerer):
-        def answer(self, visual: VisualTokens, *others: Any) -> Said:
+        def answer(self, visual: VisualTokens, *others: Any) -> Answer:
             order.append(visual.tokens.shape[1])
             return super().answer(visual, *others)
 
