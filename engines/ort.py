@@ -76,6 +76,9 @@ def create_inference_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
+    # Threads that spin while they wait take the cores from the other graph: the camera loop runs
+    # two, the tower and the language model, side by side.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Without VNNI the fast INT8 product of x86 saturates silently; take the exact one there.
     options.add_session_config_entry("session.x64quantprecision", "0" if has_vnni() else "1")
     options.graph_optimization_level = getattr(

@@ -57,7 +57,8 @@ class Bands(Closeable):
 
     def _opened(self) -> ThreadPoolExecutor:
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(_MOST_THREADS - 1, thread_name_prefix="bands")
+            # No more than are needed: each thread keeps some megabytes for itself once it was used.
+            self._pool = ThreadPoolExecutor(max(self.threads - 1, 1), thread_name_prefix="bands")
         return self._pool
 
     def close(self) -> None:

@@ -47,6 +47,11 @@ def ones(*shape: int) -> np.ndarray:
     return np.ones(shape, np.float32)
 
 
+def test_threads_that_wait_do_not_spin(graph: Path) -> None:
+    options = create_inference_session(graph).get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
 def test_it_runs_at_every_batch_size_and_results_belong_to_the_caller(graph: Path) -> None:
     session: Session
     with OrtSession(graph, threads=1) as session:

@@ -16,6 +16,7 @@ from transformers import LlavaForConditionalGeneration
 
 from engines.bundle import Bundle
 from runtime.ask import AskOptions, ask
+from runtime.camera.answering import FrameAnswerer, FrameEncoder
 from runtime.language.generate import GenerationOptions
 from runtime.language.prompt import Turn
 from runtime.model import open_model
@@ -79,6 +80,27 @@ def test_answer_equals_transformers_given_the_same_visual_tokens(
         "total",
     }
     assert answer.milliseconds["total"] >= answer.milliseconds["load"]
+
+
+def test_a_frame_is_answered_as_a_picture_is(language_bundle: Bundle, photo: Path) -> None:
+    """The camera loop and `Model.ask` share one path: the same prompt, answer and stages."""
+    image = np.asarray(Image.open(photo))
+    short = GenerationOptions(max_tokens=8)
+    with open_model(language_bundle, threads=1) as model:
+        asked = model.ask(image, QUESTION, short)
+        (visual,) = FrameEncoder(model.encoder).encode([image])
+        prefilled: list[bool] = []
+        framed = FrameAnswerer(model, short).answer(
+            visual, QUESTION, lambda: prefilled.append(True), lambda: False
+        )
+        stopped = FrameAnswerer(model, short).answer(visual, QUESTION, lambda: None, lambda: True)
+    assert (framed.text, framed.token_ids) == (asked.text, asked.token_ids)
+    assert framed.prompt_tokens == asked.prompt_tokens
+    assert framed.milliseconds.keys() == asked.milliseconds.keys()
+    assert framed.visual_tokens == asked.visual_tokens
+    assert prefilled == [True]
+    assert stopped.finish == "interrupted"
+    assert asked.text.startswith(stopped.text)
 
 
 def test_a_second_question_computes_its_own_tokens_only(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +115,51 @@ def test_a_camera_that_dies_does_not_stop_the_others() -> None:
     assert len(said["script"]) == 2
     assert loop.errors == {"source failed": 1}
     assert "the driver crashed" in dying.errors.last
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_where_every_camera_died_the_last_error_is_raised(count: int) -> None:
+    """After all that came before it was answered: a loop without a camera must not end as done."""
+    sources = [FrameSource(Dying(numbered(9), live=False)) for _ in range(count)]
+    loop = CameraLoop(sources, BatchShades(), ShadeAnswerer(), IN_TURN)
+    answers = 0
+    with pytest.raises(RuntimeError, match="the driver crashed"):
+        for _ in loop.answers():
+            answers += 1
+    assert answers == 2 * count
+    assert loop.errors == {"source failed": count}
+    assert not loop.drops
+
+
+class WaitsForTheNextRound(ShadeAnswerer):
+    """Writes of the last camera until the next round was encoded, and a while longer."""
+
+    def __init__(self, encoder: BatchShades) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def answer(self, visual: VisualTokens, question: str, prefilled: Any, interrupted: Any):
+        before = len(self.encoder.batches)
+        answer = super().answer(visual, question, prefilled, interrupted)
+        if visual.tokens[0, 0, 0] >= 100:
+            while len(self.encoder.batches) == before and not interrupted():
+                time.sleep(0.001)
+            time.sleep(0.05)
+        return answer
+
+
+def test_tokens_of_every_camera_are_dropped_when_they_have_waited_too_long() -> None:
+    """The first answers are expected to take no time, so a round is encoded far too soon."""
+    sources = [camera("left", [10] * 5000, live=True), camera("right", [110] * 5000, live=True)]
+    encoder = BatchShades()
+    loop = CameraLoop(sources, encoder, WaitsForTheNextRound(encoder), LOOK)
+    answers = 0
+    for item in loop.answers():
+        answers += isinstance(item, CameraAnswer)
+        if loop.drops["stale"] >= 2:
+            break
+    assert answers >= 2
+    assert [10, 110] in encoder.batches
 
 
 def test_a_camera_that_vanishes_comes_back_while_the_others_go_on() -> None:

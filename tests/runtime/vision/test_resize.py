@@ -180,3 +180,25 @@ def test_nobody_waits_for_a_thread_that_has_not_begun() -> None:
         finish.set()
         assert [band.start for band in seen] == [0, 2, 4, 6]
         assert not any(other.exception() for other in others)
+
+
+def test_bands_start_no_more_threads_than_they_use() -> None:
+    """A thread that was used once keeps its share of the heap: three for one helper is a leak."""
+    taken, release = threading.Event(), threading.Event()
+
+    def wait(_: slice) -> None:
+        if threading.current_thread().name.startswith("bands"):
+            taken.set()
+            release.wait(10)
+        else:
+            taken.wait(10)
+
+    with Bands(2) as bands:
+        busy = threading.Thread(target=bands.run, args=(wait, slice(0, 2), 2))
+        busy.start()
+        taken.wait(10)
+        bands.run(lambda _: None, slice(0, 2), 2)
+        names = [thread.name for thread in threading.enumerate()]
+        release.set()
+        busy.join(10)
+    assert sum(name.startswith("bands") for name in names) == 1
