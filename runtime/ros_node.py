@@ -24,7 +24,7 @@ import typer
 from engines.cli import run
 from engines.errors import SourceError
 from runtime.answer_options import AnswerOptions, SystemOption
-from runtime.camera.budgets.budget_options import BudgetOptions
+from runtime.camera.budgets.goal_options import GoalOptions
 from runtime.camera.view_options import ViewOptions
 from runtime.frames import FrameSource
 from runtime.frames.frame import Capture, ReadErrors
@@ -141,7 +141,7 @@ def main(
     ] = False,
     system: SystemOption = None,
     view: ViewOptions,
-    budget: BudgetOptions,
+    budget: GoalOptions,
     model: ModelOptions,
     answering: AnswerOptions = SHORT_ANSWERS,
 ) -> None:

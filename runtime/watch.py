@@ -21,7 +21,7 @@ import typer
 from engines.cli import run
 from engines.errors import OptionError
 from runtime.answer_options import AnswerOptions, SystemOption
-from runtime.camera.budgets.budget_options import BudgetOptions
+from runtime.camera.budgets.goal_options import GoalOptions
 from runtime.camera.view_options import ViewOptions
 from runtime.model_options import ModelOptions
 
@@ -239,7 +239,7 @@ def main(
     ] = False,
     system: SystemOption = None,
     view: ViewOptions,
-    budget: BudgetOptions,
+    budget: GoalOptions,
     model: ModelOptions,
     answering: AnswerOptions = SHORT_ANSWERS,
 ) -> None:

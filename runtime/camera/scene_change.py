@@ -1,9 +1,8 @@
-"""Has the scene changed? A cheap answer, before any network is run.
+"""Detect whether the scene has changed since the frame last encoded, before any network is run.
 
-Enters: frames. Leaves: whether a frame differs from the one last encoded. A frame is sampled to a
-grid of blocks; the largest change of a block's mean brightness decides, so that something small
-that moves is noticed while sensor noise averages out. What counts as noise is learned from the
-first seconds.
+A frame is sampled to a grid of blocks. The largest change of a block's mean brightness decides, so
+that something small that moves is noticed while sensor noise averages out. What counts as noise is
+learned from the first seconds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""When a frame is encoded and when its tokens are too old: the camera loop's decisions about time.
+"""Decide when the camera loop encodes a frame and when its tokens are too old.
 
-Enters: how long things took and the time now, in seconds of any one clock. Leaves: decisions.
-Nothing here reads a clock or waits, so a test can play a day in a moment.
+Nothing here reads a clock or waits: the caller gives the time, in seconds of any one clock, so a
+test can play a day in a moment.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ class Timing:
     """What a loop knows of its own speed.
 
     Attributes:
-        encode, prefill, decode: how long each takes.
-        period: time between frames.
+        encode, prefill, decode: how long a round of frames takes to encode, and an answer to read
+            its prompt and to be written.
+        period: time between frames of a camera.
         due_s: the next answer is not to begin before that.
         wanted_s: tokens are wanted by then: encoding that ends earlier would give an older frame.
     """

@@ -9,7 +9,7 @@ make little of several.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -171,7 +171,7 @@ def ask_about_clip(
     seen = encode_frames(pool, images, tokens)
     answer = model.answer_about(seen, question, generation, system=system, show=show)
     return ClipAnswer(
-        **{field.name: getattr(answer, field.name) for field in fields(answer)},
+        **vars(answer),
         frames=tuple(
             ClipFrame(frame.timestamp_ns, new, given)
             for frame, new, given in zip(frames, newness, tokens, strict=True)

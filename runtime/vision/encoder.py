@@ -29,7 +29,8 @@ class VisualTokens:
     Attributes:
         tokens: float32[B, N, D] in the language model's width; zeros beyond ``valid``.
         valid: int64[B]; how many of the N tokens are real.
-        origin: int64[B, N]; the patch a token stands for, -1 where it is no single patch.
+        origin: int64[B, N], the graph's output `patch_index`; the patch a token stands for, -1
+            where it is no single patch.
         assignment: int64[B, P]; what became of each patch. ``slot >= 0``: token ``slot`` was made
             from it; ``-(slot + 2)``: merged into token ``slot``; ``-1``: in no token.
         milliseconds: time of the stages ``"preprocess"`` and ``"encode"``, for the whole batch.

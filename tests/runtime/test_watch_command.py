@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from engines.bundle import Bundle
 from engines.cli import make_app
 from engines.errors import OptionError
-from runtime.camera.budgets.budget_options import BudgetOptions
+from runtime.camera.budgets.goal_options import GoalOptions
 from runtime.camera.loop import CameraOptions
 from runtime.camera.view_options import ViewOptions
 from runtime.frames import SourceOptions, open_source
@@ -161,6 +161,6 @@ def test_standard_input_cannot_be_frames_and_commands(language_bundle: Bundle) -
             ask="?",
             control=True,
             view=ViewOptions(),
-            budget=BudgetOptions(),
+            budget=GoalOptions(),
             model=ModelOptions(),
         )

@@ -1,1 +1,1 @@
-"""How many visual tokens a live camera can afford; `controller` decides, `offers` compares."""
+"""How many visual tokens a live camera can afford; `controller` decides, `pareto` compares."""

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from engines.bundle import Bundle
 from engines.errors import OptionError
-from runtime.camera.budgets.budget_options import BudgetOptions
 from runtime.camera.budgets.budgeted import BudgetedEncoder, ObservedAnswerer
 from runtime.camera.budgets.controller import BudgetController
 from runtime.camera.budgets.goal import FrameCost, Goal
+from runtime.camera.budgets.goal_options import GoalOptions
 from runtime.camera.loop import CameraOptions
 from runtime.frames import SourceOptions
 from runtime.language.generate import GenerationOptions
@@ -335,16 +335,16 @@ def test_frames_without_a_power_reading_are_not_counted() -> None:
     ],
 )
 def test_goals_are_read(given: dict[str, Any], kind: str, value: float) -> None:
-    goal = BudgetOptions(**given).goal()
+    goal = GoalOptions(**given).goal()
     assert (goal.kind, goal.value) == (kind, pytest.approx(value))
 
 
 def test_goals_that_make_no_sense() -> None:
-    assert BudgetOptions().goal() is None
+    assert GoalOptions().goal() is None
     with pytest.raises(OptionError, match=r"200 parsecs: expected a number, with one of .*ms, s"):
-        BudgetOptions(latency_target="200 parsecs").goal()
+        GoalOptions(latency_target="200 parsecs").goal()
     with pytest.raises(OptionError, match="cannot keep two goals"):
-        BudgetOptions(latency_target="200ms", power="15W").goal()
+        GoalOptions(latency_target="200ms", power="15W").goal()
 
 
 def test_a_bundle_with_one_graph_has_nothing_to_choose(language_bundle: Bundle) -> None:

@@ -1,4 +1,4 @@
-"""Which goal chooses among a bundle's budgets: options of commands that watch."""
+"""The goal that chooses among a bundle's budgets: options of commands that watch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class BudgetOptions:
+class GoalOptions:
     """What is to be kept by choosing among budgets; the help of each option says what it means."""
 
     latency_target: Annotated[
