@@ -166,6 +166,7 @@ def measure_bundle(bundle: Bundle, seconds: float, fps: float, max_tokens: int) 
         "age_p50_ms": round(float(np.median(ages)), 1),
         "age_p99_ms": round(float(p99_age), 1),
         "encode_and_prefill_p50_ms": round(float(p50_cost), 1),
+        "encode_and_prefill_p99_ms": round(float(np.percentile(costs, 99)), 1),
         "age_p99_over_encode_and_prefill": round(float(p99_age / p50_cost), 2),
         "drops": dict(loop.drops),
         "bundle_memory_growth": round(growth_per_10000_frames(frames, sizes), 4),
