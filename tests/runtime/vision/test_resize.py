@@ -193,12 +193,13 @@ def test_bands_start_no_more_threads_than_they_use() -> None:
         else:
             taken.wait(10)
 
+    others = set(threading.enumerate())
     with Bands(2) as bands:
         busy = threading.Thread(target=bands.run, args=(wait, slice(0, 2), 2))
         busy.start()
         taken.wait(10)
         bands.run(lambda _: None, slice(0, 2), 2)
-        names = [thread.name for thread in threading.enumerate()]
+        names = [thread.name for thread in set(threading.enumerate()) - others]
         release.set()
         busy.join(10)
     assert sum(name.startswith("bands") for name in names) == 1
