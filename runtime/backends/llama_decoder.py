@@ -110,8 +110,14 @@ class LlamaDecoder:
             )
 
     def last_logits(self) -> Logits:
-        """Return the logits of the last position that was run, float32[V]."""
+        """Return the logits of the last position that was run, float32[V].
+
+        Raises:
+            BackendError: llama.cpp has none.
+        """
         pointer = self._library.llama_get_logits_ith(self._context, -1)
+        if not pointer:
+            raise BackendError(f"llama.cpp gives no logits ({take_log()}). Open the model again.")
         logits: Logits = np.ctypeslib.as_array(pointer, (self.table.vocabulary,)).copy()
         return logits
 

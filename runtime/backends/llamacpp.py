@@ -18,7 +18,12 @@ from engines.bundle import Bundle
 from engines.errors import BackendError
 from runtime.backends import IN_PROCESS, Capabilities
 from runtime.backends.llama_decoder import BATCH_ROWS, LlamaDecoder
-from runtime.backends.rows import require_rewind, require_room, rows_from_parts
+from runtime.backends.rows import (
+    require_finite,
+    require_rewind,
+    require_room,
+    rows_from_parts,
+)
 from runtime.language.embeddings import EmbeddingTable
 from runtime.language.parts import Embeddings, Logits, Part, TokenIds
 
@@ -58,7 +63,8 @@ class LlamaCppBackend:
         All of them or, when it fails, none: the conversation goes on from where it was.
 
         Raises:
-            BackendError: wrong hidden size, or more positions than the context holds.
+            BackendError: wrong hidden size, more positions than the context holds, or logits that
+                are not numbers.
         """
         decoder = self._open_decoder()
         rows = rows_from_parts(parts, decoder.table)  # [N, D]
@@ -71,7 +77,7 @@ class LlamaCppBackend:
             decoder.forget(self._sequence, self._position)
             raise
         self._position += len(rows)
-        return decoder.last_logits()
+        return require_finite(decoder.last_logits(), self._position)
 
     def decode(self, token: int) -> Logits:
         """Append one token and return the logits after it, float32[V]."""

@@ -20,7 +20,12 @@ from engines.bundle import Bundle
 from engines.errors import BackendError
 from engines.ort import CPU, CUDA, create_inference_session
 from runtime.backends import IN_PROCESS, Capabilities
-from runtime.backends.rows import require_rewind, require_room, rows_from_parts
+from runtime.backends.rows import (
+    require_finite,
+    require_rewind,
+    require_room,
+    rows_from_parts,
+)
 from runtime.language.embeddings import EmbeddingTable
 from runtime.language.parts import Embeddings, Logits, Part, TokenIds
 
@@ -90,14 +95,16 @@ class OrtBackend:
         """Append parts and return the logits after the last one, float32[V].
 
         Raises:
-            BackendError: wrong hidden size, or more positions than the context holds.
+            BackendError: wrong hidden size, more positions than the context holds, or logits that
+                are not numbers.
         """
         table = self._open_decoder().table
         rows = rows_from_parts(parts, table)  # [N, D]
         require_room(self._position, len(rows), self.context_length)
         for start in range(0, len(rows), _PREFILL_CHUNK):
             self._append(rows[start : start + _PREFILL_CHUNK])
-        return self._logits[0, 0, : table.vocabulary].astype(np.float32)  # [V]
+        logits = self._logits[0, 0, : table.vocabulary].astype(np.float32)  # [V]
+        return require_finite(logits, self._position)
 
     def decode(self, token: int) -> Logits:
         """Append one token and return the logits after it, float32[V]."""

@@ -1,7 +1,8 @@
-"""Parts of a prompt, checked and joined into the rows that a language model takes.
+"""What enters a language model and what leaves it, checked in one place for every backend.
 
-Enters: runs of token ids and of visual tokens. Leaves: float32[N, D]. Every backend checks here, so
-nothing that could poison a KV cache (a NaN, a row of another width) reaches any of them.
+Enters: runs of token ids and of visual tokens. Leaves: float32[N, D], so that nothing that could
+poison a KV cache (a NaN, a row of another width) reaches any backend; and logits that a token can
+be chosen by.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 
 from engines.errors import BackendError
 from runtime.language.embeddings import EmbeddingTable
-from runtime.language.parts import Embeddings, Part
+from runtime.language.parts import Embeddings, Logits, Part
 
 
 def rows_from_parts(parts: Sequence[Part], table: EmbeddingTable) -> Embeddings:
@@ -60,9 +61,37 @@ def require_rewind(position: int, filled: int) -> None:
         )
 
 
+def require_finite(logits: Logits, position: int) -> Logits:
+    """Return logits that a token can be chosen by: no NaN, and a largest one that is a number.
+
+    Args:
+        logits: float32[V].
+        position: how many positions came before.
+
+    Raises:
+        BackendError: they are not.
+    """
+    if not np.isfinite(logits.max()):  # NaN and infinity both become the largest
+        wrong = np.flatnonzero(~np.isfinite(logits))
+        raise BackendError(
+            f"The language model's logits after {position} positions are not numbers: "
+            f"{len(wrong)} of {len(logits)}, the first that of token {wrong[0]} "
+            f"({logits[wrong[0]]}). Its weights or its precision overflow: build the bundle again "
+            "with a higher --llm-precision."
+        )
+    return logits
+
+
 def _rows_from_part(index: int, part: Part, table: EmbeddingTable) -> Embeddings:
     if part.ndim == 1 and np.issubdtype(part.dtype, np.integer):
-        return table.rows(part.astype(np.int64, copy=False))
+        rows = table.rows(part.astype(np.int64, copy=False))
+        wrong = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+        if len(wrong):
+            raise BackendError(
+                f"The embedding of token {part[wrong[0]]} holds NaN or infinity. The bundle's "
+                "language model is damaged; build the bundle again from a checkpoint that is whole."
+            )
+        return rows
     if part.ndim != 2 or part.dtype != np.float32:
         raise BackendError(
             f"Part {index} of the prompt is {part.dtype}{list(part.shape)}: expected int64[N] "
@@ -74,10 +103,12 @@ def _rows_from_part(index: int, part: Part, table: EmbeddingTable) -> Embeddings
             f"model takes {table.hidden_size}. The vision graph belongs to another model; build "
             "both from one checkpoint."
         )
-    if not np.isfinite(part).all():
+    wrong = np.flatnonzero(~np.isfinite(part).all(axis=1))
+    if len(wrong):
         raise BackendError(
-            f"Part {index} of the prompt holds NaN or infinity, which would spoil every later "
-            "answer of the conversation. The vision graph overflowed: build it with "
-            "--precision fp32, or calibrate on frames like this one."
+            f"Part {index} of the prompt holds NaN or infinity (in {len(wrong)} of {len(part)} "
+            f"visual tokens, the first is number {wrong[0]}), which would spoil every later answer "
+            "of the conversation. The vision graph overflowed: build it with --precision fp32, or "
+            "calibrate on frames like this one."
         )
     return part.astype(np.float32, copy=False)

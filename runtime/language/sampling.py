@@ -47,8 +47,8 @@ class Sampling:
                 (
                     "repetition_penalty",
                     self.repetition_penalty,
-                    0 < self.repetition_penalty < np.inf,
-                    "more than 0 (1 is off)",
+                    1e-9 <= self.repetition_penalty <= 1e9,
+                    "1e-9 to 1e9 (1 is off)",
                 ),
                 ("seed", self.seed, self.seed >= 0, "0 or more"),
             )
@@ -89,7 +89,9 @@ def penalize(logits: Logits, seen: Iterable[int], penalty: float) -> NDArray[np.
 
 def probabilities(logits: NDArray[Any], sampling: Sampling) -> Probabilities:
     """Return what each token is drawn with, float64[V], after temperature, top-k and top-p."""
-    scores = logits.astype(np.float64) / sampling.temperature
+    scores = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # the likeliest is 0 and stays it, however small the divisor
+        scores = (scores - scores.max()) / sampling.temperature
     if 0 < sampling.top_k < len(scores):
         smallest_kept = np.partition(scores, -sampling.top_k)[-sampling.top_k]
         scores[scores < smallest_kept] = -np.inf

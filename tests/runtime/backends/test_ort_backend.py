@@ -100,3 +100,18 @@ def test_only_what_is_filled_takes_memory(language_bundle: Bundle) -> None:
     caches = backend._cache.values()
     assert all(cache.shape == (1, 2, 1024, 16) for cache in caches)
     assert all(cache[:, :, :10].any() and not cache[:, :, 10:].any() for cache in caches)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_are_refused(language_bundle: Bundle, wrong: float) -> None:
+    backend = open_ort_backend(language_bundle, threads=1)
+    run = backend._append
+
+    def overflow(rows: np.ndarray) -> None:
+        run(rows)
+        backend._logits[..., 7] = wrong
+
+    backend._append = overflow  # type: ignore[method-assign]
+    told = f"after 2 positions are not numbers: 1 of .* that of token 7 \\({wrong}\\)"
+    with pytest.raises(BackendError, match=told):
+        backend.prefill([np.array([5, 6], np.int64)])

@@ -79,6 +79,13 @@ def test_minus_infinity_is_never_chosen(temperature: float) -> None:
     assert {sampler.choose(masked) for _ in range(50)} <= {2, 5}
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-100])
+def test_almost_no_temperature_takes_the_likeliest(temperature: float) -> None:
+    likeliest = int(LOGITS.argmax())
+    sampling = Sampling(temperature, top_k=3, top_p=0.9)
+    assert Sampler(sampling).choose(LOGITS) == likeliest
+
+
 def test_every_bad_value_is_named_at_once() -> None:
     with pytest.raises(OptionError) as caught:
         Sampling(temperature=-1, top_k=-2, top_p=0, repetition_penalty=0, seed=-5)
