@@ -198,7 +198,7 @@ def main(
     model: ModelOptions,
     answering: AnswerOptions,
     clip: ClipOptions,
-) -> None:
+) -> int:
     """Ask a bundle a question about a picture, or about a clip.
 
     The answer is written to stdout as it comes; times go to stderr.
@@ -213,10 +213,31 @@ def main(
     answer, opened = ask(bundle, image, question, options, show)
     if json_output:
         print_json(document_from_answer(answer, opened))
-        return
+    else:
+        _tell(answer)
+    return _exit_code(answer, options.generation)
+
+
+def _tell(answer: Answer) -> None:
+    """Print what an answer cost, below the answer."""
     print()
     stages = "  ".join(f"{stage} {ms:.0f} ms" for stage, ms in answer.milliseconds.items())
     print(f"{answer.visual_tokens} visual tokens  {stages}", file=sys.stderr)
+
+
+def _exit_code(answer: Answer, generation: GenerationOptions) -> int:
+    """Return 0; or 1, and say why, when an answer may not have the form it must have."""
+    from runtime.language.answer_form import problem_with_form
+
+    if generation.grammar is None or answer.finish == "complete":
+        return 0
+    problem = problem_with_form(answer.text, generation.grammar) or "it may be cut short"
+    print(
+        f"The answer ended with {answer.finish} and is not of the form asked for: {problem}. Ask "
+        "again, in other words, or with a larger --max-tokens.",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _write(piece: str) -> None:

@@ -20,11 +20,11 @@ OUTSIDE = {"tests", "benchmarks", "examples", "models"}
 # What a robot installs. Optional packages (a video library, another engine) are imported where
 # they are used and come with an extra of pyproject.toml.
 THIN = {"jinja2", "numpy", "onnxruntime", "PIL", "pydantic", "safetensors", "tokenizers", "typer"}
-THIN |= {"rich", "tomli"}
+THIN |= {"rich", "tomli", "pydantic_core"}  # the last with pydantic
 OPTIONAL = {
     "engines": {"openvino", "polygraphy", "tensorrt"},
     "runtime": {
-        "av", "gguf", "llama_cpp", "llguidance", "prometheus_client", "rosbags",
+        "av", "gguf", "jsonschema_rs", "llama_cpp", "llguidance", "prometheus_client", "rosbags",
     },
 }  # fmt: skip
 ALLOWED = {
@@ -139,7 +139,7 @@ def test_thin_dependencies_are_what_the_thin_floors_import() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     required = {line.split(">")[0].split(";")[0].strip() for line in project["dependencies"]}
     names = {"pillow": "PIL"}
-    assert {names.get(name, name) for name in required} | {"rich"} == THIN  # rich: by typer
+    assert {names.get(name, name) for name in required} | {"rich", "pydantic_core"} == THIN
     pinned = (ROOT / "requirements-robot.txt").read_text().splitlines()
     robot = {line.split("==")[0].lower() for line in pinned if not line.startswith("#")}
     assert required <= robot

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from engines.errors import OptionError
+from runtime.language.answer_form import is_final, problem_with_form
 from runtime.language.grammar import Constraint, Grammar
 from runtime.language.parts import Logits
 from runtime.language.sampling import Sampler, Sampling
@@ -19,10 +20,34 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Finish = Literal[
-    "stop_token", "stop_string", "complete", "max_tokens", "context_full", "interrupted"
+    "stop_token",
+    "stop_string",
+    "complete",
+    "broken_form",
+    "max_tokens",
+    "context_full",
+    "interrupted",
 ]
-"""`complete`: the answer has the form asked for and nothing can follow. After the last three it may
-be cut short; `interrupted`: the caller stopped it."""
+"""Without a form: the model stopped, or a stop string came. With one: `complete` if the answer has
+that form, checked, and nothing is missing, and `broken_form` if it has not. After the last three it
+may be cut short; `interrupted`: the caller stopped it."""
+_CUT: tuple[Finish, ...] = ("max_tokens", "context_full", "interrupted")
+
+
+def finish_of_answer(reason: Finish, text: str, grammar: Grammar | None) -> Finish:
+    """Return why an answer ended, once it was checked against the form it must have.
+
+    Args:
+        reason: why its writer stopped.
+        text: all of the answer.
+        grammar: the form, if there is one.
+    """
+    if grammar is None:
+        return reason
+    broken = problem_with_form(text, grammar) is not None
+    if reason in _CUT and (broken or not is_final(text, grammar)):
+        return reason
+    return "broken_form" if broken else "complete"
 
 
 @dataclass(frozen=True)
@@ -99,12 +124,18 @@ class Generation:
         self._options = options
         self._sampler = Sampler(options.sampling, prompt_ids)
         self._constraint = constraint
+        self._reason: Finish | None = None
 
     def prefill(self) -> None:
         """Do nothing: the prompt was read before the answer began."""
 
     def __iter__(self) -> Generator[str]:
         """Yield the answer's pieces of text as they are written."""
+        yield from self._pieces()
+        if self._reason is not None:
+            self.finish = finish_of_answer(self._reason, self.text, self._options.grammar)
+
+    def _pieces(self) -> Iterator[str]:
         from tokenizers.decoders import DecodeStream
 
         stream = DecodeStream(skip_special_tokens=True)
@@ -112,33 +143,40 @@ class Generation:
         for token in self._tokens():
             decoded += stream.step(self._tokenizer, token) or ""
             yield from self._release(decoded, final=False)
-            if self.finish == "stop_string":
+            if self._reason == "stop_string":
                 return
         # Whole again, for the bytes of a character that was never finished.
         yield from self._release(self._tokenizer.decode(self.token_ids), final=True)
 
     def _tokens(self) -> Iterator[int]:
         """Yield tokens; one that is yielded enters the cache only when another is wanted."""
-        while self.finish is None:
+        while self._reason is None:
             token = self._choose()
+            if token is None:
+                self._reason = "broken_form"
+                return
             if token in self._stop_token_ids:
-                self.finish = "stop_token"
+                self._reason = "stop_token"
                 return
             self.token_ids.append(token)
             yield token
             if self._constraint is not None and self._constraint.complete:
-                self.finish = "complete"
+                self._reason = "complete"
             elif len(self.token_ids) == self._options.max_tokens:
-                self.finish = "max_tokens"
+                self._reason = "max_tokens"
             elif self._backend.position == self._backend.context_length:
-                self.finish = "context_full"
+                self._reason = "context_full"
             else:
                 self._logits = self._backend.decode(token)
 
-    def _choose(self) -> int:
+    def _choose(self) -> int | None:
+        """Return the next token; None if the form allows none that the vocabulary has."""
         if self._constraint is None:
             return self._sampler.choose(self._logits)
-        token = self._sampler.choose(self._constraint.mask(self._logits))
+        masked = self._constraint.mask(self._logits)
+        if masked is None:
+            return None
+        token = self._sampler.choose(masked)
         self._constraint.accept(token)
         return token
 
@@ -149,7 +187,7 @@ class Generation:
         stops = [at for stop in self._options.stop if (at := decoded.find(stop)) >= 0]
         if stops:
             decoded, final = decoded[: min(stops)], True
-            self.finish = "stop_string"
+            self._reason = "stop_string"
         end = len(decoded) if final else len(decoded) - _held_back(decoded, self._options.stop)
         piece = decoded[len(self.text) : end]
         if piece:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from runtime.backends import LanguageBackend
+from runtime.language.answer_form import require_usable
 from runtime.language.context import Context
 from runtime.language.generate import Generation, GenerationOptions
 from runtime.language.grammar import GrammarTokens
@@ -47,7 +48,10 @@ class LocalText:
                 cannot be used.
             BackendError: more positions than the context holds.
         """
-        constraint = self._grammar_tokens.start(options.grammar) if options.grammar else None
+        constraint = None
+        if options.grammar is not None:
+            require_usable(options.grammar)
+            constraint = self._grammar_tokens.start(options.grammar)
         ids = self._writer.ids(turns)
         logits = self.context.prefill(interleave(ids, self._writer.image_token_id, pictures))
         return Generation(

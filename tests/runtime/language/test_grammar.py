@@ -16,8 +16,9 @@ from engines.bundle import Bundle
 from engines.errors import OptionError
 from runtime.answer_options import AnswerOptions
 from runtime.camera.answering import FrameAnswerer
-from runtime.language.generate import GenerationOptions
+from runtime.language.generate import Generation, GenerationOptions
 from runtime.language.grammar import Grammar, GrammarTokens
+from runtime.language.parts import Logits
 from runtime.language.prompt import Turn
 from runtime.language.sampling import Sampling
 from runtime.model import Model, open_model
@@ -101,6 +102,65 @@ def test_a_vocabulary_of_words(model: Model) -> None:
         tokens.start(Grammar(("zebra",))).mask(zeros)
 
 
+class Says:
+    """A language model that would rather say these words, in order; see `Decoding`."""
+
+    context_length = 100
+
+    def __init__(self, size: int, *ids: int) -> None:
+        self.position, self._size, self._ids = 0, size, ids
+
+    def decode(self, token: int) -> Logits:
+        self.position += 1
+        return self.logits()
+
+    def logits(self) -> Logits:
+        logits = np.zeros(self._size, np.float32)
+        logits[self._ids[min(self.position, len(self._ids) - 1)]] = 1
+        return logits
+
+
+def test_a_dead_end_is_no_complete_answer() -> None:
+    """The vocabulary has no quote, so `a"b` cannot be written after `a`."""
+    words = ["</s>", "<unk>", "a", "yes"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(["</s>", "<unk>"])
+    grammar = Grammar(('a"b', "yes"))
+    ends = {}
+    for liked in (2, 3):
+        model = Says(len(words) + 4, liked, 1)  # more rows than tokens, as many models have
+        generation = Generation(
+            model,
+            model.logits(),
+            tokenizer,
+            stop_token_ids=(0,),
+            options=GenerationOptions(grammar=grammar),
+            constraint=GrammarTokens(tokenizer, [0]).start(grammar),
+        )
+        text = "".join(generation)
+        ends[text] = generation.finish
+    assert ends == {"a": "broken_form", "yes": "complete"}
+
+
+def test_thousands_of_choices(model: Model) -> None:
+    choices = tuple(f"choice {at} of {at * 7}" for at in range(5000))
+    for seed in range(3):
+        given = answer(model, Grammar(choices), seed, temperature=3.0)
+        assert given.finish == "complete"
+        assert given.text in choices
+
+
+def test_json_has_few_blanks(model: Model) -> None:
+    """Blanks without end were an answer that never came."""
+    grammar = Grammar(json_schema='{"type": "array", "items": {"type": "boolean"}, "maxItems": 2}')
+    for seed in range(5):
+        given = answer(model, grammar, seed, temperature=3.0)
+        assert given.finish == "complete"
+        assert "  " not in given.text and "\n" not in given.text
+
+
 @pytest.mark.parametrize("schema", ["not json", '{"type": "nonsense"}'])
 def test_a_schema_that_is_none(model: Model, schema: str) -> None:
     with pytest.raises(OptionError, match="form of the answer cannot be used"):
@@ -123,6 +183,10 @@ def test_options(tmp_path: Path) -> None:
         AnswerOptions(choices="yes,,no").generation()
     with pytest.raises(OptionError, match="one of the two"):
         Grammar()
+    with pytest.raises(OptionError, match="not Unicode text"):
+        Grammar(("yes", "\udcff"))
+    with pytest.raises(OptionError, match="expected at most 1048576"):
+        Grammar(("x" * 600_000, "y" * 600_000))
 
 
 def test_without_llguidance(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
