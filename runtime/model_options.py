@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +10,7 @@ import typer
 
 from engines.cli import BackendOption, EngineOption, ThreadsOption, VerifyOption
 from engines.errors import OptionError
+from engines.secret import Secret
 
 if TYPE_CHECKING:
     from runtime.backends.chat_server import ServerOptions
@@ -53,21 +54,33 @@ class ModelOptions:
         typer.Option("--llm-model", help="The server's name for it; left out, its only one."),
     ] = None
     api_key: Annotated[
-        str | None,
+        Secret | None,
         typer.Option(
             "--api-key",
             envvar="FOVEATE_API_KEY",
+            parser=Secret,
+            metavar="TEXT",
             help="The server's key; on the command line others can see it.",
         ),
-    ] = field(default=None, repr=False)
+    ] = None
     llm_timeout: Annotated[
         float,
         typer.Option(
             "--llm-timeout",
             min=0.1,
+            max=86400.0,
             help="Seconds to wait for the next piece of a server's answer.",
         ),
     ] = 60.0
+    llm_deadline: Annotated[
+        float,
+        typer.Option(
+            "--llm-deadline",
+            min=0.1,
+            max=86400.0,
+            help="Seconds to wait for the whole of a server's answer.",
+        ),
+    ] = 600.0
 
     def open(self, bundle: str | Path) -> Model:
         """Open a bundle and load what answering takes.
@@ -102,5 +115,9 @@ class ModelOptions:
                 raise OptionError("--llm-model needs the server's address: --llm-url.")
             return None
         return ServerOptions(
-            self.llm_url, self.api_key, self.llm_model, silence_seconds=self.llm_timeout
+            self.llm_url,
+            self.api_key or None,
+            self.llm_model,
+            silence_seconds=self.llm_timeout,
+            answer_seconds=self.llm_deadline,
         )

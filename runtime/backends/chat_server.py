@@ -1,8 +1,8 @@
 """A chat server over HTTP: requests that are repeated when that helps, answers as they are written.
 
-Enters: an address and JSON documents. Leaves: the documents a server streams back. Everything that
+Enters: an address and JSON documents. Leaves: the events a server streams back. Everything that
 can go wrong on the way ends in one paragraph: no server, a refused key or question, silence, a
-connection that ends in the middle of an answer.
+connection that ends in the middle of an answer, one that never ends.
 """
 
 from __future__ import annotations
@@ -11,17 +11,32 @@ import json
 import random
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
-from urllib.parse import urlsplit
 
 from engines.errors import BackendError, OptionError
+from engines.secret import NO_SECRET, Secret
+from runtime.backends.bounded_reading import Patience, read_response
+from runtime.backends.chat_events import (
+    Event,
+    ServedModel,
+    read_event,
+    read_models,
+    server_message,
+    shown,
+)
+from runtime.backends.server_address import ServerAddress, read_address
 
 _BUSY = (408, 429, 500, 502, 503, 504)
 """Statuses that another attempt may change."""
 _LONGEST_PAUSE_S = 30.0
-_SHOWN_CHARACTERS = 300
+_MOST_ANSWER_BYTES = 64 << 20
+_MOST_DOCUMENT_BYTES = 4 << 20
+_MOST_SECONDS = 86400.0
+_MOST_LINE_BYTES = 4 << 20
+"""Of one event; the first may hold the ids of the whole prompt."""
 
 
 @dataclass(frozen=True)
@@ -34,31 +49,36 @@ class ServerOptions:
         model: the server's name for the language model; None takes the only one it has.
         connect_seconds: longest wait for a connection.
         silence_seconds: longest wait for the next piece of an answer, the first one included.
+        answer_seconds: longest time of a whole answer, repeated attempts included.
         attempts: how often a request is sent at most; never again once an answer has begun.
         pause_seconds: wait before the second attempt; it doubles with every further one.
     """
 
     url: str
-    api_key: str | None = field(default=None, repr=False)
+    api_key: Secret | None = None
     model: str | None = None
     connect_seconds: float = 5.0
     silence_seconds: float = 60.0
+    answer_seconds: float = 600.0
     attempts: int = 4
     pause_seconds: float = 0.5
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        _ = self.address  # first: a wrong address is told at once
+        if self.api_key is not None:
+            self.api_key.require_sendable("The API key (--api-key or FOVEATE_API_KEY)")
+        seconds = (self.connect_seconds, self.silence_seconds, self.answer_seconds)
+        in_range = all(0 < value <= _MOST_SECONDS for value in seconds)
+        if not in_range or self.attempts < 1 or not 0 <= self.pause_seconds <= _MOST_SECONDS:
             raise OptionError(
-                f"{self.url!r} is not the address of a server: expected one such as "
-                "http://127.0.0.1:8000/v1. Give it with --llm-url."
+                "connect_seconds, silence_seconds, answer_seconds and attempts must be more than 0 "
+                f"and pause_seconds 0 or more, and all times at most {_MOST_SECONDS:g} s."
             )
-        numbers = (self.connect_seconds, self.silence_seconds, self.attempts)
-        if min(numbers) <= 0 or self.pause_seconds < 0:
-            raise OptionError(
-                "connect_seconds, silence_seconds and attempts must be more than 0 and "
-                "pause_seconds 0 or more."
-            )
+
+    @cached_property
+    def address(self) -> ServerAddress:
+        """The address, read."""
+        return read_address(self.url)
 
 
 class ChatServer:
@@ -71,79 +91,64 @@ class ChatServer:
     def __init__(self, options: ServerOptions, sleep: Callable[[float], None] = time.sleep) -> None:
         self.options = options
         self._sleep = sleep
-        parts = urlsplit(options.url)
-        self._secure = parts.scheme == "https"
-        self._host, self._port = parts.hostname or "", parts.port
-        path = parts.path.rstrip("/")
-        self._path = path if path.endswith("/v1") else f"{path}/v1"
-        self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
-        if options.api_key:
-            self._headers["Authorization"] = f"Bearer {options.api_key}"
+        self._key = options.api_key or NO_SECRET
 
-    def models(self) -> list[dict[str, Any]]:
+    def models(self) -> list[ServedModel]:
         """Return what the server says of the models it serves.
 
         Raises:
             BackendError: no server, or not one of this kind.
         """
-        with _Exchange(self._send("GET", "models", None)) as exchange:
-            document = exchange.document()
-        models = document.get("data")
-        if not isinstance(models, list) or not all(isinstance(model, dict) for model in models):
-            raise BackendError(
-                f"{self.options.url} answers, but not with a list of models. Expected a server "
-                "that speaks OpenAI's API, such as `vllm serve`."
-            )
-        return models
+        with self._send("GET", "models", None) as exchange:
+            return read_models(exchange.text(), self.options.url, self._key)
 
-    def stream(self, request: dict[str, Any]) -> Generator[dict[str, Any]]:
-        """Ask, and yield the documents of the answer as they come; close the iterator to cancel.
+    def stream(self, request: dict[str, Any]) -> Generator[Event]:
+        """Ask, and yield the events of the answer as they come; close the iterator to cancel.
 
         Raises:
             BackendError: it cannot be answered; the message says why and what to do.
         """
         body = json.dumps({**request, "stream": True}, allow_nan=False).encode()
-        with _Exchange(self._send("POST", "chat/completions", body)) as exchange:
-            yield from exchange.events(self.options)
+        with self._send("POST", "chat/completions", body) as exchange:
+            yield from exchange.events(self.options.url)
 
-    def _send(self, method: str, name: str, body: bytes | None) -> tuple[HTTPConnection, Any]:
-        """Send until the server begins to answer; return its connection and response."""
-        for attempt in range(1, self.options.attempts + 1):
+    def _send(self, method: str, name: str, body: bytes | None) -> _Exchange:
+        """Send until the server begins to answer; return what is to be read."""
+        options = self.options
+        patience = Patience(options.silence_seconds, options.answer_seconds)
+        for attempt in range(1, options.attempts + 1):
             spread = random.uniform(0.8, 1.2)  # noqa: S311 - robots should not all come back at once
-            pause = self.options.pause_seconds * 2 ** (attempt - 1) * spread
-            connection = self._connection()
+            pause = options.pause_seconds * 2 ** (attempt - 1) * spread
+            exchange = _Exchange(self._connection(patience), patience, self._key)
             try:
-                connection.connect()
-                response = self._request(connection, method, name, body)
-            except (OSError, HTTPException) as error:
-                asked = connection.sock is not None
-                connection.close()
+                exchange.ask(method, f"{options.address.path}/{name}", body)
+            except (OSError, HTTPException, ValueError) as error:
+                exchange.close()
                 problem = self._explain_silence(error, attempt)
-                if asked and isinstance(error, TimeoutError):
+                if exchange.asked and isinstance(error, TimeoutError):
                     raise problem from error  # another attempt would add to its load
+            except BaseException:
+                exchange.close()
+                raise
             else:
-                if response.status < 300:
-                    return connection, response
-                with _Exchange((connection, response)) as exchange:
-                    problem = self._explain_refusal(response.status, exchange.text())
-                if response.status not in _BUSY:
+                if exchange.status < 300:
+                    return exchange
+                with exchange:
+                    problem = self._explain_refusal(exchange.status, exchange.text())
+                if exchange.status not in _BUSY:
                     raise problem
-                pause = max(pause, _wanted_pause(response))
-            if attempt == self.options.attempts:
+                pause = max(pause, exchange.wanted_pause())
+            pause = min(pause, _LONGEST_PAUSE_S)
+            if attempt == options.attempts or pause >= patience.total_left_seconds:
                 raise problem
-            self._sleep(min(pause, _LONGEST_PAUSE_S))
+            self._sleep(pause)
         raise problem
 
-    def _connection(self) -> HTTPConnection:
-        kind = HTTPSConnection if self._secure else HTTPConnection
-        return kind(self._host, self._port, timeout=self.options.connect_seconds)
-
-    def _request(
-        self, connection: HTTPConnection, method: str, name: str, body: bytes | None
-    ) -> HTTPResponse:
-        connection.sock.settimeout(self.options.silence_seconds)
-        connection.request(method, f"{self._path}/{name}", body, self._headers)
-        return connection.getresponse()
+    def _connection(self, patience: Patience) -> HTTPConnection:
+        address = self.options.address
+        kind = HTTPSConnection if address.secure else HTTPConnection
+        limit_s = min(self.options.connect_seconds, max(patience.total_left_seconds, 0.001))
+        return kind(address.host, address.port, timeout=limit_s)
 
     def _explain_silence(self, error: Exception, attempt: int) -> BackendError:
         times = "once" if attempt == 1 else f"{attempt} times"
@@ -151,17 +156,19 @@ class ChatServer:
             return BackendError(
                 f"{self.options.url} did not answer in time, asked {times} (limits: "
                 f"{self.options.connect_seconds:g} s to connect, {self.options.silence_seconds:g} "
-                "s of silence). The server is overloaded or the network slow: lower its load, or "
-                "wait longer with --llm-timeout."
+                f"s of silence, {self.options.answer_seconds:g} s in all). The server is "
+                "overloaded or the network slow: lower its load, or wait longer with --llm-timeout "
+                "(for the next piece) or --llm-deadline (for all of it)."
             )
+        reason = shown(f"{type(error).__name__}: {error}", self._key)
         return BackendError(
-            f"No answer from {self.options.url}, asked {times} ({type(error).__name__}: {error}). "
+            f"No answer from {self.options.url}, asked {times} ({reason}). "
             "Check that the server runs and the address and port are right, or answer on the robot "
             "with --backend ort."
         )
 
     def _explain_refusal(self, status: int, body: str) -> BackendError:
-        said = _server_message(body)
+        said = server_message(body, self._key)
         if status in (401, 403):
             given = "the API key is refused" if self.options.api_key else "it wants an API key"
             return BackendError(
@@ -190,88 +197,95 @@ class ChatServer:
 
 
 class _Exchange:
-    """One response being read; leaving it closes the connection, which ends the server's work."""
+    """One request and its response; leaving it closes the connection, which ends the server's work.
 
-    def __init__(self, opened: tuple[HTTPConnection, HTTPResponse]) -> None:
-        self._connection, self._response = opened
+    Attributes:
+        asked: whether the server was reached.
+    """
+
+    def __init__(self, connection: HTTPConnection, patience: Patience, key: Secret) -> None:
+        self._connection, self._patience, self._key = connection, patience, key
+        self._response: HTTPResponse | None = None
+        self.asked = False
 
     def __enter__(self) -> _Exchange:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._response is not None:
+            self._response.close()
         self._connection.close()
 
-    def text(self) -> str:
-        try:
-            return self._response.read().decode("utf-8", "replace")
-        except (OSError, HTTPException):
-            return ""
+    def ask(self, method: str, path: str, body: bytes | None) -> None:
+        """Send the request and read the response's headers."""
+        headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key.reveal()}"
+        self._connection.connect()
+        self.asked = True
+        self._patience.begin(_MOST_ANSWER_BYTES if body else _MOST_DOCUMENT_BYTES)
+        self._connection.sock.settimeout(self._patience.left_seconds())
+        self._connection.request(method, path, body, headers)
+        self._response = read_response(self._connection.sock, method, self._patience)
 
-    def document(self) -> dict[str, Any]:
+    @property
+    def status(self) -> int:
+        return self._response.status if self._response is not None else 0
+
+    def wanted_pause(self) -> float:
+        """Return the seconds a busy server asks for, 0 if it does not say."""
+        said = self._response.getheader("Retry-After") if self._response is not None else None
         try:
-            read = json.loads(self.text())
+            return max(0.0, float(said or 0))
         except ValueError:
-            read = None
-        return read if isinstance(read, dict) else {}
+            return 0.0
 
-    def events(self, options: ServerOptions) -> Iterator[dict[str, Any]]:
-        """Yield the documents of an event stream until it says that it is done."""
+    def text(self) -> str:
+        """Return a document, or the beginning of one that is too long; empty if it breaks off."""
+        if self._response is None:
+            return ""
+        try:
+            body = self._response.read(_MOST_DOCUMENT_BYTES)
+        except (OSError, HTTPException, ValueError, BackendError):
+            return ""
+        return body.decode("utf-8", "replace")
+
+    def events(self, url: str) -> Iterator[Event]:
+        """Yield the events of an answer until it says that it is done."""
         count = 0
         try:
-            for line in self._response:
-                data = line.decode("utf-8").strip()
+            for line in self._lines():
+                data = line.strip()
                 if data == "data: [DONE]":
                     return
                 if data.startswith("data:"):
                     count += 1
-                    yield _read_event(data.removeprefix("data:"), options)
+                    self._patience.hear()
+                    yield read_event(data.removeprefix("data:"), url, self._key)
         except TimeoutError as error:
             raise BackendError(
-                f"{options.url} fell silent for {options.silence_seconds:g} s in the middle of an "
-                f"answer (after {count} pieces). Ask again; if it is only slow, wait longer with "
-                "--llm-timeout."
+                f"{url} {self._patience.describe()} in the middle of an answer (after {count} "
+                "pieces). Ask again; if it is only slow, wait longer with --llm-timeout (for the "
+                "next piece) or --llm-deadline (for all of it)."
             ) from error
-        except (OSError, HTTPException, UnicodeDecodeError) as error:
-            raise _broken_off(options, count, str(error)) from error
-        raise _broken_off(options, count, "the connection was closed")
+        except (OSError, HTTPException, ValueError) as error:
+            raise _broken_off(url, count, shown(str(error), self._key)) from error
+        raise _broken_off(url, count, "the connection was closed")
+
+    def _lines(self) -> Iterator[str]:
+        if self._response is None:
+            return
+        while line := self._response.readline(_MOST_LINE_BYTES):
+            if len(line) == _MOST_LINE_BYTES:
+                raise ValueError(f"a line is longer than {_MOST_LINE_BYTES} bytes")
+            yield line.decode("utf-8")
 
 
-def _broken_off(options: ServerOptions, count: int, reason: str) -> BackendError:
+def _broken_off(url: str, count: int, reason: str) -> BackendError:
     return BackendError(
-        f"{options.url} broke off in the middle of an answer, after {count} pieces ({reason}). The "
+        f"{url} broke off in the middle of an answer, after {count} pieces ({reason}). The "
         "conversation is unchanged: ask again. If it happens again, look at the server's log."
     )
-
-
-def _read_event(data: str, options: ServerOptions) -> dict[str, Any]:
-    try:
-        document = json.loads(data)
-    except ValueError as error:
-        raise _broken_off(options, 0, f"it sent {data[:80]!r}, which is not JSON") from error
-    if not isinstance(document, dict):
-        raise _broken_off(options, 0, f"it sent {data[:80]!r}, expected a JSON object")
-    if "error" in document:
-        raise BackendError(
-            f"{options.url} failed in the middle of an answer ({_server_message(data)}). Ask "
-            "again; if it happens again, look at the server's log."
-        )
-    return document
-
-
-def _server_message(body: str) -> str:
-    """Return a server's own words from an error document, or the beginning of what it sent."""
-    try:
-        error = json.loads(body)["error"]
-        said = error["message"] if isinstance(error, dict) else error
-    except (ValueError, KeyError, TypeError):
-        said = body
-    words = " ".join(str(said).split()) or "no reason given"
-    return words if len(words) <= _SHOWN_CHARACTERS else words[:_SHOWN_CHARACTERS] + " ..."
-
-
-def _wanted_pause(response: HTTPResponse) -> float:
-    """Return the seconds a busy server asks for, 0 if it does not say."""
-    try:
-        return max(0.0, float(response.getheader("Retry-After", "0")))
-    except ValueError:
-        return 0.0

@@ -8,27 +8,29 @@ precision; the server tokenizes the words and applies the chat template, which m
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from itertools import chain, islice
 from typing import Any, ClassVar
 
+from pydantic_core import from_json
+
 from engines.bundle import Bundle
-from engines.errors import BackendError, OptionError
+from engines.errors import BackendError
 from runtime.backends import Capabilities
+from runtime.backends.chat_events import Choice, Event, Usage, shown
 from runtime.backends.chat_server import ChatServer, ServerOptions
 from runtime.backends.rows import require_room
 from runtime.backends.served_prompt import ServedPrompt
 from runtime.backends.tensor_payload import payload_from_rows
-from runtime.language.generate import Finish, GenerationOptions
+from runtime.language.answer_form import require_usable
+from runtime.language.generate import Finish, GenerationOptions, finish_of_answer
 from runtime.language.grammar import Grammar
 from runtime.language.parts import Embeddings
 from runtime.language.prompt import PromptWriter, Turn
 
-_SPECIAL = re.compile(r"[.^$*+?()\[\]{}|\\]")
-"""What a regular expression would not read as itself."""
+_OTHER_EVENTS = 16
+"""Events of an answer that hold no token: its beginning, its end, what it took."""
 
 
 class VllmBackend:
@@ -73,9 +75,11 @@ class VllmBackend:
 
         Raises:
             BackendError: a picture that must not be sent, or more positions than the context holds.
-            OptionError: a conversation that the server would read differently, or a JSON schema
-                that is no JSON.
+            OptionError: a conversation that the server would read differently, or a form of the
+                answer that cannot be used.
         """
+        if options.grammar is not None:
+            require_usable(options.grammar)
         payloads = [payload_from_rows(picture, self.hidden_size) for picture in pictures]
         prompt = sum(len(part) for part in self._writer.parts(turns, pictures))
         require_room(0, prompt + 1, self.context_length)
@@ -117,7 +121,7 @@ class VllmGeneration:
 
     def __init__(
         self,
-        events: Generator[dict[str, Any]],
+        events: Generator[Event],
         writer: PromptWriter,
         options: GenerationOptions,
         prompt_tokens: int,
@@ -128,7 +132,8 @@ class VllmGeneration:
         self.prompt_tokens = prompt_tokens
         self.reused_tokens: int | None = None
         self._events = events
-        self._first: list[dict[str, Any]] = []
+        self._first: list[Event] = []
+        self._read = self._pieces = 0
         self._tokenizer = writer.tokenizer
         self._stop_token_ids = frozenset(writer.stop_token_ids)
         self._options = options
@@ -146,30 +151,49 @@ class VllmGeneration:
         """Yield the answer's pieces as they come; leaving early cancels it on the server.
 
         Raises:
-            BackendError: the server cannot answer, or broke off.
+            BackendError: the server cannot answer, broke off, or does not keep to what was asked.
         """
+        reason: Finish | None = None
         with closing(self._events):
             self.prefill()
             for event in chain(self._first, self._events):
-                self._read_usage(event.get("usage") or {})
-                for choice in event.get("choices", ()):
-                    self.token_ids += choice.get("token_ids") or []
-                    piece = self._read_piece((choice.get("delta") or {}).get("content") or "")
-                    if choice.get("finish_reason"):
-                        self.finish = self._read_finish(choice)
+                if event.usage is not None:
+                    self._read_usage(event.usage)
+                for choice in event.choices:
+                    self.token_ids += choice.token_ids or ()
+                    content = (choice.delta.content if choice.delta else None) or ""
+                    self._pieces += bool(content)
+                    piece = self._read_piece(content)
+                    if choice.finish_reason:
+                        reason = self._read_finish(choice)
                     if piece:
                         self.text += piece
                         yield piece
-        if self.finish is None:
+                self._require_measure()
+        if reason is None:
             raise BackendError(
                 "The server ended an answer without saying why it stopped. Expected a "
                 "finish_reason, as vLLM sends; look at what serves this address."
             )
+        self.finish = finish_of_answer(reason, self.text, self._options.grammar)
 
-    def _read_usage(self, usage: dict[str, Any]) -> None:
-        self.prompt_tokens = usage.get("prompt_tokens", self.prompt_tokens)
-        details = usage.get("prompt_tokens_details") or {}
-        self.reused_tokens = details.get("cached_tokens", self.reused_tokens)
+    def _read_usage(self, usage: Usage) -> None:
+        if usage.prompt_tokens is not None:
+            self.prompt_tokens = usage.prompt_tokens
+        details = usage.prompt_tokens_details
+        if details is not None and details.cached_tokens is not None:
+            self.reused_tokens = details.cached_tokens
+
+    def _require_measure(self) -> None:
+        """Check that no more came than was asked for."""
+        most = self._options.max_tokens
+        self._read += 1
+        written = max(len(self.token_ids), self._pieces)
+        if written > most + 1 or self._read > 2 * most + _OTHER_EVENTS:
+            raise BackendError(
+                f"The server was asked for {most} tokens at most and sent {written} in "
+                f"{self._read} events. It ignores max_tokens; look at what serves this address."
+            )
 
     def _read_piece(self, content: str) -> str:
         """Return what a piece adds to the answer as our own decoding would give it.
@@ -184,33 +208,20 @@ class VllmGeneration:
             return content[1:]
         return content
 
-    def _read_finish(self, choice: dict[str, Any]) -> Finish:
+    def _read_finish(self, choice: Choice) -> Finish:
         if self.token_ids and self.token_ids[-1] in self._stop_token_ids:
             self.token_ids.pop()
-        if choice["finish_reason"] == "length":
+        if choice.finish_reason == "length":
             full = len(self.token_ids) < self._options.max_tokens
             return "context_full" if full else "max_tokens"
-        if isinstance(choice.get("stop_reason"), str):
-            return "stop_string"
-        return "stop_token" if self._options.grammar is None else "complete"
+        return "stop_string" if isinstance(choice.stop_reason, str) else "stop_token"
 
 
 def _structure_from_grammar(grammar: Grammar) -> dict[str, Any]:
-    """Return the form of an answer as vLLM's structured outputs take it.
-
-    Raises:
-        OptionError: the schema is not JSON.
-    """
+    """Return the form of an answer, known to be usable, as vLLM's structured outputs take it."""
     if grammar.json_schema is None:
-        choices = "|".join(_SPECIAL.sub(r"\\\g<0>", each.strip()) for each in grammar.choices)
-        return {"regex": f" ?({choices})"}  # tokens often begin with the blank before a word
-    try:
-        return {"json": json.loads(grammar.json_schema)}
-    except ValueError as error:
-        raise OptionError(
-            f"The form of the answer cannot be used: the schema is not JSON ({error}). Give a JSON "
-            "schema as json-schema.org describes it."
-        ) from error
+        return {"regex": grammar.regex}
+    return {"json": from_json(grammar.json_schema)}
 
 
 def open_vllm_backend(
@@ -227,17 +238,15 @@ def open_vllm_backend(
         BackendError: no server, no such model, or several to choose from.
     """
     server, model = ChatServer(options), options.model
-    served = {str(entry.get("id")): entry for entry in server.models()}
+    served = {entry.id: entry for entry in server.models()}
     if model is None and len(served) == 1:
         model = next(iter(served))
     if model not in served:
         asked = "which one was not said" if model is None else f"and none is {model!r}"
+        names = shown(", ".join(served)) or "no model"
         raise BackendError(
-            f"{options.url} serves {', '.join(served) or 'no model'}, {asked}. Name one of its "
-            "models with --llm-model."
+            f"{options.url} serves {names}, {asked}. Name one of its models with --llm-model."
         )
     trained = bundle.manifest.text.context_length
-    length = served[model].get("max_model_len")
-    return VllmBackend(
-        server, bundle, model, min(length, trained) if isinstance(length, int) else trained, writer
-    )
+    length = served[model].max_model_len
+    return VllmBackend(server, bundle, model, min(length or trained, trained), writer)

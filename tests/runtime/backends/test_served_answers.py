@@ -27,6 +27,7 @@ from PIL import Image
 
 from engines.bundle import Bundle
 from engines.errors import BackendError, OptionError
+from engines.secret import Secret
 from runtime.backends.chat_server import ServerOptions
 from runtime.camera.answering import FrameAnswerer
 from runtime.camera.loop import CameraOptions
@@ -172,20 +173,47 @@ def test_what_a_server_does_wrong_is_told(
 
 
 @pytest.mark.parametrize(
-    ("grammar", "sent"),
+    ("grammar", "sent", "said"),
     [
-        (Grammar(("yes", "left of")), {"regex": " ?(yes|left of)"}),
-        (Grammar(("3.5 (m)", "a|b")), {"regex": r" ?(3\.5 \(m\)|a\|b)"}),
-        (Grammar(json_schema='{"type": "object"}'), {"json": {"type": "object"}}),
+        (Grammar(("yes", "left of")), {"regex": " ?(yes|left of)"}, "yes"),
+        (Grammar(("3.5 (m)", "a|b")), {"regex": r" ?(3\.5 \(m\)|a\|b)"}, "a|b"),
+        (Grammar(json_schema='{"type": "object"}'), {"json": {"type": "object"}}, "{}"),
     ],
 )
 def test_the_form_of_an_answer_is_the_server_s_affair(
-    stub: Stub, model: Model, grammar: Grammar, sent: dict[str, Any]
+    stub: Stub, model: Model, grammar: Grammar, sent: dict[str, Any], said: str
 ) -> None:
-    stub.script = [answering(" ", " yes")]
+    stub.script = [answering(" ", f" {said}")]
     answer = model.ask(np.zeros((8, 8, 3), np.uint8), QUESTION, GenerationOptions(grammar=grammar))
     assert stub.requests[0]["structured_outputs"] == sent
-    assert (answer.text, answer.finish) == ("yes", "complete")
+    assert (answer.text, answer.finish) == (said, "complete")
+
+
+@pytest.mark.parametrize(
+    ("said", "finish", "code"),
+    [("banana", "broken_form", 1), ("yes", "complete", 0), ("", "broken_form", 1)],
+)
+def test_a_server_that_ignores_the_form_is_found_out(
+    stub: Stub, language_bundle: Bundle, photo: Path, said: str, finish: str, code: int
+) -> None:
+    stub.script = [answering(said)]
+    asked = (language_bundle.root, photo, QUESTION, "--llm-url", stub.url, "--choices", "yes,no")
+    done = command("runtime.ask", *asked, "--json")
+    assert done.returncode == code, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["answer"], told["finish"]) == (said, finish)
+    assert ("is none of the choices" in done.stderr) == bool(code)
+
+
+@pytest.mark.parametrize("key", ["hu\nsh", "hush\u20ac"])
+def test_a_key_that_cannot_be_sent_is_not_printed(
+    stub: Stub, language_bundle: Bundle, photo: Path, key: str
+) -> None:
+    asked = (language_bundle.root, photo, QUESTION, "--llm-url", stub.url)
+    done = command("runtime.ask", *asked, key=key)
+    assert done.returncode == 2
+    assert "cannot be sent in a header" in done.stderr
+    assert "hu" not in done.stderr and "sh" not in done.stderr.replace("show", "")
 
 
 def test_a_conversation_is_unchanged_by_an_answer_that_breaks_off(
@@ -258,7 +286,7 @@ def test_an_interrupted_answer_is_cancelled_on_the_server(stub: Stub, model: Mod
 
 
 def test_a_key_is_not_printed() -> None:
-    options = ModelOptions(llm_url="http://127.0.0.1", api_key="hush")
+    options = ModelOptions(llm_url="http://127.0.0.1", api_key=Secret("hush"))
     assert "hush" not in repr(options)
     assert "hush" not in repr(options.server())
 

@@ -25,6 +25,7 @@ from chat_server_stub import (
 
 from engines.bundle import Bundle
 from engines.errors import BackendError, OptionError
+from engines.secret import Secret
 from runtime.backends.chat_server import ChatServer, ServerOptions
 from runtime.backends.tensor_payload import payload_from_rows
 from runtime.backends.vllm import VllmBackend, open_vllm_backend
@@ -71,7 +72,7 @@ def test_only_the_picture_and_the_words_are_sent(language_bundle: Bundle) -> Non
     sampling = Sampling(temperature=0.7, top_k=5, top_p=0.9, repetition_penalty=1.1, seed=3)
     options = GenerationOptions(max_tokens=9, stop=("\n",), sampling=sampling)
     with serving() as stub:
-        backend = open_vllm_backend(language_bundle, quick(stub, api_key="secret"))
+        backend = open_vllm_backend(language_bundle, quick(stub, api_key=Secret("secret")))
         list(backend.generate(QUESTION, [PICTURE], options))
     (request,) = stub.requests
     (message,) = request.pop("messages")
@@ -236,7 +237,7 @@ def test_a_refused_key_is_called_refused(language_bundle: Bundle) -> None:
         serving(refusing(401)) as stub,
         pytest.raises(BackendError, match="API key is refused") as told,
     ):
-        ask(language_bundle, stub, api_key="hush")
+        ask(language_bundle, stub, api_key=Secret("hush"))
     assert "hush" not in str(told.value)
 
 
@@ -323,3 +324,25 @@ def test_what_would_harm_a_server_never_leaves(
         with pytest.raises(BackendError, match=message):
             backend.generate(QUESTION, [rows], GenerationOptions())
         assert stub.requests == []
+
+
+def test_a_server_that_ignores_max_tokens_is_left(language_bundle: Bundle) -> None:
+    with serving(answering(*["again "] * 500)) as stub:
+        backend = open_vllm_backend(language_bundle, quick(stub))
+        generation = backend.generate(QUESTION, [PICTURE], GenerationOptions(max_tokens=3))
+        with pytest.raises(BackendError, match="asked for 3 tokens at most and sent 5 in 5 events"):
+            list(generation)
+    assert generation.finish is None
+
+
+def test_an_answer_has_a_last_moment(language_bundle: Bundle) -> None:
+    with serving(endless) as stub:
+        backend = open_vllm_backend(language_bundle, quick(stub, answer_seconds=0.3))
+        with pytest.raises(BackendError, match=r"took longer than 0\.3 s .*--llm-deadline"):
+            list(backend.generate(QUESTION, [PICTURE], GenerationOptions(max_tokens=10**6)))
+
+
+def test_the_key_is_taken_out_of_what_the_server_says(language_bundle: Bundle) -> None:
+    told = refusing(401, "Incorrect API key provided: hush")
+    with serving(told) as stub, pytest.raises(BackendError, match=r"provided: \*+\)"):
+        ask(language_bundle, stub, api_key=Secret("hush"))
