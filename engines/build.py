@@ -8,8 +8,8 @@ left alone; one that does not fit is refused with both values named, and replace
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,6 +59,44 @@ class PlanOutcome:
     action: str
     plan: Path
     record: PlanRecord
+
+
+def build_engines(
+    bundle: Bundle | str | Path,
+    target: str | None = None,
+    request: PlanRequest = PlanRequest(),
+    *,
+    tokens: int | None = None,
+    targets_file: Path | None = None,
+    progress: Callable[[str], AbstractContextManager[ProgressCallback | None]] = (
+        lambda title: nullcontext()
+    ),
+    done: Callable[[PlanOutcome], None] = lambda outcome: None,
+) -> list[PlanOutcome]:
+    """Make sure that a bundle's vision graphs have their TensorRT plans.
+
+    Args:
+        bundle: from `open_bundle`, or its directory.
+        target: the device; left out, the one the bundle was exported for.
+        request: how to build.
+        tokens: one graph of several; left out, a plan for each.
+        targets_file: a TOML file of the user's own targets.
+        progress: opened around each plan with its title; gives what is told the phase.
+        done: told of each plan.
+
+    Raises:
+        EngineError, OptionError: as `prepare_plan`.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    graphs = opened.manifest.vision if tokens is None else (opened.vision(tokens),)
+    device = find_target(target or opened.manifest.target, targets_file)
+    _warn_of_memory(opened, graphs, device, request)
+    outcomes = []
+    for graph in graphs:
+        with progress(f"{graph.file} for {device.name}") as tell:
+            outcomes.append(prepare_plan(opened, graph, device, request, tell))
+        done(outcomes[-1])
+    return outcomes
 
 
 def prepare_plan(
@@ -179,17 +217,15 @@ def main(
 
     The precision is each graph's own. RTX targets are built ahead of time, without a GPU.
     """
-    opened = open_bundle(bundle)
-    graphs = opened.manifest.vision if tokens is None else (opened.vision(tokens),)
-    device = find_target(target or opened.manifest.target, targets)
-    request = PlanRequest(parse_batch(batch), workspace, rebuild, trust)
-    _warn_of_memory(opened, graphs, device, request)
-    outcomes = []
-    for graph in graphs:
-        with progress_on_stderr(f"{graph.file} for {device.name}") as progress:
-            outcomes.append(prepare_plan(opened, graph, device, request, progress))
-        if not as_json:
-            _print_outcome(outcomes[-1])
+    outcomes = build_engines(
+        bundle,
+        target,
+        PlanRequest(parse_batch(batch), workspace, rebuild, trust),
+        tokens=tokens,
+        targets_file=targets,
+        progress=progress_on_stderr,
+        done=_print_outcome if not as_json else lambda outcome: None,
+    )
     if as_json:
         cli.print_json({"plans": [_json_of(outcome) for outcome in outcomes]})
 

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from engines.bundle import Bundle
+from engines.bundle import Bundle, open_bundle
 from engines.closeable import Closeable
 from engines.errors import BackendError
 from runtime.backends import TextBackend
@@ -19,6 +20,7 @@ from runtime.language.local_text import LocalText
 from runtime.language.parts import Embeddings
 from runtime.language.prompt import PromptWriter, Turn
 from runtime.vision import Pixels, VisionEncoder, VisualTokens
+from runtime.vision.pictures import load_picture
 
 Show = Callable[[str], None]
 """Called with each piece of an answer as it is written."""
@@ -89,7 +91,7 @@ class Model(Closeable):
 
     def ask(
         self,
-        image: Pixels,
+        image: Pixels | str | Path,
         question: str,
         options: GenerationOptions | None = None,
         *,
@@ -102,7 +104,7 @@ class Model(Closeable):
         again, nor is the image if it is the same.
 
         Args:
-            image: RGB, uint8[H, W, 3].
+            image: RGB, uint8[H, W, 3]; or the name of a picture file.
             question: what to ask.
             options: how the answer is written.
             system: instructions before the conversation; not every checkpoint takes them.
@@ -113,6 +115,8 @@ class Model(Closeable):
             PictureError: not an image the tower can take.
             BackendError: more positions than the context holds.
         """
+        if isinstance(image, (str, Path)):
+            image = load_picture(image)
         visual = self.encoder.encode([image])
         return self.answer_about([visual], question, options, system=system, show=show)
 
@@ -226,7 +230,7 @@ class Model(Closeable):
 
 
 def open_model(
-    bundle: Bundle,
+    bundle: Bundle | str | Path,
     *,
     backend: str | None = None,
     engine: str | None = None,
@@ -238,7 +242,7 @@ def open_model(
     """Load everything that answering takes.
 
     Args:
-        bundle: from `open_bundle`.
+        bundle: from `open_bundle`, or its directory.
         backend: the language backend; left out, the bundle's first.
         engine: what runs the vision graph; left out, what the bundle's target says.
         threads: CPU threads of the vision graph and of the language model; left out, one per
@@ -250,6 +254,8 @@ def open_model(
     Raises:
         FoveateError: a part that cannot be loaded, said in words.
     """
+    if not isinstance(bundle, Bundle):
+        bundle = open_bundle(bundle)
     writer = PromptWriter(bundle)
     encoder = VisionEncoder(bundle, engine=engine, threads=threads, tokens=visual_tokens)
     try:

@@ -26,11 +26,11 @@ from engines.errors import SourceError
 from runtime.answer_options import AnswerOptions, SystemOption
 from runtime.camera.budgets.goal_options import GoalOptions
 from runtime.camera.view_options import ViewOptions
+from runtime.commands.watch import SHORT_ANSWERS, WatchOptions, watch
 from runtime.frames import FrameSource
 from runtime.frames.frame import Capture, ReadErrors
 from runtime.frames.ros_image import image_from_compressed_message, image_from_message, stamp_ns
 from runtime.model_options import ModelOptions
-from runtime.watch import SHORT_ANSWERS, WatchOptions, watch
 
 NAME = "foveate"
 EXAMPLES = (

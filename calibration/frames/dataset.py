@@ -125,10 +125,7 @@ def collect_frames(
     """
     options = options or FrameOptions()
     if isinstance(source, str):
-        view = options.view
-        source = open_source(
-            source, rotate=view.rotate, crop=view.crop, fps=view.fps, topic=view.topic
-        )
+        source = open_source(source, options.view)
     sample = EvenSample(options.max_frames)
     with ExitStack() as open_things:
         frames = open_things.enter_context(source)

@@ -99,10 +99,7 @@ class Int8Options:
         """Open the source once, unless that would take frames from a pipe."""
         if self.frames is None or self.frames == "-" or self.frames.startswith("raw:"):
             return
-        view = self.choice.view
-        open_source(
-            self.frames, rotate=view.rotate, crop=view.crop, fps=view.fps, topic=view.topic
-        ).close()
+        open_source(self.frames, self.choice.view).close()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from engines import __version__
 from engines.device_facts import read_power_mode
 from engines.errors import EngineError
 from engines.gpu import Gpu, NoGpu, find_gpu
@@ -39,6 +38,7 @@ from engines.trt.layer_report import (
 from engines.trt.library import TrtLibrary, load_library_for, load_polygraphy
 from engines.trt.logger import process_logger
 from engines.trt.plan import PlanRecord, ShapeRange, write_plan
+from engines.version import __version__
 
 _FLAGS = ("STRONGLY_TYPED", "NO_TF32")
 _MIB = 1 << 20

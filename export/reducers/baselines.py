@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from export.reducers.options import BudgetOptions, Options
+from export.reducers.base import BudgetReducer, Reducer
 from export.reducers.reduced import Reduced
 from export.towers import Scoring, TowerOutput
 
 
 @dataclass(frozen=True)
-class KeepAll(Options):
+class KeepAll(Reducer):
     """Every patch in spatial order: LLaVA without reduction.
 
     Attributes:
@@ -52,7 +52,7 @@ class KeepAll(Options):
 
 
 @dataclass(frozen=True)
-class Uniform(BudgetOptions):
+class Uniform(BudgetReducer):
     """Patches evenly spread over the raster: floor((i + 1/2) P / N).
 
     Attributes:
@@ -70,7 +70,7 @@ class Uniform(BudgetOptions):
 
 
 @dataclass(frozen=True)
-class Random(BudgetOptions):
+class Random(BudgetReducer):
     """Patches drawn without replacement, in spatial order; the same ones for every picture.
 
     The draw is made once, when the graph is traced, so an engine is deterministic.

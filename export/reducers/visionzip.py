@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from export.reducers.options import Options, is_whole
+from export.reducers.base import Reducer, is_whole
 from export.reducers.reduced import Reduced
 from export.reducers.selection import (
     assignment_from,
@@ -28,7 +28,7 @@ MERGES = ("mean", "reference")
 
 
 @dataclass(frozen=True)
-class VisionZip(Options):
+class VisionZip(Reducer):
     """The dominant tokens in spatial order, then the contextual ones.
 
     Dominant: the class token and the ``dominant - 1`` patches with the highest score. Of the M

@@ -66,7 +66,7 @@ class VerifyOptions:
         images: a directory of pictures, or one picture.
         model: the checkpoint they were built from, a directory or a Hugging Face name; None looks
             for the name the bundles record, here and in ``models/``.
-        engines: names of `engines.open_session`, on each of which every bundle is compared; empty
+        engines: names of `engines.opening`, on each of which every bundle is compared; empty
             is ONNX Runtime and, where it is here, what a bundle's target names.
         tokens: which of a bundle's graphs, by its number of visual tokens; None is the first.
         question: what is asked about each picture.

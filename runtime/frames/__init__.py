@@ -1,6 +1,6 @@
 """Where frames come from: cameras, network streams, videos, bags, pictures and pipes.
 
-    with open_source("/dev/video0", rotate=180, fps=5) as source:
+    with open_source("/dev/video0", SourceOptions(rotate=180, fps=5)) as source:
         for frame in source:
             ...
 

@@ -16,7 +16,7 @@ from runtime.frames.frame import Reader
 from runtime.frames.gstreamer import PRESETS, open_gstreamer, pipeline_from_preset
 from runtime.frames.live_stream import NETWORK_SCHEMES, open_network_stream, open_v4l2_camera
 from runtime.frames.picture_files import PICTURE_SUFFIXES, PictureFiles
-from runtime.frames.source import FrameSource, Rotation, SourceOptions
+from runtime.frames.source import FrameSource, SourceOptions
 from runtime.frames.stdin import StdinFrames, StdinStream
 from runtime.frames.video_file import VideoFile
 
@@ -33,28 +33,18 @@ log.bag, log.mcap, bag/       a ROS 1 or 2 bag or an MCAP file; --topic where it
 raw:640x480                   standard input, bare RGB frames"""
 
 
-def open_source(
-    spec: str,
-    *,
-    rotate: Rotation = 0,
-    crop: tuple[int, int, int, int] | None = None,
-    fps: float | None = None,
-    topic: str | None = None,
-) -> FrameSource:
+def open_source(spec: str, options: SourceOptions | None = None) -> FrameSource:
     """Open a camera, a video, a bag or pictures.
 
     Args:
         spec: what to open; `KINDS` lists the forms.
-        rotate: degrees clockwise, applied after the crop.
-        crop: x, y, width and height in pixels of the source's own frames.
-        fps: most frames per second.
-        topic: name or message type of a bag's topic.
+        options: how it is looked at.
 
     Raises:
         OptionError: an option is not possible, or has no meaning for this source.
         SourceError: the source cannot be opened.
     """
-    options = SourceOptions(rotate=rotate, crop=crop, fps=fps, topic=topic)
+    topic = options.topic if options is not None else None
     reader = _open_reader(spec.strip(), topic)
     if topic is not None and not isinstance(reader, Bag):
         reader.close()

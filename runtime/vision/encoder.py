@@ -13,7 +13,7 @@ from engines.bundle import Bundle
 from engines.closeable import Closeable
 from engines.errors import BundleError, PictureError
 from engines.manifest import VisionGraph
-from engines.open_session import open_session
+from engines.opening import open_session
 from engines.session import Session
 from runtime.vision.parallel_resize import Bands
 from runtime.vision.preprocess import check_picture, preprocess_batch
@@ -80,7 +80,7 @@ class VisionEncoder(Closeable):
             bundle: from `open_bundle`.
             session: an engine that runs the graph; one is opened when left out. It stays the
                 caller's to close.
-            engine: which engine to open, a name of `engines.open_session`; the target's own when
+            engine: which engine to open, a name of `engines.opening`; the target's own when
                 left out.
             threads: CPU threads, for preprocessing and, when no session is given, the graph; left
                 out, one per core.

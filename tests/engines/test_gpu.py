@@ -17,7 +17,7 @@ from engines.bundle import Bundle, open_bundle
 from engines.errors import EngineError
 from engines.gpu import Gpu, NoGpu, find_gpu
 from engines.manifest import Precision
-from engines.open_session import open_session
+from engines.opening import open_session
 from engines.ort import OrtSession
 from engines.targets import Target, load_targets
 from engines.trt.builder import BuildOptions, build_plan
