@@ -37,7 +37,7 @@ from engines.bundle import open_bundle
 from engines.errors import GateError
 from engines.progress_bar import show_progress
 
-_EXAMPLES = (
+EXAMPLES = (
     "`python -m calibration.calibrate build/pocket --frames drive.mp4 --out build/pocket-int8`",
     "`python -m calibration.calibrate B --frames log.mcap --topic /front --out B-int8`",
     "`python -m calibration.calibrate B --frames pictures/ --precision mixed --out B-mixed`",
@@ -99,4 +99,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.run(main, _EXAMPLES)
+    cli.run(main, EXAMPLES)

@@ -41,6 +41,12 @@ from engines.trt.plan import (
     rebuild_hint,
 )
 
+EXAMPLES = (
+    "python -m engines.build build/rover",
+    "python -m engines.build build/rover --target rtx-4090 --batch 4",
+    "python -m engines.build build/rover --rebuild --json",
+)
+
 
 @dataclass(frozen=True)
 class PlanRequest:
@@ -272,11 +278,4 @@ def _json_of(outcome: PlanOutcome) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(
-        main,
-        [
-            "python -m engines.build build/rover",
-            "python -m engines.build build/rover --target rtx-4090 --batch 4",
-            "python -m engines.build build/rover --rebuild --json",
-        ],
-    )
+    cli.run(main, EXAMPLES)

@@ -25,6 +25,9 @@ from typer.models import OptionInfo
 
 from engines.errors import FoveateError, OptionError
 
+Main = Callable[..., int | None]
+"""A command: its parameters are the options, its docstring the help; it returns the exit code."""
+
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, for machines.")
 ]
@@ -60,30 +63,50 @@ VerifyOption = Annotated[
 ]
 
 
-def run(main: Callable[..., int | None], examples: Sequence[str] = ()) -> None:
+def run(main: Main, examples: Sequence[str] = ()) -> None:
     """Run ``main`` as this process's command and exit."""
     make_app(main, examples)()
 
 
-def make_app(main: Callable[..., int | None], examples: Sequence[str] = ()) -> typer.Typer:
+def make_app(main: Main, examples: Sequence[str] = ()) -> typer.Typer:
     """Return ``main`` as a command that ends well.
 
     Args:
-        main: its parameters are the options, its docstring the help; it returns the exit code. A
-            parameter that is a dataclass stands for the options that are its fields, and its
-            default for theirs; `--help` shows them together under the beginning of
+        main: the command. A parameter that is a dataclass stands for the options that are its
+            fields, and its default for theirs; `--help` shows them together under the beginning of
             the dataclass's docstring.
         examples: command lines shown under ``--help``.
     """
-    app = typer.Typer(
-        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
-    )
-    epilog = "\n\n".join(["Examples:", *examples]) if examples else None
-    app.command(epilog=epilog)(_ending_well(_spread(main)))
+    app = empty_app()
+    add_command(app, main, examples)
     return app
 
 
-def _spread(main: Callable[..., int | None]) -> Callable[..., int | None]:
+def empty_app(
+    title: str | None = None, examples: Sequence[str] = (), *, add_completion: bool = False
+) -> typer.Typer:
+    """Return a command that has no sub-command yet."""
+    return typer.Typer(
+        help=title,
+        epilog=_epilog(examples),
+        add_completion=add_completion,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+    )
+
+
+def add_command(
+    app: typer.Typer, main: Main, examples: Sequence[str] = (), name: str | None = None
+) -> None:
+    """Make ``main`` a command of ``app``, as `make_app` does."""
+    app.command(name, epilog=_epilog(examples))(_ending_well(_spread(main)))
+
+
+def _epilog(examples: Sequence[str]) -> str | None:
+    return "\n\n".join(["Examples:", *examples]) if examples else None
+
+
+def _spread(main: Main) -> Callable[..., int | None]:
     """Return ``main`` with the fields of a dataclass in the place of a parameter that is one."""
     kinds = get_type_hints(main, include_extras=True)
     groups: dict[str, Any] = {}
@@ -128,7 +151,7 @@ def _under_title(kind: Any, group: Any) -> Any:
     return operator.getitem(Annotated, (base, *titled))
 
 
-def _ending_well(main: Callable[..., int | None]) -> Callable[..., None]:
+def _ending_well(main: Main) -> Callable[..., None]:
     @functools.wraps(main)
     def guarded(**options: Any) -> None:
         try:

@@ -20,6 +20,8 @@ from engines import cli
 from engines.errors import OptionError
 from engines.manifest import Precision
 
+EXAMPLES = ("python -m engines.targets --targets my_robot.toml",)
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -289,4 +291,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.run(main, ["python -m engines.targets --targets my_robot.toml"])
+    cli.run(main, EXAMPLES)

@@ -40,7 +40,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("bare")
     source = place / "source"
     source.mkdir()
-    for name in ("engines", "runtime", "calibration", "export"):
+    for name in ("engines", "runtime", "graphs", "calibration", "export", "foveate"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE", "requirements-robot.txt"):
         shutil.copy(ROOT / name, source / name)

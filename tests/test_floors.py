@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = ("engines", "runtime", "graphs", "calibration", "export")  # from the lowest up
+FLOORS = ("engines", "runtime", "graphs", "calibration", "export", "foveate")  # lowest first
 OUTSIDE = {"tests", "benchmarks", "examples", "models"}
 
 # What a robot installs. Optional packages (a video library, another engine) are imported where
@@ -32,6 +32,7 @@ ALLOWED = {
     "runtime": THIN | OPTIONAL["runtime"],
     "graphs": THIN | {"onnx", "onnx_ir"},
     "calibration": THIN | {"onnx", "onnx_ir"},
+    "foveate": {"typer"},
 }
 ONLY_IN = {
     "runtime/ros_node.py": {"rclpy", "sensor_msgs", "std_msgs"},  # they come with ROS
@@ -83,6 +84,13 @@ def test_a_floor_imports_only_what_lies_below(floor: str) -> None:
         path = file.relative_to(ROOT).as_posix()
         found += breaches(path, file.read_text(encoding="utf-8"))
     assert not found, "\n".join(found)
+
+
+def test_the_command_imports_no_floor_but_the_lowest_by_itself() -> None:
+    """It imports a command's module when it is asked for; see `foveate.__main__._load`."""
+    for file in (ROOT / "foveate").rglob("*.py"):
+        imported = {package for _, package in imported_packages(file.read_text("utf-8"))}
+        assert imported & set(FLOORS) <= {"engines"}
 
 
 def circle_of_imports(sources: dict[str, str]) -> list[str]:
