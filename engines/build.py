@@ -26,7 +26,7 @@ from engines.targets import Target, find_target
 from engines.trt.batch_profile import ONE_IMAGE, BatchRange, parse_batch, shape_ranges
 from engines.trt.build_memory import add_swap_command, predict_build_bytes
 from engines.trt.build_progress import ProgressCallback
-from engines.trt.builder import BuildOptions, build_plan, choose_gpu, layers_path, workspace_of
+from engines.trt.builder import PlanTask, build_plan, choose_gpu, layers_path, workspace_of
 from engines.trt.library import load_library_for
 from engines.trt.plan import (
     PlanRecord,
@@ -120,7 +120,7 @@ def prepare_plan(
         OptionError: the target has no plans, or does not take the graph's precision.
     """
     _check_target(bundle, graph, target)
-    options = BuildOptions(
+    options = PlanTask(
         onnx=bundle.path(graph.file),
         onnx_sha256=bundle.manifest.files[graph.file].sha256,
         plan=plan_path(bundle, graph, target, request.batch.largest),
@@ -155,7 +155,7 @@ def _check_target(bundle: Bundle, graph: VisionGraph, target: Target) -> None:
         )
 
 
-def _check_existing(options: BuildOptions, *, trust: bool) -> PlanRecord:
+def _check_existing(options: PlanTask, *, trust: bool) -> PlanRecord:
     record = read_record(options.plan)
     gpu = choose_gpu(options.target, find_gpu())
     library = load_library_for(options.target)

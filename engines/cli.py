@@ -3,27 +3,22 @@
 A command is a function of typed options. It prints results on stdout and everything else on stderr
 and ends with 0, with 1 when a check failed (return 1), or with 2 when the user can mend it: a
 `FoveateError` becomes one paragraph on stderr. Any other exception is a bug and keeps its
-traceback. Options that several commands share are the fields of a dataclass, which a command takes
-as one parameter.
+traceback. A group of options is the dataclass that the API takes (`engines.option_groups`), which a
+command takes as one parameter.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
-import inspect
 import json
-import operator
-import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any
 
 import typer
-from typer.models import OptionInfo
 
-from engines.errors import FoveateError, OptionError
+from engines.errors import FoveateError
+from engines.option_groups import spread
 
 Main = Callable[..., int | None]
 """A command: its parameters are the options, its docstring the help; it returns the exit code."""
@@ -99,56 +94,11 @@ def add_command(
     app: typer.Typer, main: Main, examples: Sequence[str] = (), name: str | None = None
 ) -> None:
     """Make ``main`` a command of ``app``, as `make_app` does."""
-    app.command(name, epilog=_epilog(examples))(_ending_well(_spread(main)))
+    app.command(name, epilog=_epilog(examples))(_ending_well(spread(main)))
 
 
 def _epilog(examples: Sequence[str]) -> str | None:
     return "\n\n".join(["Examples:", *examples]) if examples else None
-
-
-def _spread(main: Main) -> Callable[..., int | None]:
-    """Return ``main`` with the fields of a dataclass in the place of a parameter that is one."""
-    kinds = get_type_hints(main, include_extras=True)
-    groups: dict[str, Any] = {}
-    parameters = []
-    for parameter in inspect.signature(main).parameters.values():
-        kind = kinds[parameter.name]
-        if not dataclasses.is_dataclass(kind):
-            parameters.append((parameter.name, kind, parameter.default))
-            continue
-        groups[parameter.name] = kind
-        for name, field_kind in get_type_hints(kind, include_extras=True).items():
-            defaults = kind if parameter.default is inspect.Parameter.empty else parameter.default
-            default = getattr(defaults, name, inspect.Parameter.empty)
-            parameters.append((name, _under_title(field_kind, kind), default))
-
-    def gathered(**options: Any) -> int | None:
-        for name, kind in groups.items():
-            names = [field.name for field in dataclasses.fields(kind)]
-            options[name] = kind(**{field: options.pop(field) for field in names})
-        return main(**options)
-
-    only = inspect.Parameter.KEYWORD_ONLY
-    gathered.__doc__ = main.__doc__
-    gathered.__annotations__ = {name: kind for name, kind, _ in parameters}
-    gathered.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(name, only, default=default, annotation=kind)
-            for name, kind, default in parameters
-        ]
-    )
-    return gathered
-
-
-def _under_title(kind: Any, group: Any) -> Any:
-    """Return an option's type with the first line of its group's docstring as its help panel."""
-    base, *notes = get_args(kind)
-    (panel,) = re.findall("^[^.:;]*", group.__doc__ or "")
-    titled = [copy.copy(note) for note in notes]
-    for note in titled:
-        if isinstance(note, OptionInfo) and note.rich_help_panel is None:
-            note.rich_help_panel = panel
-    return operator.getitem(Annotated, (base, *titled))
 
 
 def _ending_well(main: Main) -> Callable[..., None]:
@@ -164,18 +114,6 @@ def _ending_well(main: Main) -> Callable[..., None]:
         raise typer.Exit(code or 0)
 
     return guarded
-
-
-def one_of(option: str, value: str, choices: Any) -> Any:
-    """Return ``value`` if a `Literal` type has it.
-
-    Raises:
-        OptionError: it has not; all that it has are named.
-    """
-    known = get_args(choices)
-    if value not in known:
-        raise OptionError(f"{option} {value}: expected one of {', '.join(known)}.")
-    return value
 
 
 def print_json(document: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Many pictures, NumPy out: `python -m examples.batch_to_numpy build/pocket tokens.npz PICTURE...`.
 
 The vision graph runs once for all of them. Another language model, a policy or a search index can
-read the tokens; `patch_index` says which patch of the picture each one stands for.
+read the tokens; `origin` says which patch of the picture each one stands for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main(bundle: str, out: str, *pictures: str) -> None:
     batch = [np.asarray(Image.open(picture).convert("RGB")) for picture in pictures]
     with VisionEncoder(open_bundle(bundle)) as encoder:
         visual = encoder.encode(batch)
-    np.savez(out, tokens=visual.tokens, valid=visual.valid, patch_index=visual.patch_index)
+    np.savez(out, tokens=visual.tokens, valid=visual.valid, origin=visual.origin)
     print(f"{out}: tokens {visual.tokens.dtype}{list(visual.tokens.shape)}")
 
 

@@ -61,7 +61,7 @@ def test_batch_to_numpy(language_bundle: Bundle, pictures: Path, tmp_path: Path)
     with VisionEncoder(language_bundle) as encoder, np.load(tmp_path / "t.npz") as saved:
         expected = encoder.encode([load_picture(file) for file in files])
         np.testing.assert_array_equal(saved["tokens"], expected.tokens)
-        np.testing.assert_array_equal(saved["patch_index"], expected.patch_index)
+        np.testing.assert_array_equal(saved["origin"], expected.origin)
 
 
 def test_own_reducer(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +77,7 @@ def test_own_reducer(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixtu
     kept = []
     for tokens in (64, 32):
         with VisionEncoder(bundle, tokens=tokens) as encoder:
-            kept.append(set(encoder.encode([picture]).patch_index[0].tolist()))
+            kept.append(set(encoder.encode([picture]).origin[0].tolist()))
     assert [len(patches) for patches in kept] == [64, 32]
     assert kept[1] < kept[0]
     assert json.loads((tmp_path / "own/bundle.json").read_text())["vision"][0]["reducer"] == {

@@ -1,6 +1,6 @@
 """An ONNX graph becomes a TensorRT plan: parse, build, write, say what was built.
 
-Enters: `BuildOptions`. Leaves: `<plan>`, its signed sidecar and a layer report. TensorRT and
+Enters: `PlanTask`. Leaves: `<plan>`, its signed sidecar and a layer report. TensorRT and
 TensorRT-RTX go the same way through Polygraphy's loaders; they differ in one place: TensorRT builds
 on the GPU it is for, TensorRT-RTX builds ahead of time for a compute capability, with or without a
 GPU. Precision is the graph's own (strongly typed): no precision flag is ever set, and TF32 is
@@ -45,7 +45,7 @@ _MIB = 1 << 20
 
 
 @dataclass(frozen=True)
-class BuildOptions:
+class PlanTask:
     """One plan to build.
 
     Attributes:
@@ -78,7 +78,7 @@ class BuildResult:
     layers: LayerReport
 
 
-def workspace_of(options: BuildOptions) -> int:
+def workspace_of(options: PlanTask) -> int:
     """Return the scratch memory to plan with, in bytes."""
     return options.workspace_bytes or (options.target.workspace_mb or 1024) * _MIB
 
@@ -118,7 +118,7 @@ def choose_gpu(target: Target, found: Gpu | NoGpu) -> Gpu | None:
     return found
 
 
-def build_plan(options: BuildOptions, on_progress: ProgressCallback | None = None) -> BuildResult:
+def build_plan(options: PlanTask, on_progress: ProgressCallback | None = None) -> BuildResult:
     """Build a plan.
 
     Args:
@@ -184,7 +184,7 @@ class _Compilation:
 
     loaders: Any
     library: TrtLibrary
-    options: BuildOptions
+    options: PlanTask
     profile: dict[str, ShapeRange]
     gpu: Gpu | None
     errors: list[str]

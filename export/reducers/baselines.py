@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+import typer
 
 from export.reducers.base import BudgetReducer, Reducer
 from export.reducers.reduced import Reduced
@@ -80,7 +81,7 @@ class Random(BudgetReducer):
         seed: of the draw.
     """
 
-    seed: int = 0
+    seed: Annotated[int, typer.Option(help="Reducer `random`: its seed.")] = 0
 
     name: ClassVar[str] = "random"
     scoring: ClassVar[Scoring] = Scoring.NONE

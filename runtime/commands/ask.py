@@ -16,10 +16,9 @@ import typer
 
 from engines import __version__
 from engines.cli import JsonOption, print_json
-from runtime.answer_options import AnswerOptions, SystemOption
 from runtime.clips.clip_options import ClipOptions, is_clip
 from runtime.language.generate import GenerationOptions
-from runtime.model_options import ModelOptions
+from runtime.model_options import ModelOptions, SystemOption
 
 if TYPE_CHECKING:
     from engines.bundle import Bundle
@@ -177,7 +176,7 @@ def main(
     ] = None,
     system: SystemOption = None,
     model: ModelOptions,
-    answering: AnswerOptions,
+    generation: GenerationOptions,
     clip: ClipOptions,
 ) -> int:
     """Ask a bundle a question about a picture, or about a clip.
@@ -189,7 +188,6 @@ def main(
     several pictures. A checkpoint trained on single pictures (the bundled pocket-llava is one)
     answers such prompts, but its answers about what happened mean little.
     """
-    generation = answering.generation()
     answer = ask(
         bundle,
         image,

@@ -15,9 +15,8 @@ import typer
 
 from engines.cli import JsonOption, print_json
 from engines.errors import FoveateError, OptionError
-from runtime.answer_options import AnswerOptions, SystemOption
 from runtime.language.generate import GenerationOptions
-from runtime.model_options import ModelOptions
+from runtime.model_options import ModelOptions, SystemOption
 
 if TYPE_CHECKING:
     from runtime.conversation import Conversation
@@ -148,7 +147,7 @@ def main(
     system: SystemOption = None,
     json_output: JsonOption = False,
     model: ModelOptions,
-    answering: AnswerOptions,
+    generation: GenerationOptions,
 ) -> int:
     """Talk with a bundle about pictures.
 
@@ -159,7 +158,6 @@ def main(
     from runtime.transcript import restore_conversation
     from runtime.vision.pictures import load_picture
 
-    options = answering.generation()
     picture = load_picture(image) if image is not None else None
     with model.open(bundle) as opened:
         conversation = Conversation(opened, system)
@@ -167,7 +165,7 @@ def main(
             conversation = restore_conversation(opened, resume)
         if picture is not None:
             conversation.show(picture, str(image))
-        chat = Chat(conversation, options, quiet=json_output)
+        chat = Chat(conversation, generation, quiet=json_output)
         _converse(chat)
     if json_output:
         print_json(document_from_answers(chat.answers))

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engines.errors import OptionError
-from runtime.answer_options import AnswerOptions, SystemOption
 from runtime.camera.budgets.goal_options import GoalOptions
 from runtime.camera.view_options import ViewOptions
-from runtime.model_options import ModelOptions
+from runtime.frames.source import SourceOptions
+from runtime.language.generate import GenerationOptions
+from runtime.model_options import ModelOptions, SystemOption
 
 if TYPE_CHECKING:
     from runtime.camera.budgets.budgeted import BudgetedEncoder
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
     from runtime.camera.budgets.goal import Goal
     from runtime.camera.loop import CameraLoop
     from runtime.camera.parts import Answerer, CameraAnswer, CameraOptions, Encoder
-    from runtime.frames import FrameSource, SourceOptions
-    from runtime.language.generate import GenerationOptions
+    from runtime.frames import FrameSource
     from runtime.model import Model
 
 EXAMPLES = (
@@ -44,7 +44,7 @@ EXAMPLES = (
     'python -m runtime.watch build/pocket 0 --ask "What is ahead?" --latency-target 200ms',
 )
 
-SHORT_ANSWERS = AnswerOptions(max_tokens=64)
+SHORT_ANSWERS = GenerationOptions(max_tokens=64)
 
 
 @dataclass(frozen=True)
@@ -214,9 +214,6 @@ def main(
     every_frame: Annotated[
         bool, typer.Option("--every-frame", help="Of a recording, answer about each frame.")
     ] = False,
-    topic: Annotated[
-        str | None, typer.Option(help="Topic of a bag, by name or message type.")
-    ] = None,
     record: Annotated[
         Path | None,
         typer.Option(help="Folder to keep frames, overlays and answers in; not those reused."),
@@ -238,9 +235,10 @@ def main(
     ] = False,
     system: SystemOption = None,
     view: ViewOptions,
+    source: SourceOptions,
     budget: GoalOptions,
     model: ModelOptions,
-    answering: AnswerOptions = SHORT_ANSWERS,
+    generation: GenerationOptions = SHORT_ANSWERS,
 ) -> None:
     """Watch cameras and answer about what they see, again and again.
 
@@ -257,8 +255,8 @@ def main(
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     options = WatchOptions(
         camera=view.camera(ask, every_frame),
-        source=view.source(topic),
-        generation=answering.generation(),
+        source=source,
+        generation=generation,
         model=model,
         system=system,
         goal=budget.goal(),

@@ -7,8 +7,24 @@
 One file per kind; `opening` chooses among them, `source` is what they have in common.
 """
 
-from runtime.frames.frame import Frame, ReadErrors
-from runtime.frames.opening import open_source
-from runtime.frames.source import FrameSource, SourceOptions
+from typing import TYPE_CHECKING
 
-__all__ = ["Frame", "FrameSource", "ReadErrors", "SourceOptions", "open_source"]
+if TYPE_CHECKING:
+    from runtime.frames.frame import Frame as Frame
+    from runtime.frames.frame import ReadErrors as ReadErrors
+    from runtime.frames.opening import open_source as open_source
+    from runtime.frames.source import FrameSource as FrameSource
+    from runtime.frames.source import SourceOptions as SourceOptions
+else:
+    from engines.lazy_names import lazy_names
+
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "Frame": "runtime.frames.frame",
+            "FrameSource": "runtime.frames.source",
+            "ReadErrors": "runtime.frames.frame",
+            "SourceOptions": "runtime.frames.source",
+            "open_source": "runtime.frames.opening",
+        },
+    )

@@ -52,19 +52,6 @@ def open_source(spec: str, options: SourceOptions | None = None) -> FrameSource:
     return FrameSource(reader, options)
 
 
-def crop_from_text(text: str) -> tuple[int, int, int, int]:
-    """Read ``x,y,width,height``.
-
-    Raises:
-        OptionError: it is not four whole numbers.
-    """
-    pieces = [piece.strip() for piece in text.split(",")]
-    if len(pieces) != 4 or not all(piece.isdecimal() for piece in pieces):
-        raise OptionError(f"The crop is {text!r}, expected x,y,width,height as in 100,0,800,600.")
-    x, y, width, height = map(int, pieces)
-    return x, y, width, height
-
-
 def _open_reader(spec: str, topic: str | None) -> Reader:
     head, colon, rest = spec.partition(":")
     if spec == "-" or (colon and head == "raw"):

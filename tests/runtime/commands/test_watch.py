@@ -161,6 +161,7 @@ def test_standard_input_cannot_be_frames_and_commands(language_bundle: Bundle) -
             ask="?",
             control=True,
             view=ViewOptions(),
+            source=SourceOptions(),
             budget=GoalOptions(),
             model=ModelOptions(),
         )
