@@ -14,10 +14,9 @@ import typer
 from engines import cli
 from engines.errors import OptionError
 from engines.manifest import LlmPrecision
-from export.build.plan import Budget, BuildOptions
 from export.language.gguf_quantize import GgufPrecision
 from export.language.language_models import DecoderBackend, DecoderOptions
-from export.reducers import REDUCERS
+from export.reducers import REDUCERS, USUAL_BUDGETS, Budget
 
 ModelOption = Annotated[
     str, typer.Option("--model", help="LLaVA checkpoint: a directory, or a Hugging Face name.")
@@ -66,7 +65,7 @@ class ReducerFlags:
             return ("all",)
         if self.tokens is None:
             counted = self.dominant is not None and self.contextual is not None
-            return () if counted else BuildOptions.tokens
+            return () if counted else USUAL_BUDGETS
         words = [word.strip() for word in self.tokens.split(",")]
         wrong = [word for word in words if word != "all" and not word.isdecimal()]
         if wrong:

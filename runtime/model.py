@@ -12,10 +12,10 @@ from engines.closeable import Closeable
 from engines.errors import BackendError
 from runtime.backends import TextBackend
 from runtime.backends.chat_server import ServerOptions
+from runtime.backends.context import Context
+from runtime.backends.local_text import LocalText
 from runtime.backends.opening import open_text_backend
-from runtime.language.context import Context
 from runtime.language.generate import Finish, GenerationOptions
-from runtime.language.local_text import LocalText
 from runtime.language.parts import Embeddings
 from runtime.language.prompt import PromptWriter, Turn
 from runtime.vision import Pixels, VisionEncoder, VisualTokens

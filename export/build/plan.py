@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from calibration.int8.graphs import HALF_OPSET
 from calibration.int8.options import Int8Options
@@ -20,11 +19,8 @@ from engines.manifest import Precision
 from engines.targets import Target, find_target
 from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.language.language_models import DecoderOptions, check_language_models
-from export.reducers import Reducer, make_reducer, reducer_for_budget
+from export.reducers import USUAL_BUDGETS, Budget, Reducer, make_reducer, reducer_for_budget
 from graphs.graph_file import check_opset
-
-Budget = int | Literal["all"]
-"""Visual tokens to leave; ``"all"`` means no reduction."""
 
 USUAL_OPSET = 18
 
@@ -52,7 +48,7 @@ class BuildOptions:
     out: Path
     target: str = "cpu"
     reducer: str = "visionzip"
-    tokens: tuple[Budget, ...] = (64,)
+    tokens: tuple[Budget, ...] = USUAL_BUDGETS
     reducer_options: Mapping[str, int | float | str] = field(default_factory=dict)
     precision: Precision | None = None
     decoders: DecoderOptions = field(default_factory=DecoderOptions)

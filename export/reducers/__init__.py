@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 from engines.errors import OptionError
 from export.reducers.baselines import KeepAll, Random, Uniform
@@ -13,7 +13,20 @@ from export.reducers.prumerge import PruMerge, PruMergePlus
 from export.reducers.reduced import Reduced, Reducer
 from export.reducers.visionzip import VisionZip
 
-__all__ = ["REDUCERS", "Reduced", "Reducer", "make_reducer", "reducer_for_budget"]
+__all__ = [
+    "REDUCERS",
+    "USUAL_BUDGETS",
+    "Budget",
+    "Reduced",
+    "Reducer",
+    "make_reducer",
+    "reducer_for_budget",
+]
+
+Budget = int | Literal["all"]
+"""Visual tokens to leave; ``"all"`` means no reduction."""
+
+USUAL_BUDGETS: tuple[Budget, ...] = (64,)
 
 _Kind = type[KeepAll | Pool | PruMerge | Random | Uniform | VisionZip]
 

@@ -3,7 +3,7 @@
 Here: parts in, logits out, and a position that can be rewound. A part is a run of token ids or a
 run of ready embeddings (the visual tokens). Text rows always come from the bundle's own embedding
 table, so every backend sees the same numbers. On a server: a conversation in, text out; with
-`runtime.language.local_text` a model that runs here can be asked in the same way.
+`runtime.backends.local_text` a model that runs here can be asked in the same way.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def open_text_backend(
             f'--llm-url {server.url} is the address of a server, and the backend "{name}" runs '
             "here. Leave one of them out."
         )
-    from runtime.language.local_text import LocalText
+    from runtime.backends.local_text import LocalText
 
     local = open_backend(bundle, name, threads=threads, context_length=context_length)
     return LocalText(local, writer)

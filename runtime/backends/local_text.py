@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from runtime.backends import LanguageBackend
+from runtime.backends.context import Context
 from runtime.language.answer_form import require_usable
-from runtime.language.context import Context
 from runtime.language.generate import Generation, GenerationOptions
 from runtime.language.grammar import GrammarTokens
 from runtime.language.parts import Embeddings
