@@ -1,1 +1,1 @@
-"""Floor 3: the user's own frames become quantization scales and measures of agreement."""
+"""Quantize vision graphs on the user's own frames, and measure agreement (floor 4)."""

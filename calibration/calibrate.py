@@ -1,7 +1,7 @@
-"""`python -m calibration.calibrate`: an FP32 bundle becomes an INT8 bundle, on the user's frames.
+"""Make an INT8 bundle from an FP32 bundle on the user's frames: `python -m calibration.calibrate`.
 
-Enters: a bundle and frames, or a calibration made before. Leaves: a new bundle, or exit code 1 and
-nothing where INT8 says something else than FP32. PyTorch is not needed, so this runs on the robot.
+When INT8 misses the gate, nothing is written and the exit code is 1. PyTorch is not needed, so the
+command runs on the robot.
 """
 
 from __future__ import annotations

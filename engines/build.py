@@ -1,8 +1,8 @@
-"""`python -m engines.build BUNDLE`: build the TensorRT plans of a bundle's vision graphs.
+"""Build the TensorRT plans of a bundle's vision graphs: `python -m engines.build BUNDLE`.
 
-Enters: a bundle. Leaves: for each graph a plan, its sidecar and a layer report, and a timing cache,
-in the bundle's `local/` folder, which belongs to this machine. A plan that is there and fits is
-left alone; one that does not fit is refused with both values named, and replaced with `--rebuild`.
+Each graph gets a plan, a sidecar and a layer report in the bundle's `local/` folder, which belongs
+to this machine, and a timing cache. A plan that fits is kept. A plan that does not fit is refused
+with both values named, and replaced with `--rebuild`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The bundle: a directory that holds everything the runtime needs, verified when it is opened.
+"""Read and write bundles: directories that hold everything the runtime needs.
 
 `write_bundle` gives an exporter a staging directory and publishes it whole or not at all;
 `open_bundle` checks the manifest and every file's SHA-256 before anything is loaded from it.

@@ -1,7 +1,6 @@
-"""What this machine is: board, JetPack, memory, power mode, libraries.
+"""Read what this machine is: board, JetPack, memory, power mode, libraries.
 
-Enters: the files and tools of a Linux system. Leaves: `DeviceFacts`, with None for what cannot be
-told. Nothing here judges; `engines.doctor` does.
+A fact that cannot be read is None. `engines.doctor` judges the facts.
 """
 
 from __future__ import annotations

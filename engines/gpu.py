@@ -1,7 +1,7 @@
-"""What NVIDIA GPU this machine has, asked of the CUDA driver itself.
+"""Ask the CUDA driver which NVIDIA GPU this machine has.
 
-Enters: nothing. Leaves: a `Gpu`, or the reason there is none in one sentence. Only `libcuda` is
-used, which every machine with an NVIDIA driver has, a Jetson included; no CUDA toolkit, no NVML.
+Only `libcuda` is used. Every machine with an NVIDIA driver has it, a Jetson included; the CUDA
+toolkit and NVML are not needed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`bundle.json`: what a bundle says about itself, checked against a schema.
+"""The schema of `bundle.json`: what a bundle says about itself.
 
-Enters: JSON text. Leaves: a frozen `Manifest`, or one `BundleError` naming every problem at once.
-The runtime needs nothing that is not named here.
+Text becomes a frozen `Manifest`, or one `BundleError` that names every problem at once. The runtime
+needs nothing that is not named here.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""OpenVINO behind the `Session` door: the vision graph on the CPU of an x86 board.
+"""Run a vision graph with OpenVINO, on the CPU of an x86 board.
 
-Enters: the same ONNX file, FP32 or Q/DQ, that every other engine takes. Leaves: a session. OpenVINO
-would round FP32 to BF16 on CPUs that have it, unasked and everywhere; here FP32 means FP32. With
-``rest="bf16"`` the tower's unquantized part is BF16 and what chooses tokens stays FP32, because a
-rounded score may keep another patch.
+OpenVINO rounds FP32 to BF16 by default on CPUs that have BF16; this session asks for FP32. With
+``rest="bf16"`` the tower's unquantized part runs in BF16 and the selection of tokens stays in FP32,
+because a rounded score may keep another patch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""ONNX Runtime behind the `Session` door, on the CPU or on CUDA.
+"""Run a vision graph with ONNX Runtime, on the CPU or on CUDA.
 
-Enters: an ONNX file. Leaves: a session that checks what it is fed, reuses its output buffers and
-never runs anywhere but where it was asked to. `create_inference_session` is the one place where
-ONNX Runtime is configured; the decoder's backend uses it too.
+A session runs only on the device it was asked for and reuses its output buffers.
+`create_inference_session` is the one place that configures ONNX Runtime; the decoder's backend uses
+it too.
 """
 
 from __future__ import annotations

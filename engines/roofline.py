@@ -1,8 +1,7 @@
 """A roofline estimate of what a language model costs on a device, with few or many visual tokens.
 
-Enters: the decoder's shape, how many tokens, the bits of weights and activations, a device's peaks.
-Leaves: operations, bytes moved, and the time no implementation can beat: for each operator the
-larger of operations / peak and bytes / bandwidth, summed. A real engine is slower, never faster.
+The time is a lower bound that no implementation can beat: for each operator the larger of
+operations / peak and bytes / bandwidth, summed. A real engine is slower.
 
 The operator list follows LLM-Viewer (arXiv 2402.16363), the tool that the PruMerge and M3 papers
 computed their efficiency tables with; `tests/engines/test_roofline.py` reproduces both tables.

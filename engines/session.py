@@ -1,4 +1,4 @@
-"""The door every engine stands behind: named arrays in, named arrays out.
+"""The interface of every engine: named arrays in, named arrays out.
 
 ONNX Runtime (`engines.ort`), TensorRT and OpenVINO implement it over the same ONNX file.
 """

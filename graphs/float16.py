@@ -1,11 +1,9 @@
-"""A float32 vision graph with float16 written into it, for runtimes that obey the types they read.
+"""Convert a float32 vision graph to float16, except for what selects tokens.
 
-Enters: a graph as exported, with or without Q/DQ. Leaves: the same graph in which the
-tower and the projector compute in float16 and everything that selects tokens, the scores and the
-reducer, in float32: rounding there would keep a different patch. Types change only at the border
-between the two, by a Cast that belongs to the float16 side; the graph's own inputs and outputs keep
-their types. TensorRT from version 11 on takes precision from the file alone, so this is the place
-where it is decided.
+The tower and the projector compute in float16. The scores and the reducer stay in float32, because
+rounding there would keep a different patch. Casts stand only at the border between the two, and the
+graph's inputs and outputs keep their types. TensorRT from version 11 on takes precision from the
+file alone.
 """
 
 from __future__ import annotations

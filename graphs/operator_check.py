@@ -1,8 +1,7 @@
-"""What TensorRT would refuse in a graph, told before the graph reaches a robot.
+"""Check an ONNX graph for what TensorRT would refuse, before it reaches a robot.
 
-Enters: an ONNX graph and a TensorRT version. Leaves: refusals, each naming the operator, the module
-it was traced from and what to change. TensorRT's own parser is the judge; this knows its published
-rules, so that an export for a Jetson fails on the desk and says where.
+Each refusal names the operator, the module it was traced from and what to change. TensorRT's own
+parser decides in the end; this check knows its published rules and needs no TensorRT.
 
 Sources: onnx-tensorrt's docs/operators.md at 10.1 and at 10.15 (operators, types, restrictions,
 opsets), its Clip importer at 10.1 (integers, which the list leaves out), TensorRT's ONNX opset

@@ -1,8 +1,4 @@
-"""How alike two files of one vision graph are over the user's frames, and where they part.
-
-Enters: the float32 graph, the one to be judged, and frames. Leaves: what a gate looks at, and the
-stages that add most to the error, for the message when the gate is missed.
-"""
+"""Compare two files of one vision graph over the user's frames."""
 
 from __future__ import annotations
 

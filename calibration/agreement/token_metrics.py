@@ -1,11 +1,9 @@
-"""How much two sets of visual tokens, or two rows of logits, agree.
+"""Measure how much two sets of visual tokens, or two rows of logits, agree.
 
-Enters: NumPy arrays of one picture, the reference first. Leaves: plain numbers. Kept patches are
-compared as sets and tokens by the patches they are made of, because one patch kept more or less
-shifts every token after it. A NaN makes the number it goes into NaN, never a pass.
-
-This is the one measure of the house: the gate of a calibration and the search for what to leave in
-floating point look at its average over pictures, `export.verify` at the worst picture.
+Kept patches are compared as sets, and tokens by the patches they are made of, because one patch
+kept more or less shifts every token after it. A NaN makes the number it goes into NaN, never a
+pass. Calibration judges the average over pictures, `export.verify` the worst picture, and a golden
+run copies this file to where Foveate is not installed. It therefore needs NumPy only.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""What a set of frames covers of a robot's world, and what it lacks, in numbers.
+"""Describe what a set of frames covers, and warn of what it lacks.
 
-Enters: the frames that were kept and how the reading went. Leaves: a `Coverage` whose warnings say
-what is thin. A quantizer only knows the values it was shown: frames of one corridor by day give
-scales that clip at night.
+A quantizer knows only the values it was shown: frames of one corridor by day give scales that clip
+at night.
 """
 
 from __future__ import annotations

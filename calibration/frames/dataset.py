@@ -1,10 +1,8 @@
-"""The user's own frames become a calibration set.
+"""Make a calibration set from the user's own frames.
 
-Enters: a folder of pictures, a video, a ROS bag, an MCAP file or a camera (`runtime.frames`) and
-the bundle's own preprocessing. Leaves: a `CalibrationSet`: distinct frames from the whole of the
-source, as the vision tower sees them, with what they cover and a digest that names them. Frames are
-kept as uint8, a quarter of the memory of `pixel_values` (at 336 x 336, 256 frames are 87 MB, and
-twice that while they are collected).
+The set holds distinct frames spread over the whole source (anything `runtime.frames` opens), as the
+vision tower sees them, with their coverage and a digest. Frames are kept as uint8, a quarter of the
+memory of `pixel_values` (256 frames of 336 x 336 are 87 MB, and twice that while they are read).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A float32 bundle and the user's frames become an INT8 bundle, without PyTorch.
+"""Write an INT8 bundle from a float32 bundle and the user's frames, without PyTorch.
 
-Enters: an opened bundle and `Int8Options`. Leaves: a new bundle beside it: INT8 vision graphs, the
-record they were made with, and everything else as it was, hard-linked where the disk allows it.
+The new bundle holds INT8 vision graphs and the calibration they were made with. Everything else is
+hard-linked from the old bundle where the disk allows it, and copied where not.
 """
 
 from __future__ import annotations

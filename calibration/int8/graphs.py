@@ -1,9 +1,7 @@
-"""The float32 vision graphs of a bundle become INT8 ones, or nothing does.
+"""Quantize the vision graphs of a bundle to INT8, and keep them only if they pass the gate.
 
-Enters: one float32 graph for each budget and the user's frames (or a calibration made from them).
-Leaves: the same graphs with Q/DQ in the tower, for TensorRT with float16 around it, and the record
-they were made with. One calibration serves them all. Frames that were held out decide whether the
-result is good enough; that is measured on the files that will be published.
+One calibration serves the graphs of all budgets. Q/DQ stand in the tower, and for TensorRT the rest
+is float16. The gate is measured on held-out frames and on the files that will be published.
 """
 
 from __future__ import annotations

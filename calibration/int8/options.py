@@ -1,8 +1,4 @@
-"""What INT8 is to be made from, and what it must keep to: for commands and for the API.
-
-Enters: options as a person types them. Leaves: `Int8Options`, with everything refused that can be
-before the first slow step.
-"""
+"""Options of an INT8 quantization: what it is made from and which gate it must pass."""
 
 from __future__ import annotations
 

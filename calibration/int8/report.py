@@ -1,7 +1,4 @@
-"""What a calibration did, for people and for machines.
-
-Enters: `Int8Graphs` and the frames they were made from. Leaves: lines, or one JSON object.
-"""
+"""Report what a calibration did, as text lines or one JSON object."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""What an interrupted calibration leaves beside the bundle that it was to write.
+"""The folder beside a bundle that an interrupted calibration continues from.
 
-Enters: where the bundle is to be. Leaves: a folder from which the same command goes on; it is gone
-once there is a result, be it a bundle or a missed gate.
+It is removed once there is a result, either a bundle or a missed gate.
 """
 
 from __future__ import annotations

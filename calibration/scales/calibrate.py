@@ -1,11 +1,8 @@
-"""How a tower is to be quantized, found once on the user's own frames.
+"""Find how a tower is to be quantized, on the user's own frames.
 
-Enters: a float32 vision graph and frames. Leaves: a `Calibration`: for each activation how it is
-smoothed and what its range is, for each layer the digest of its weight. Thresholds come after
-smoothing, so frames are gone through twice.
-
-One calibration serves every graph of a bundle, whatever its reducer and budget, since the tower is
-the same; `calibration.scales.apply` writes it into them.
+A `Calibration` holds the smoothing and the range of each activation and the digest of each weight.
+Ranges are measured after smoothing, so the frames are read twice. The tower is the same for every
+reducer and budget, so one calibration serves every graph of a bundle.
 """
 
 from __future__ import annotations

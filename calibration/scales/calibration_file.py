@@ -1,8 +1,7 @@
-"""What a calibration found, and the file it is kept in.
+"""Read and write a calibration as one JSON file with a checksum.
 
-Enters: a `Calibration`. Leaves: one JSON file with a checksum of itself, or the same record back.
-It names the weights it was made on by their sha256, layer by layer, so that it serves every graph
-of a checkpoint (other reducers, other budgets) and no graph of another one.
+The file names the weights it was made on by their sha256, layer by layer. It therefore fits every
+graph of a checkpoint (other reducers, other budgets) and no graph of another checkpoint.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""From how large the values of a tensor are to the range that INT8 is to span.
+"""Choose the range that INT8 spans from a histogram of absolute values.
 
-Enters: a histogram of absolute values. Leaves: a threshold; what lies beyond it is clipped. A wide
-range rounds everything coarsely for the sake of a few outliers, a narrow one cuts them off.
+Values beyond the range are clipped. A wide range rounds everything coarsely for the sake of a few
+outliers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""The state of an interrupted calibration, on disk between two runs.
-
-Enters: sums over the frames so far. Leaves: one safetensors file, written whole or not at all, and
-the sums back when the same calibration is started again.
-"""
+"""Save and restore the state of an interrupted calibration, as one safetensors file."""
 
 from __future__ import annotations
 

@@ -1,20 +1,19 @@
-"""Smoothing: outlying channels of an activation become a matter of weights and biases.
+"""Smoothing: move outlying channels of an activation into weights and biases.
 
-Enters: the range and mean of each channel of an activation, a sample of it, and the matrices that
-read it. Leaves: a shift and a scale for each channel, X' = (X - shift) / scale, that cost the
-layers' outputs least once X' and the weights are INT8. In floating point nothing changes, for the
+A shift and a scale for each channel, X' = (X - shift) / scale, are chosen so that the layers'
+outputs change least once X' and the weights are INT8. In floating point nothing changes: the
 weights are multiplied by the scale and the biases take the shift.
 
 Scales: SmoothQuant (Xiao et al. 2023, arXiv 2211.10438), eq. 4:
 s_j = max|X_j|^alpha / max|W_j|^(1 - alpha). Shifts: Outlier Suppression+ (Wei et al. 2023, arXiv
 2304.09145), eq. 4: z_j = (max X_j + min X_j) / 2, which makes a channel symmetric, as TensorRT's
-zero points of 0 would have it. Deviations: alpha, and whether to shift, is searched for each
-activation by the error of what its layers put out; scales are divided by their geometric mean,
-which per-tensor quantization does not notice and which keeps the magnitude for layers that stay in
-float16; a channel that is zero in activation or weights keeps the scale 1.
+zero points of 0 require. Deviations: alpha, and whether to shift, is searched for each activation
+by the error of its layers' outputs; scales are divided by their geometric mean, which does not
+change per-tensor quantization and keeps the magnitude for layers that stay in float16; a channel
+that is zero in activation or weights keeps the scale 1.
 
-The error that rounding leaves in the mean of an output goes into the bias (Nagel et al. 2019, arXiv
-1906.04721, section 4.2, with the mean measured on the frames); the search counts on that.
+The mean error of an output goes into the bias (Nagel et al. 2019, arXiv 1906.04721, section 4.2,
+with the mean measured on the frames); the search assumes this correction.
 """
 
 from __future__ import annotations

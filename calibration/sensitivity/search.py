@@ -1,10 +1,9 @@
-"""Which layers INT8 costs most, and how few of them in floating point meet a gate.
+"""Search for the layers to leave in floating point so that a gate is met.
 
-Enters: a float32 vision graph, a calibration of it, frames and a gate. Leaves: the error of each
-site quantized alone, and the same calibration with the costliest sites excluded, as few as the gate
-needs. Error is told at the graph's own outputs, in patches kept and tokens that match: an
-element-wise difference says nothing once a reducer has picked another patch. Decisions follow from
-what was measured and nothing else, so that a search that was interrupted takes the same ones again.
+Each site is quantized alone and its error measured, then the costliest sites are excluded, as few
+as the gate needs. The error is measured on the graph's outputs, in patches kept and tokens that
+match: an element-wise difference says nothing once a reducer has picked another patch. Decisions
+follow from the measurements alone, so a continued search decides the same.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
-"""Which layers quantized cost how much: each trial measured once, even over an interruption.
+"""Measure the agreement of a graph with some layers in INT8, each choice of layers once.
 
-Enters: a float32 vision graph, a calibration of it, frames, and one choice of layers after the
-other. Leaves: how far the graph with these layers in INT8 agrees with the float32 one. What was
-measured is kept in a file, so that a search that was interrupted decides again what it decided
-before, without measuring it again, and goes on.
+Measurements are kept in a file, so that a continued search does not repeat them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Batch sizes a plan takes, and the input shapes that follow from them.
-
-Enters: `--batch` and a graph's inputs. Leaves: the smallest, tuned and largest shape of each input,
-which is TensorRT's optimisation profile.
-"""
+"""The batch sizes of a plan and the input shapes that follow (TensorRT's optimisation profile)."""
 
 from __future__ import annotations
 

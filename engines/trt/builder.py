@@ -1,9 +1,8 @@
-"""An ONNX graph becomes a TensorRT plan: parse, build, write, say what was built.
+"""Build a TensorRT plan from an ONNX graph, and write its signed sidecar and layer report.
 
-Enters: `BuildOptions`. Leaves: `<plan>`, its signed sidecar and a layer report. TensorRT and
-TensorRT-RTX go the same way through Polygraphy's loaders; they differ in one place: TensorRT builds
-on the GPU it is for, TensorRT-RTX builds ahead of time for a compute capability, with or without a
-GPU. Precision is the graph's own (strongly typed): no precision flag is ever set, and TF32 is
+TensorRT and TensorRT-RTX both go through Polygraphy's loaders. TensorRT builds on the GPU that the
+plan is for. TensorRT-RTX builds ahead of time for a compute capability and needs no GPU. The
+network is strongly typed: precision is the graph's own and no precision flag is set. TF32 is
 cleared, because a score rounded to ten bits keeps another patch.
 """
 

@@ -1,7 +1,7 @@
-"""What a bundle carries for the device it is for: a script that builds its engines, and a page.
+"""Write the build script and the page that a bundle carries for its device.
 
-Enters: graphs and a target that runs TensorRT. Leaves: `build_on_device.sh` (our builder, or the
-equal trtexec call) and `BUILD_ON_DEVICE.md`, written into a bundle before it is published.
+`build_on_device.sh` builds the plans, with our builder or with trtexec. `BUILD_ON_DEVICE.md`
+explains it.
 """
 
 from __future__ import annotations

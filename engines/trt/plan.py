@@ -1,9 +1,8 @@
-"""A TensorRT plan on disk and the sidecar that says what it was built from, on what, for what.
+"""Read and write TensorRT plans with a signed sidecar that says what built them.
 
-A plan is code: TensorRT runs what it holds, and only for the exact library version and GPU that
-built it. So a plan is read only when its sidecar agrees with this machine in every point and was
-signed by this user, whose key never leaves the machine. Enters: a plan's path and what this machine
-is. Leaves: its bytes, or one `EngineError` that names both sides of every difference.
+A plan is code that runs only with the exact library version and on the GPU that built it. It is
+read only when its sidecar agrees with this machine in every point and carries the signature of this
+user, whose key never leaves the machine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""What to build, and whether it can be: everything that can be refused early is refused here.
+"""Plan a build: check everything that can be refused before anything is written.
 
-Enters: `BuildOptions` as the user gives them. Leaves: a `BuildPlan`, with the checkpoint opened,
-the target found and every reducer made; nothing has been written yet.
+The plan holds the opened checkpoint, the target and the reducer of each budget.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""A checkpoint becomes a bundle, step by step.
+"""Build a bundle from a checkpoint, step by step.
 
-Enters: `BuildOptions`. Leaves: a bundle directory, whole or not at all, and a `BuildReport`. The
-steps are plan, read the frames to calibrate with, export the vision graph of each budget, quantize,
-export the language model, publish.
+The steps are: plan, read the calibration frames, export the vision graph of each budget, quantize,
+export the language model, publish. The bundle is written completely or not at all.
 """
 
 from __future__ import annotations

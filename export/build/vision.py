@@ -1,8 +1,7 @@
-"""The vision graphs of a bundle, in the precision of the plan.
+"""Export the vision graphs of a bundle, in the precision of the plan.
 
-Enters: a `BuildPlan`. Leaves: a graph for each budget in the bundle's draft. FP32 and FP16 graphs
-are written as they are traced; for INT8 they are first written in FP32 beside the bundle, and what
-`calibration.int8.graphs` makes of them goes into it.
+FP32 and FP16 graphs are written as they are traced. For INT8 the graphs are first written in FP32
+beside the bundle, and `calibration.int8.graphs` makes the bundle's graphs from them.
 """
 
 from __future__ import annotations

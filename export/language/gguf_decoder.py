@@ -1,9 +1,8 @@
-"""The language model of a checkpoint becomes a GGUF file for llama.cpp.
+"""Export the language model (Llama, Qwen2, Qwen2.5 or Qwen3) to a GGUF file for llama.cpp.
 
-Enters: an opened checkpoint (Llama, Qwen2, Qwen2.5 or Qwen3 inside). Leaves: a GGUF file in
-float16 or float32; `gguf_quantize` makes a smaller one of it. It has no tokenizer: its vocabulary
-says "none" and how many ids there are, because the bundle's tokenizer.json makes the ids
-and the bundle's embedding table makes the rows, whichever backend runs.
+The file is float16 or float32; `gguf_quantize` makes it smaller. It has no tokenizer: its
+vocabulary is "none" with a number of ids, because the bundle's tokenizer.json makes the ids and
+the bundle's embedding table makes the rows for every backend.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Options of a reducer: checked when it is made, told again for the manifest."""
+"""Check the options of a reducer and list them for the manifest."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""What the reducer leaves of every picture, computed once and kept on disk.
+"""Compute the reduced tokens of every picture once and keep them on disk.
 
-Enters: the frozen tower, the reducer, pictures. Leaves: memory-mapped tokens. Nothing before the
-projector is trained, so an epoch costs no tower: 32 tokens of CLIP-L are 131 kB a picture. A run
-that was interrupted goes on with the first picture that is not there yet.
+Nothing before the projector is trained, so an epoch does not run the tower. 32 tokens of CLIP-L are
+131 kB a picture. An interrupted run continues with the first picture that is missing.
 """
 
 from __future__ import annotations

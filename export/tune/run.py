@@ -1,9 +1,4 @@
-"""A tuning run from end to end: options, what it does in which order, and what it reports.
-
-Enters: `TuneOptions`: a checkpoint, LLaVA-format conversations, pictures, a reducer. Leaves: a
-checkpoint directory that `export.build --model` takes, with the losses and their chart in it, and a
-`TuneReport`.
-"""
+"""Run a tuning from end to end, and report it."""
 
 from __future__ import annotations
 

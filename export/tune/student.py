@@ -1,8 +1,4 @@
-"""What learns: the projector, and on request LoRA adapters in the language model.
-
-Enters: rows and the tokens of their pictures. Leaves: the loss over answers, and gradients in the
-parts that are tuned; everything else is frozen.
-"""
+"""The trainable model: the projector and, on request, LoRA adapters in the language model."""
 
 from __future__ import annotations
 

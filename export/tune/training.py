@@ -1,8 +1,7 @@
-"""The training loop: AdamW under a cosine, resumable to the bit, stopped by the first NaN.
+"""The training loop: AdamW with a cosine schedule, exact resume, and a stop at the first NaN.
 
-Enters: a student, rows and a recipe. Leaves: a tuned student and the log of its losses. The order
-of rows follows from the seed and the step, and the state is what AdamW has seen, so a run that was
-interrupted ends with the weights it would have had.
+The order of rows follows from the seed and the step, and the state of AdamW is kept, so an
+interrupted run ends with the weights of an uninterrupted one.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""A golden run for NVIDIA's Polygraphy: check a vision graph where Foveate is not installed.
+"""Write a folder with which NVIDIA's Polygraphy checks a vision graph without Foveate.
 
-Enters: a bundle, its checkpoint and pictures. Leaves: a folder with the graph, its inputs, what
-PyTorch makes of them in Polygraphy's own JSON, a loader, a comparison that knows about selection,
-and the command lines. The scripts are copied as they are in `golden_scripts/` and need NumPy and
-Polygraphy only, so the folder can go to a device as it is.
+The folder holds the graph, its inputs, PyTorch's outputs in Polygraphy's JSON, the scripts of
+`golden_scripts/`, the measure they share with Foveate, and the command lines. The scripts need
+NumPy and Polygraphy only.
 """
 
 from __future__ import annotations

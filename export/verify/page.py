@@ -1,8 +1,7 @@
-"""A verification as one HTML page that needs nothing beside it.
+"""Write a verification as one HTML page without other files.
 
-Enters: a report, and the visual tokens of every picture as they were compared. Leaves: a file with
-tables, a chart of the error by stage, and overlays of the worst pictures as data URIs. Nothing in
-it runs, and everything that comes from outside (names of files, answers) is escaped.
+It holds tables, a chart of the error by stage, and overlays of the worst pictures as data URIs. It
+has no scripts, and everything from outside (file names, answers) is escaped.
 """
 
 from __future__ import annotations

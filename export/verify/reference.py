@@ -1,8 +1,7 @@
-"""What a checkpoint computes as transformers runs it: the measure of everything we export.
+"""Compute what transformers makes of a checkpoint: visual tokens, logits and greedy answers.
 
-Enters: an opened checkpoint. Leaves: visual tokens, first-token logits and greedy answers from
-PyTorch. The tower is transformers' own with eager attention that returns every attention matrix, as
-in the papers' code; nothing of `export.towers.clip` takes part, so a mistake there shows.
+The tower is transformers' own with eager attention that returns every attention matrix, as in the
+papers' code. It shares nothing with `export.towers.clip`, so a mistake there shows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a verification found: picture by picture, stage by stage, and at its worst.
-
-Enters: what was measured of each picture. Leaves: a verdict for each candidate, and JSON.
-"""
+"""The result of a verification: each picture, each stage, the worst values and the verdicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A verification in the terminal: candidates, stages, the worst pictures, verdicts."""
+"""Print a verification in the terminal: candidates, stages, the worst pictures, verdicts."""
 
 from __future__ import annotations
 

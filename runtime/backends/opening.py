@@ -1,7 +1,4 @@
-"""Choosing a language backend by name.
-
-Each is imported only when it is asked for, so that a machine needs the packages of one.
-"""
+"""Open a language backend by name; only the one that is asked for is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ROS 1 and 2 bags and MCAP files as a source, without ROS: `rosbags` reads them all."""
+"""Read ROS 1 and 2 bags and MCAP files with `rosbags`, without ROS."""
 
 from __future__ import annotations
 

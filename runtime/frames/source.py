@@ -1,7 +1,7 @@
-"""A source of frames: one reader, seen through a rotation, a crop and a frame rate.
+"""A source of frames: one reader with a rotation, a crop and a frame rate.
 
-Enters: a `Reader` of any kind. Leaves: frames, in RGB and upright. What cannot be read is counted
-in `FrameSource.errors` and skipped: one bad packet must not end a robot's day.
+What cannot be read is counted in `FrameSource.errors` and skipped, so one bad packet does not end
+the source.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Threads that share one picture: each takes bands of it, so that one frame is ready sooner.
+"""Run work on bands of one picture in several threads, so that one frame is ready sooner.
 
-Enters: work on some rows or columns, and how many there are. Leaves: all of them done. The work has
-to release Python's lock to gain anything; Pillow's resizing and NumPy's copies do.
+The work must release Python's lock to gain anything; Pillow's resizing and NumPy's copies do.
 """
 
 from __future__ import annotations
