@@ -1,4 +1,4 @@
-"""Print what a bundle holds and whether its files are intact: `python -m engines.inspect BUNDLE`."""
+"""Print what a bundle holds and check its files: `python -m engines.inspect BUNDLE`."""
 
 from __future__ import annotations
 

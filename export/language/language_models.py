@@ -1,4 +1,4 @@
-"""Export the language half of a bundle: embedding table, tokenizer, and a decoder for each backend."""
+"""Export the language half of a bundle: embeddings, tokenizer, and a decoder for each backend."""
 
 from __future__ import annotations
 
