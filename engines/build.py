@@ -79,7 +79,7 @@ def prepare_plan(
     options = BuildOptions(
         onnx=bundle.path(graph.file),
         onnx_sha256=bundle.manifest.files[graph.file].sha256,
-        plan=plan_path(bundle, graph, target, request.batch.largest),
+        plan=plan_path(bundle, graph, target, request.batch.max),
         target=target,
         precision=graph.precision,
         inputs=graph.inputs,
@@ -162,8 +162,8 @@ def main(
     batch: Annotated[
         str,
         typer.Option(
-            help="Images in one run: one size (4 for four cameras), or smallest/tuned/largest. "
-            "Each largest size has a plan of its own, and the runtime takes the one that fits."
+            help="Images in one run: one size (4 for four cameras), or min/opt/max. "
+            "Each max size has a plan of its own, and the runtime takes the one that fits."
         ),
     ] = "1",
     workspace: Annotated[
@@ -212,7 +212,7 @@ def _warn_of_memory(
     to_build = [
         bundle.graph_bytes(graph)
         for graph in graphs
-        if request.rebuild or not plan_path(bundle, graph, target, request.batch.largest).exists()
+        if request.rebuild or not plan_path(bundle, graph, target, request.batch.max).exists()
     ]
     memory = read_memory(Path("/proc/meminfo"))
     room = memory.get("MemAvailable", 0) + memory.get("SwapFree", 0)

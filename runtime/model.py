@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 
 from engines.bundle import Bundle
-from engines.closeable import Closeable
 from engines.errors import BackendError
 from runtime.backends import TextBackend
 from runtime.backends.chat_server import ServerOptions
@@ -69,7 +68,7 @@ class Answer:
         return replace(self, milliseconds=spent, seen=tuple(seen))
 
 
-class Model(Closeable):
+class Model(AbstractContextManager["Model"]):
     """The three parts of a bundle, loaded; use it as a context manager.
 
     Attributes:
@@ -218,6 +217,9 @@ class Model(Closeable):
             f'The backend "{self.language.name}" runs on a server, which gives text and no logits. '
             "Open the model with ort or llamacpp for this."
         )
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Free everything; calling it again does nothing."""

@@ -228,7 +228,7 @@ class _Compilation:
         trt = self.library.trt
         ranges = self.loaders.Profile()
         for name, shapes in self.profile.items():
-            ranges.add(name, shapes.smallest, shapes.tuned, shapes.largest)
+            ranges.add(name, shapes.min, shapes.opt, shapes.max)
         common = {
             "profiles": [ranges],
             "memory_pool_limits": {trt.MemoryPoolType.WORKSPACE: workspace_of(self.options)},

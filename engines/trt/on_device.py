@@ -68,9 +68,9 @@ def _shape_options(graph: VisionGraph, batch: BatchRange) -> str:
         return ""
     ranges = shape_ranges(graph.inputs, batch)
     lines = ""
-    for option, which in (("min", "smallest"), ("opt", "tuned"), ("max", "largest")):
+    for option in ("min", "opt", "max"):
         shapes = ",".join(
-            f"{name}:{'x'.join(str(axis) for axis in getattr(shape, which))}"
+            f"{name}:{'x'.join(str(axis) for axis in getattr(shape, option))}"
             for name, shape in ranges.items()
         )
         lines += f"            --{option}Shapes={shapes} \\\n"

@@ -34,13 +34,13 @@ _log = logging.getLogger(__name__)
 
 
 class ShapeRange(BaseModel):
-    """Shapes of one input that a plan takes: smallest, the one it is tuned for, largest."""
+    """Shapes of one input that a plan takes; it is optimised for `opt`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    smallest: tuple[int, ...]
-    tuned: tuple[int, ...]
-    largest: tuple[int, ...]
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
 
 
 class PlanRecord(BaseModel):

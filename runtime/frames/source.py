@@ -7,13 +7,13 @@ the source.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import numpy as np
 
-from engines.closeable import Closeable
 from engines.errors import OptionError, PictureError, SourceError
 from runtime.frames.frame import Capture, Frame, Reader, ReadErrors
 from runtime.vision import Pixels
@@ -57,7 +57,7 @@ class SourceOptions:
             raise OptionError(" ".join(problems))
 
 
-class FrameSource(Closeable):
+class FrameSource(AbstractContextManager["FrameSource"]):
     """Frames of one reader; iterate over it once, and use it as a context manager.
 
     Attributes:
@@ -113,6 +113,9 @@ class FrameSource(Closeable):
         if self._options.rotate:
             image = np.rot90(image, k=-self._options.rotate // 90)
         return image
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Stop, from any thread; calling it again does nothing."""

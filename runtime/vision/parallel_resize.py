@@ -8,15 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from itertools import pairwise
-
-from engines.closeable import Closeable
 
 _MOST_THREADS = 4
 """The rest of a robot wants cores, too."""
 
 
-class Bands(Closeable):
+class Bands(AbstractContextManager["Bands"]):
     """Runs work in bands; threads are started when first used.
 
     Attributes:
@@ -59,6 +58,9 @@ class Bands(Closeable):
             # No more than are needed: each thread keeps some megabytes for itself once it was used.
             self._pool = ThreadPoolExecutor(max(self.threads - 1, 1), thread_name_prefix="bands")
         return self._pool
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the threads; calling it again does nothing."""

@@ -11,9 +11,9 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
-from engines.closeable import Closeable
 from engines.errors import OptionError
 
 _INTERVAL_MS = 200
@@ -46,7 +46,7 @@ def watts_from_line(line: str) -> float | None:
     return None
 
 
-class Tegrastats(Closeable):
+class Tegrastats(AbstractContextManager["Tegrastats"]):
     """Runs `tegrastats` and keeps what it says; safe to use from several threads."""
 
     def __init__(self, command: Iterable[str] = ("tegrastats", "--interval", str(_INTERVAL_MS))):
@@ -104,6 +104,9 @@ class Tegrastats(Closeable):
                 self._count += 1
             self._read.set()
         self._read.set()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End it; calling it again does nothing."""
