@@ -11,7 +11,7 @@ import numpy as np
 
 from calibration.agreement.stages import StageError, measure_stages, read_stages, tap_graph
 from calibration.agreement.token_metrics import Agreement, average_agreement, compare_visual_tokens
-from calibration.frames.pixels import Frames
+from calibration.frames.dataset import Frames
 from engines.ort import OrtSession
 from engines.progress_bar import Progress
 from engines.session import Array

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.vision import VisualTokens
+if TYPE_CHECKING:
+    from runtime.vision import VisualTokens
 
 Array = NDArray[Any]
 
@@ -74,6 +75,23 @@ class Agreement:
     cosine: float
 
 
+@dataclass(frozen=True)
+class Gate:
+    """The least agreement that is good enough."""
+
+    overlap: float = 0.97
+    cosine: float = 0.99
+
+    def holds(self, agreement: Agreement) -> bool:
+        """Return whether both measures are reached."""
+        return agreement.overlap >= self.overlap and agreement.cosine >= self.cosine
+
+    def cost(self, agreement: Agreement) -> float:
+        """Return the error as a multiple of what the gate allows, both measures added up."""
+        allowed = max(1 - self.overlap, 1e-6), max(1 - self.cosine, 1e-6)
+        return (1 - agreement.overlap) / allowed[0] + (1 - agreement.cosine) / allowed[1]
+
+
 def average_agreement(pictures: Iterable[TokenAgreement]) -> Agreement:
     """Return the average over pictures, of which there is at least one."""
     rows = [(one.overlap, one.assignment, one.cosine_mean) for one in pictures]
@@ -82,7 +100,7 @@ def average_agreement(pictures: Iterable[TokenAgreement]) -> Agreement:
 
 def compare_visual_tokens(reference: VisualTokens, candidate: VisualTokens) -> TokenAgreement:
     """Compare what two vision graphs made of one picture, a batch of one each."""
-    theirs, ours = reference.tokens_of(0), candidate.tokens_of(0)  # [valid, D] each
+    theirs, ours = (one.tokens[0, : one.valid[0]] for one in (reference, candidate))  # [valid, D]
     their_origin, our_origin = reference.origin[0, : len(theirs)], candidate.origin[0, : len(ours)]
     at_theirs, at_ours = match_tokens(reference, candidate)
     cosine = measure_cosine(theirs[at_theirs], ours[at_ours])

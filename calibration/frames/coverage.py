@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from calibration.frames.colour_order import ColourOrder, judge_colour_order
-from calibration.frames.frame_sampler import EvenSample
+from calibration.frames.frame_sampler import DistinctFrames
 from calibration.frames.near_duplicates import Signature, count_scenes
 
 FEWEST_FRAMES = 128
@@ -63,7 +63,7 @@ class Coverage:
 
 
 def measure_coverage(
-    sample: EvenSample, signatures: Sequence[Signature], unreadable: Mapping[str, int]
+    sample: DistinctFrames, signatures: Sequence[Signature], unreadable: Mapping[str, int]
 ) -> Coverage:
     """Measure what was collected.
 

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Protocol
 
 from calibration.frames.coverage import Coverage, measure_coverage
-from calibration.frames.frame_sampler import EvenSample
+from calibration.frames.frame_sampler import DistinctFrames
 from engines.errors import OptionError, SourceError
 from engines.manifest import Preprocessing
 from runtime.frames import Frame, FrameSource, SourceOptions, open_source
@@ -33,6 +34,15 @@ _SMALL = "smaller than a patch"
 
 Progress = Callable[[int, int], None]
 """Called with how many frames were read and how many of them are kept."""
+
+
+class Frames(Protocol):
+    """Frames that can be gone through more than once; a list of arrays is such a thing."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[PixelValues]:
+        """Yield float32[1, 3, H, W], what the bundle's preprocessing makes of a picture."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +137,7 @@ def collect_frames(
         source = open_source(
             source, rotate=view.rotate, crop=view.crop, fps=view.fps, topic=view.topic
         )
-    sample = EvenSample(options.max_frames)
+    sample = DistinctFrames(options.max_frames)
     with ExitStack() as open_things:
         frames = open_things.enter_context(source)
         for frame in _frames_of(frames, sample, options, open_things):
@@ -136,12 +146,12 @@ def collect_frames(
                 size = f"{width}x{height} pixels, and a patch alone is {options.patch_pixels}"
                 frames.errors.count(_SMALL, f"a frame has {size}")
                 continue
-            sample.add(resize_picture(frame.image, preprocessing))
+            sample.look_at(resize_picture(frame.image, preprocessing))
             progress(sample.read, len(sample))
             if frames.live and len(sample) == options.max_frames:
                 break
     _refuse_unreadable(frames, sample)
-    kept = sample.frames()
+    kept = sample.items()
     if len(kept) < 2:
         raise SourceError(
             f"{frames.name} has {len(kept)} distinct frames ({sample.read} read, "
@@ -159,7 +169,7 @@ def collect_frames(
 
 
 def _frames_of(
-    frames: FrameSource, sample: EvenSample, options: FrameOptions, open_things: ExitStack
+    frames: FrameSource, sample: DistinctFrames, options: FrameOptions, open_things: ExitStack
 ) -> Iterator[Frame]:
     """Return the frames to look at: of a recording spread over all of it, of a camera for a time.
 
@@ -176,7 +186,7 @@ def _frames_of(
     return frames.chosen(lambda: clock.wants(time.monotonic_ns()) and sample.wants_next())
 
 
-def _refuse_unreadable(frames: FrameSource, sample: EvenSample) -> None:
+def _refuse_unreadable(frames: FrameSource, sample: DistinctFrames) -> None:
     """Count pictures against those that were tried, and damage of the stream against all of it."""
     counts = frames.errors.counts
     pictures = counts["undecodable"] + counts[_SMALL]

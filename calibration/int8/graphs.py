@@ -13,9 +13,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from calibration.agreement.gate import Gate
 from calibration.agreement.graphs import compare_graphs, rank_stages
-from calibration.agreement.token_metrics import Agreement
+from calibration.agreement.token_metrics import Agreement, Gate
 from calibration.frames.dataset import CalibrationSet
 from calibration.int8.options import Int8Options
 from calibration.int8.resume import Unfinished

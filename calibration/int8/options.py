@@ -8,7 +8,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from calibration.agreement.gate import Gate
+from calibration.agreement.token_metrics import Gate
 from calibration.frames.dataset import FrameOptions
 from calibration.scales.calibrate import CalibrationOptions
 from calibration.scales.calibration_file import Calibration, load_calibration

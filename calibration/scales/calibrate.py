@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibration.frames.pixels import Frames
+from calibration.frames.dataset import Frames
 from calibration.scales.calibration_file import (
     Calibration,
     FramesRecord,
@@ -42,7 +42,6 @@ class CalibrationOptions:
 
     Attributes:
         method: how an activation's range is chosen; `calibration.scales.ranges` explains each.
-        percentile: for the method of that name.
         smooth: let SmoothQuant move outlying channels into the weights.
         alphas: what is tried for each activation; the best, or no smoothing, is taken.
         sample_rows: rows of each activation that alphas are judged on.
@@ -50,7 +49,6 @@ class CalibrationOptions:
     """
 
     method: Method = "mse"
-    percentile: float = 99.99
     smooth: bool = True
     alphas: tuple[float, ...] = ALPHAS
     sample_rows: int = 256
@@ -94,7 +92,6 @@ def calibrate(
     state, thresholds = _find_thresholds(recorder, state, activations, options)
     return Calibration(
         method=options.method,
-        percentile=options.percentile,
         frames=FramesRecord(count=state.seen, sha256=state.chain),
         sites={
             name: SiteRecord(
@@ -159,7 +156,6 @@ def _choose_smoothing(
         [layer.matrix() for layer in site.layers],
         options.alphas,
         options.method,
-        options.percentile,
     )
     best = min(trials, key=lambda trial: trial.error)
     if best.error >= plain.error * (1.0 if site.foldable else 0.5):
@@ -187,9 +183,7 @@ def _find_thresholds(
         state, largest, lambda name, rows: activations[name].smooth(rows)
     )
     return state, {
-        name: find_threshold(
-            state.arrays[f"counts/{name}"], top, options.method, options.percentile
-        )
+        name: find_threshold(state.arrays[f"counts/{name}"], top, options.method)
         for name, top in largest.items()
     }
 

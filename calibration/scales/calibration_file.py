@@ -11,7 +11,7 @@ import binascii
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,6 @@ from pydantic import (
     ValidationError,
 )
 
-from calibration.scales.ranges import Method
 from engines.errors import CalibrationError
 from engines.staging import staged_file
 
@@ -120,8 +119,8 @@ class Calibration(_Record):
 
     Attributes:
         schema_version: of this record.
-        method: how thresholds were chosen.
-        percentile: for the method of that name.
+        method: how thresholds were chosen; ``percentile`` and ``entropy`` in older records.
+        percentile: of older records; nothing reads it.
         frames: what it was made from.
         sites: the activations, by name.
         layers: every layer that can be quantized, by its module.
@@ -130,8 +129,8 @@ class Calibration(_Record):
     """
 
     schema_version: int = SCHEMA_VERSION
-    method: Method
-    percentile: float
+    method: Literal["max", "mse", "percentile", "entropy"]
+    percentile: float = 99.99
     frames: FramesRecord
     sites: dict[str, SiteRecord]
     layers: dict[str, LayerRecord] = Field(min_length=1)

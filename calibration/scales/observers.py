@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibration.frames.pixels import Frames
+from calibration.frames.dataset import Frames
 from calibration.scales.layers import Site
 from calibration.scales.ranges import count_magnitudes
 from calibration.scales.resume import State, StateFile

@@ -102,7 +102,6 @@ def try_smoothing(
     matrices: Sequence[Matrix],
     alphas: Sequence[float],
     method: Method,
-    percentile: float,
 ) -> list[Trial]:
     """Try every alpha, with and without shift, on a sample of an activation.
 
@@ -112,7 +111,6 @@ def try_smoothing(
         matrices: the weights that read it, float32[K, N] each.
         alphas: what to try.
         method: how the range of the smoothed activation is chosen.
-        percentile: for the method of that name.
 
     Returns:
         The trial that changes nothing first, then the others.
@@ -133,7 +131,7 @@ def try_smoothing(
             x: Matrix = (sample - shift) / scale
             w: Matrix = joined * scale[:, None]
             counts = count_magnitudes(x, top, _BINS)
-            threshold = find_threshold(counts, top, method, percentile)
+            threshold = find_threshold(counts, top, method)
             rounded = fake_quantize(w, np.abs(w).max(axis=0))
             off = fake_quantize(x, threshold) @ rounded - x @ w - smoothed.mean @ (rounded - w)
             error = float(np.square(off, dtype=np.float64).sum()) / power

@@ -15,9 +15,8 @@ from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
-from calibration.agreement.gate import Gate
-from calibration.agreement.token_metrics import Agreement
-from calibration.frames.pixels import Frames
+from calibration.agreement.token_metrics import Agreement, Gate
+from calibration.frames.dataset import Frames
 from calibration.scales.calibration_file import Calibration
 from calibration.scales.layers import Site, find_sites
 from calibration.sensitivity.trials import Trials

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from calibration.agreement.graphs import run_graph
 from calibration.agreement.token_metrics import Agreement, average_agreement, compare_visual_tokens
-from calibration.frames.pixels import Frames
+from calibration.frames.dataset import Frames
 from calibration.scales.apply import apply_calibration
 from calibration.scales.calibration_file import Calibration
 from engines.errors import CalibrationError

@@ -13,13 +13,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib import import_module
-from importlib.resources import as_file, files
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from calibration.agreement import token_metrics
 from engines.bundle import Bundle, open_bundle
 from engines.errors import OptionError
 from engines.manifest import VisionGraph
@@ -121,8 +122,10 @@ def _copy_graph(bundle: Bundle, graph: VisionGraph, root: Path) -> None:
 def _write_scripts(root: Path, graph: VisionGraph, pictures: list[str], model: str) -> None:
     scripts = files("export.verify").joinpath("golden_scripts")
     for name in _SCRIPTS:
-        with as_file(scripts.joinpath(name)) as script:
-            shutil.copyfile(script, root / name)
+        text = scripts.joinpath(name).read_text("utf-8")
+        text = text.replace(f"from {token_metrics.__name__} import", "from token_metrics import")
+        (root / name).write_text(text, "utf-8")
+    shutil.copyfile(token_metrics.__file__, root / "token_metrics.py")
     shapes = _shape_flags(graph)
     command = scripts.joinpath("run.sh").read_text("utf-8").replace("@SHAPES@", shapes)
     (root / "run.sh").write_text(command, "utf-8")

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 from PIL import Image
 
-from calibration.agreement.gate import Gate
+from calibration.agreement.token_metrics import Gate
 from calibration.int8.bundle import calibrate_bundle
 from calibration.int8.graphs import RECORD_NAME
 from calibration.int8.options import Int8Options, gate_from_text
