@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from engines import __version__
-from engines.device_facts import read_power_mode
 from engines.errors import EngineError
-from engines.gpu import Gpu, NoGpu, find_gpu
+from engines.gpu import Gpu, NoGpu, find_gpu, read_power_mode
 from engines.manifest import Precision, TensorSpec
 from engines.staging import staged_file
 from engines.targets import Target, targets_of_gpu

@@ -20,9 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import Bundle
-from engines.device_facts import read_power_mode
 from engines.errors import EngineError
-from engines.gpu import NoGpu, find_gpu
+from engines.gpu import NoGpu, find_gpu, read_power_mode
 from engines.manifest import VisionGraph
 from engines.session import Array, InputSpec, check_inputs
 from engines.targets import Target
