@@ -1,4 +1,4 @@
-"""The four floors: a floor imports only floors below it, and only the packages it is allowed.
+"""The five floors: a floor imports only floors below it, and only the packages it is allowed.
 
 Read from the source, so an import inside a function counts as much as one at the top.
 """

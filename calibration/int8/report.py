@@ -33,7 +33,7 @@ def document_from_int8(made: Int8Graphs, frames: CalibrationSet | None) -> dict[
 
 
 def lines_from_int8(made: Int8Graphs) -> list[str]:
-    """Return it as lines; coverage is told before, by `tell_coverage`."""
+    """Return it as lines, without the coverage of the frames."""
     calibration = made.calibration
     lines = [
         f"  INT8 in {len(calibration.quantized)} of {len(calibration.layers)} layers of the tower"
