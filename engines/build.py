@@ -208,7 +208,7 @@ def _print_outcome(outcome: PlanOutcome) -> None:
 def _warn_of_memory(
     bundle: Bundle, graphs: Sequence[VisionGraph], target: Target, request: PlanRequest
 ) -> None:
-    """Say beforehand that memory may not do: a builder that runs out is killed without a word."""
+    """Warn if memory may not suffice: a builder that runs out is killed without a message."""
     to_build = [
         bundle.graph_bytes(graph)
         for graph in graphs

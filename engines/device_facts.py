@@ -73,7 +73,7 @@ class DeviceFacts:
 
 
 def read_facts(place: Path = Path(), root: Path = Path("/")) -> DeviceFacts:
-    """Look at the machine.
+    """Read the facts of this machine.
 
     Args:
         place: where bundles lie; its disk is measured.

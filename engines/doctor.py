@@ -47,7 +47,7 @@ class Finding:
 
 
 def examine_machine(facts: DeviceFacts) -> list[Finding]:
-    """Judge what holds for every bundle."""
+    """Judge what is the same for every bundle."""
     gpu = facts.gpu
     findings = [
         Finding("GPU", "note", f"none: {gpu.reason}")

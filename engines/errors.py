@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class FoveateError(Exception):
-    """A mistake in the input, told in one paragraph: what, got, expected, how to fix."""
+    """A mistake in the input, described in one paragraph: what, got, expected, how to fix."""
 
 
 class OptionError(FoveateError):

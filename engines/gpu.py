@@ -31,7 +31,7 @@ class Gpu:
         integrated: shares its memory with the CPU, as on a Jetson.
         cuda: newest CUDA version the driver serves.
         driver: the driver's own version, ``"unknown"`` where the system does not say.
-        multiprocessors: how many it has; None where nobody asked.
+        multiprocessors: how many it has; None where it was not asked for.
     """
 
     name: str

@@ -90,7 +90,7 @@ LLM_PRECISIONS = {
 
 @dataclass(frozen=True)
 class Roof:
-    """What a device can do at most."""
+    """The peaks of a device."""
 
     bandwidth_bytes_s: float
     fp16_ops_s: float
@@ -103,7 +103,7 @@ class Roof:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one operator, or a sum of them, does and moves."""
+    """Operations and bytes of one operator, or of a sum of them."""
 
     operations: float
     weight_bytes: float = 0.0

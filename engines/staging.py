@@ -102,7 +102,7 @@ def _swap(staged: Path, destination: Path) -> None:
 def _explained(
     destination: Path, error: type[FoveateError], expected_bytes: int | None = None
 ) -> Iterator[None]:
-    """Turn a refusal of the disk, whoever reports it, into an error of the project."""
+    """Turn an error of the disk, from any library, into an error of the project."""
     try:
         yield
     except FoveateError:

@@ -1,8 +1,4 @@
-"""Options of the export commands: what a person types, read into what the API takes.
-
-Enters: a command line's words. Leaves: budgets, a reducer's options, decoders. Several commands
-share the single options; `export.build` takes the groups, each as one parameter (`engines.cli`).
-"""
+"""Options that several export commands share."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _LARGEST = float(np.finfo(np.float16).max)
 
 
 def write_fp16_graph(source: Path, file: Path) -> ExportedGraph:
-    """Write the float16 twin of a float32 graph.
+    """Write a float32 graph as float16.
 
     Args:
         source: the float32 graph.
@@ -44,7 +44,7 @@ def write_fp16_graph(source: Path, file: Path) -> ExportedGraph:
 
 
 def convert_to_fp16(model: ir.Model, keep_fp32: Sequence[str] = FP32_MODULES) -> None:
-    """Turn a float32 graph into float16 but for the modules named, in place.
+    """Convert a float32 graph to float16, except the modules named, in place.
 
     LayerNormalization becomes float16 too, with its mean and variance computed in float32
     (`stash_type` 1 of the ONNX definition, which TensorRT's parser hands to its kernel), so that
@@ -68,7 +68,7 @@ def convert_to_fp16(model: ir.Model, keep_fp32: Sequence[str] = FP32_MODULES) ->
 
 
 class _Converter:
-    """Gives every node its type, and every value as many twins as types it is read in."""
+    """Gives every node its type, and every value a copy for each type it is read in."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph

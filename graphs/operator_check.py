@@ -77,7 +77,7 @@ _INSTEAD = {
 
 @dataclass(frozen=True)
 class Refusal:
-    """One thing TensorRT will not take.
+    """One thing that TensorRT would refuse.
 
     Attributes:
         node: name of the node, or of the graph's input.
@@ -114,7 +114,7 @@ def check_graph(file: Path, tensorrt: str) -> None:
         tensorrt: the version, such as ``"10.3"``.
 
     Raises:
-        EngineError: it will not; the first refusal is told in full.
+        EngineError: it will not; the first refusal is given in full.
     """
     refusals = find_refusals(infer_types(ir.load(file)), tensorrt)
     if refusals:
@@ -231,7 +231,7 @@ def _refuse_topk(node: ir.Node, version: tuple[int, int]) -> Iterator[str]:
 
 def _refuse_norm_outputs(node: ir.Node, version: tuple[int, int]) -> Iterator[str]:
     if node.op_type == "LayerNormalization" and any(out.uses() for out in node.outputs[1:]):
-        yield "its mean and deviation are read, and only its first output is to be had"
+        yield "its mean and deviation are read, and only its first output can be used"
 
 
 def _refuse_quantization(node: ir.Node, version: tuple[int, int]) -> Iterator[str]:

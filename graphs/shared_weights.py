@@ -21,7 +21,7 @@ class SharedWeights:
     """A file of weights that graphs beside it point into.
 
     Attributes:
-        file: where; it is begun anew.
+        file: where; it is replaced.
     """
 
     def __init__(self, file: Path) -> None:

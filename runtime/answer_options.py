@@ -1,4 +1,4 @@
-"""How answers are written: options of commands that answer."""
+"""Options of how answers are written, for commands that answer."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class AnswerOptions:
     seed: SeedOption = 0
 
     def generation(self) -> GenerationOptions:
-        """Return what they mean together.
+        """Return the options, checked together.
 
         Raises:
             OptionError: an option, or two together, that make no sense.

@@ -51,7 +51,7 @@ class Answer:
 
     @property
     def computed_tokens(self) -> int | None:
-        """How many positions of the prompt were not in the KV cache; None where nobody knows."""
+        """How many positions of the prompt were not in the KV cache; None where it is unknown."""
         return None if self.reused_tokens is None else self.prompt_tokens - self.reused_tokens
 
     @property

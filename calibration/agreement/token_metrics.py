@@ -223,7 +223,7 @@ def _patches(origin: Array) -> set[int]:
 def _contents(picture: VisualTokens) -> dict[Hashable, int]:
     """Return where each token is, by its patch or by what became it and what was merged into it.
 
-    Tokens made of nothing that is told, such as the class token, are told apart by their order.
+    Tokens without any patch, such as the class token, are numbered in their order.
     """
     members: dict[int, list[tuple[int, bool]]] = defaultdict(list)
     for patch, slot in enumerate(picture.assignment[0].tolist()):

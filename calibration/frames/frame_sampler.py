@@ -1,4 +1,4 @@
-"""Collect distinct frames spread evenly over a source whose length nobody knows."""
+"""Collect distinct frames spread evenly over a source of unknown length."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from calibration.agreement.graphs import compare_graphs, rank_stages
 from calibration.agreement.token_metrics import Agreement, Gate
 from calibration.frames.dataset import CalibrationSet
 from calibration.int8.options import Int8Options
-from calibration.int8.resume import Unfinished
+from calibration.int8.resume import ResumeFolder
 from calibration.scales.apply import apply_calibration
 from calibration.scales.calibrate import calibrate
 from calibration.scales.calibration_file import Calibration
@@ -44,7 +44,7 @@ _SUSPECT_FRAMES = 2
 
 @dataclass(frozen=True)
 class Int8Graphs:
-    """What became of a bundle's graphs.
+    """The INT8 graphs of a bundle.
 
     Attributes:
         written: each graph by its place in the bundle.
@@ -80,7 +80,7 @@ class Int8Graphs:
 
 @dataclass(frozen=True)
 class Int8Task:
-    """What is to be done.
+    """What to calibrate and quantize.
 
     Attributes:
         sources: float32 graphs by their place in the bundle; the first is calibrated on.
@@ -102,7 +102,7 @@ class Int8Task:
     options: Int8Options
     frames: CalibrationSet | None
     record: Calibration | None = None
-    unfinished: Unfinished | None = None
+    unfinished: ResumeFolder | None = None
 
     @property
     def gate(self) -> Gate:
@@ -111,7 +111,7 @@ class Int8Task:
 
 
 def make_int8_graphs(task: Int8Task, progress: Progress = lambda line, done: None) -> Int8Graphs:
-    """Calibrate, quantize, write, check.
+    """Calibrate and quantize the graphs, write them and check them.
 
     Raises:
         GateError: the graphs agree too little with FP32; the worst layers are named.

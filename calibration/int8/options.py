@@ -86,7 +86,7 @@ class Int8Options:
         if record is not None and record.excluded and precision == "int8":
             raise OptionError(
                 f"{self.record} leaves {len(record.excluded)} layers in floating point, such as "
-                f"{record.excluded[0]}. Use it with --precision mixed, or calibrate anew."
+                f"{record.excluded[0]}. Use it with --precision mixed, or calibrate again."
             )
         self._check_source()
         return record
@@ -103,7 +103,7 @@ class Int8Options:
 
 @dataclass(frozen=True)
 class Int8Flags:
-    """What INT8 is calibrated on, and what it must keep; the help of each option says more."""
+    """What INT8 is calibrated on and which gate it must pass."""
 
     frames: Annotated[
         str | None,
@@ -155,7 +155,7 @@ class Int8Flags:
     ] = None
 
     def options(self, threads: int | None = None) -> Int8Options:
-        """Return what they mean together.
+        """Return the options, checked together.
 
         Raises:
             OptionError: an option is not possible.

@@ -10,7 +10,7 @@ from typing import Any
 from calibration.frames.coverage import document_from_coverage, lines_from_coverage
 from calibration.frames.dataset import CalibrationSet
 from calibration.int8.graphs import RECORD_NAME, Int8Graphs
-from calibration.int8.resume import Unfinished
+from calibration.int8.resume import ResumeFolder
 from calibration.sensitivity.report import json_from_report, table_from_report
 from engines import cli
 from engines.errors import GateError
@@ -75,7 +75,7 @@ def tell_missed_gate(error: GateError, as_json: bool) -> int:
 
 def tell_interruption(out: Path) -> None:
     """Say where an interrupted calibration goes on."""
-    folder = Unfinished(out).folder
+    folder = ResumeFolder(out).folder
     if folder.exists():
         print(
             f"Interrupted. {folder} keeps what was measured: the same command goes on from there.",

@@ -15,8 +15,8 @@ from engines.errors import GateError
 
 
 @dataclass(frozen=True)
-class Unfinished:
-    """A calibration on its way.
+class ResumeFolder:
+    """The folder of a calibration that is not finished.
 
     Attributes:
         out: directory of the bundle.
@@ -41,7 +41,7 @@ class Unfinished:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Keep it until the block ends with a result; whatever else ends the block leaves it."""
+        """Remove it when the block ends with a result; an error or Ctrl-C leaves it."""
         try:
             yield
         except GateError:

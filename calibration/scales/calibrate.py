@@ -63,14 +63,14 @@ def calibrate(
     progress: Progress = lambda line, done: None,
     resume: Path | None = None,
 ) -> Calibration:
-    """Find out how a tower is to be quantized.
+    """Find how to quantize a tower.
 
     Args:
         graph_file: a float32 vision graph; its reducer and projector are not run.
         frames: `pixel_values` of one picture each, float32[1, 3, H, W]. They are gone through once
             or twice and must come in the same order each time.
         options: how.
-        progress: told of every frame.
+        progress: called for every frame.
         resume: a file that keeps what was gathered while it runs. If it is there, the calibration
             that was interrupted goes on, or was done and is made again from it; it stays, for the
             caller to remove.
@@ -147,7 +147,7 @@ def _reshape(site: Site, state: State, options: CalibrationOptions) -> _Activati
 def _choose_smoothing(
     site: Site, state: State, channels: Channels, options: CalibrationOptions
 ) -> Smoothing | None:
-    """Take what costs least; what takes nodes of its own must cost half of nothing."""
+    """Take the trial with the least error; one that adds nodes must halve the plain error."""
     if not options.smooth or site.source.is_graph_input():
         return None
     plain, *trials = try_smoothing(

@@ -162,7 +162,7 @@ class Calibration(_Record):
         return self.model_copy(update={"excluded": ordered})
 
     def save(self, file: Path) -> None:
-        """Write the record with its checksum, whole or not at all.
+        """Write the record with its checksum, completely or not at all.
 
         Raises:
             CalibrationError: the file cannot be written.

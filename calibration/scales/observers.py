@@ -56,7 +56,7 @@ class Recorder:
         frames: all of them.
         states: where sums are kept.
         threads: CPU threads.
-        progress: told of every frame.
+        progress: called for every frame.
     """
 
     model: ir.Model

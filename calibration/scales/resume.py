@@ -74,7 +74,7 @@ class StateFile:
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CalibrationError(
                 f"{self.path} is not the state of an interrupted calibration ({error}). Delete it "
-                "to start anew."
+                "to start again."
             ) from error
         if header["identity"] != self.identity:
             raise self.refusal("another checkpoint, other options or another number of frames")
@@ -84,5 +84,5 @@ class StateFile:
         """Return the error for a state that cannot be continued."""
         return CalibrationError(
             f"{self.path} is the state of a calibration made from {made_from}. Start that one "
-            "again to finish it, or delete the file to start anew."
+            "again to finish it, or delete the file to start again."
         )

@@ -53,7 +53,7 @@ class Channels:
 
     @property
     def middle(self) -> Vector:
-        """What makes each channel symmetric when it is taken off, float32[K]."""
+        """The shift that makes each channel symmetric, float32[K]."""
         return np.asarray((self.lowest + self.highest) / 2, np.float32)
 
     def smoothed(self, shift: Vector, scale: Vector) -> Channels:

@@ -43,7 +43,7 @@ def table_from_report(report: SensitivityReport) -> Table:
 
 
 def json_from_report(report: SensitivityReport) -> dict[str, Any]:
-    """Return what a program wants to know of a search."""
+    """Return a search as plain values for JSON."""
     return {
         "gate": asdict(report.gate),
         "before": asdict(report.before),

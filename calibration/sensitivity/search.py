@@ -86,7 +86,7 @@ def search_exclusions(
         frames: float32[1, 3, H, W] each; better others than it was calibrated on.
         gate: what is to be reached.
         threads: CPU threads.
-        progress: told of every trial.
+        progress: called for every trial.
         resume: a file that keeps every trial, for searches on other graphs too. What it holds is
             not measured again; it stays, for the caller to remove.
 
@@ -116,7 +116,7 @@ class _Search:
     progress: Progress
 
     def measure_sites(self, sites: Sequence[Site]) -> list[SiteCost]:
-        """Return what each site costs alone, the costliest for its weights first."""
+        """Return what each site costs alone, the highest cost per weight first."""
         costs = []
         for number, site in enumerate(sites):
             layers = [one for one in site.layers if one.name not in self.calibration.excluded]

@@ -106,5 +106,5 @@ def _load(kept: Path | None) -> dict[str, Agreement]:
     except (ValidationError, OSError) as error:
         raise CalibrationError(
             f"{kept} does not hold the trials of an interrupted search: it is cut short or "
-            "damaged. Delete it to measure them anew."
+            "damaged. Delete it to measure them again."
         ) from error

@@ -23,7 +23,7 @@ PAGE_NAME = "BUILD_ON_DEVICE.md"
 def write_device_files(
     folder: Path, graphs: Sequence[VisionGraph], target: Target, batch: BatchRange = ONE_IMAGE
 ) -> tuple[str, ...]:
-    """Write what builds the engines on the device; nothing where they are not built there.
+    """Write the build script and page, if the engines are built on the device.
 
     Args:
         folder: the bundle's (staging) directory.

@@ -44,7 +44,7 @@ class ShapeRange(BaseModel):
 
 
 class PlanRecord(BaseModel):
-    """What stands in `<plan>.json`, beside the plan."""
+    """The content of `<plan>.json`, the sidecar of a plan."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from calibration.frames.dataset import CalibrationSet
 from calibration.int8.bundle import collect
 from calibration.int8.graphs import Int8Graphs
-from calibration.int8.resume import Unfinished
+from calibration.int8.resume import ResumeFolder
 from engines import __version__
 from engines.bundle import write_bundle
 from engines.manifest import Manifest
@@ -68,7 +68,7 @@ def build_bundle(
             preprocessing = plan.checkpoint.preprocessing
             patch_pixels = preprocessing.height // plan.checkpoint.patch_side
             frames = collect(options.int8, preprocessing, patch_pixels, part)
-    unfinished = Unfinished(options.out)
+    unfinished = ResumeFolder(options.out)
     with unfinished.kept(), write_bundle(options.out, overwrite=options.overwrite) as draft:
         vision = export_vision(plan, options, frames, draft, steps.step)
         names = ", ".join(options.decoders.backends)

@@ -17,7 +17,7 @@ ACCURACY_FILE = "accuracy_by_budget.json"
 
 
 class AccuracyTable:
-    """The measured accuracy of a checkpoint; empty where nobody measured."""
+    """The measured accuracy of a checkpoint; empty where none was measured."""
 
     def __init__(self, checkpoint: Path) -> None:
         """Read the checkpoint's table, if it has one.

@@ -89,7 +89,7 @@ def unit_rows(rows: Tensor) -> Tensor:
 
 
 def mark_index(index: Tensor, patches: int) -> Tensor:
-    """Return one-hot rows, the scatter TensorRT has not.
+    """Return one-hot rows, because TensorRT has no such scatter.
 
     Args:
         index: int64[B, n]; -1 marks nothing.

@@ -1,8 +1,7 @@
-"""`python -m export.tune`: a checkpoint learns to read the tokens a reducer leaves.
+"""Tune a checkpoint to the tokens a reducer leaves: `python -m export.tune`.
 
-Enters: a command line. Leaves: a checkpoint directory that `export.build --model` takes. This is
-the efficient tuning of the papers: VisionZip tunes the projector, LLaVA-PruMerge adds LoRA in the
-language model.
+The result is a checkpoint directory that `export.build --model` takes. This is the efficient tuning
+of the papers: VisionZip tunes the projector, LLaVA-PruMerge adds LoRA in the language model.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class RecipeFlags:
-    """How to train; the help of each option says what it means."""
+    """How to train."""
 
     epochs: Annotated[int, typer.Option(min=1, help="How often a picture is seen.")] = Recipe.epochs
     steps: Annotated[
@@ -56,7 +55,7 @@ class RecipeFlags:
 
 @dataclass(frozen=True)
 class AdapterFlags:
-    """What the language model learns; the help of each option says what it means."""
+    """What the language model learns."""
 
     lora_rank: Annotated[
         int, typer.Option(min=0, help="Adapters of this rank in the language model; 0: none.")
@@ -138,13 +137,13 @@ def main(
 
 
 def show_tracks(console: Console) -> Track:
-    """Return what shows how far a list is gone through."""
+    """Return a function that shows a progress bar for a list."""
     return lambda items, line: track(items, line, console=console)
 
 
 @contextmanager
 def show_training(console: Console) -> Iterator[Progress]:
-    """Give a run somewhere to tell its steps: a bar, from the first step on."""
+    """Show a progress bar from the first step on."""
     bar = RichProgress(console=console)
     task = bar.add_task("Training")
 

@@ -103,7 +103,7 @@ def read_conversations(file: Path, images: Path) -> ConversationSet:
 
 
 def refuse_unusable(unusable: Sequence[str], total: int, what: str) -> None:
-    """Refuse a data set of which too much cannot be used.
+    """Refuse a data set if too much of it cannot be used.
 
     Args:
         unusable: the names of what cannot.

@@ -126,7 +126,7 @@ def _digest(
     images: Path,
     names: Sequence[str],
 ) -> str:
-    """Return a name for tokens that depends on everything they depend on."""
+    """Return a digest of everything the tokens depend on."""
     digest = hashlib.sha256()
     for name, tensor in tower.state_dict().items():
         digest.update(name.encode() + tensor.numpy().tobytes())

@@ -77,7 +77,7 @@ class TuneOptions:
 
 @dataclass(frozen=True)
 class TuneReport:
-    """What came of it.
+    """The result of a tuning.
 
     Attributes:
         out: the tuned checkpoint.
@@ -163,7 +163,7 @@ def _refuse_occupied(options: TuneOptions) -> None:
 
 
 def _begin(options: TuneOptions) -> None:
-    """Make sure that a run which stands in the working directory is this one.
+    """Make sure that a run in the working directory is the same as this one.
 
     Raises:
         OptionError: it is another one.
@@ -186,7 +186,7 @@ def _begin(options: TuneOptions) -> None:
 
 
 def _describe(options: TuneOptions) -> dict[str, Any]:
-    """Return the options that decide what comes out."""
+    """Return the options that the result depends on."""
     return {
         "model": options.model,
         "data_sha256": hashlib.sha256(options.data.read_bytes()).hexdigest(),

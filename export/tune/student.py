@@ -132,7 +132,7 @@ class Student(nn.Module):
         return {name: one for name, one in self.named_parameters() if one.requires_grad}
 
     def score(self, batch: Batch) -> Score:
-        """Answer a batch, each id behind the right ones before it."""
+        """Predict each id of a batch from the correct ids before it."""
         with torch.autocast(torch.device(self._device).type, torch.bfloat16, enabled=self._bf16):
             logits, targets, answer = self._logits(batch)
         loss = functional.cross_entropy(logits.float(), targets, reduction="sum")

@@ -86,7 +86,7 @@ def _answer_ids(writer: PromptWriter, written: list[int]) -> list[int]:
 
 
 def fit_text(text: TrainingText, room: int) -> TrainingText | None:
-    """Leave out the last rounds of a conversation until it fits; None where not one does.
+    """Leave out the last rounds of a conversation until it fits; None if no round fits.
 
     Args:
         text: the conversation.

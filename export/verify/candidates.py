@@ -43,13 +43,13 @@ class Candidate:
     """A vision graph on an engine.
 
     Attributes:
-        name: what to call it: the bundle's directory, as short as it is told from the others, and
+        name: the bundle's directory, as short as it differs from the others, and
             the engine.
         bundle: where the graph is from.
         graph: the graph.
         engine: a name of `engines.open_session`.
         encoder: the graph as users run it.
-        stages: None where they are not to be had.
+        stages: None where there are none.
     """
 
     name: str

@@ -48,7 +48,7 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", 
 
 
 class Watch(Protocol):
-    """Sees every picture as it was compared; the page with overlays is made from it."""
+    """A callback that gets every compared picture; the page with overlays is made from it."""
 
     def __call__(
         self, file: Path, candidate: Candidate, theirs: VisualTokens, ours: VisualTokens

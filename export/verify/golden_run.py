@@ -48,7 +48,7 @@ _LIMITS = ("relative", "overlap", "cosine", "assignment")
 def write_golden_run(
     options: VerifyOptions, folder: Path, note: Callable[[str], None] = lambda line: None
 ) -> tuple[str, ...]:
-    """Write the folder, whole or not at all.
+    """Write the folder completely or not at all.
 
     Args:
         options: one bundle, its checkpoint, pictures and tolerances; the rest has no say.

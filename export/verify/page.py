@@ -36,7 +36,7 @@ _JPEG_QUALITY = 82
 
 @dataclass(frozen=True)
 class _Seen:
-    """What was made of one picture: enough to draw it again."""
+    """What was made of one picture, enough to draw it."""
 
     file: Path
     candidate: Candidate
@@ -45,7 +45,7 @@ class _Seen:
 
 
 class PageMaker:
-    """Remembers what was compared; see `Watch`. Then writes the page.
+    """Keeps what was compared (see `Watch`) and writes the page.
 
     Args:
         goal: the file to write.
@@ -70,7 +70,7 @@ class PageMaker:
         self._seen[(file.name, candidate.name)] = seen
 
     def write(self, report: VerifyReport) -> None:
-        """Write the page, whole or not at all.
+        """Write the page completely or not at all.
 
         Raises:
             OptionError: it cannot be written.

@@ -26,7 +26,7 @@ from runtime.vision import VisualTokens
 
 @dataclass(frozen=True)
 class Observation:
-    """What PyTorch makes of one batch, from the inside.
+    """What PyTorch computes for one batch, inner values included.
 
     Attributes:
         tokens: what the bundle's vision graph should return.

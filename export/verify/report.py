@@ -193,7 +193,7 @@ def list_failures(
     stages: Sequence[StageSummary],
     tolerances: Tolerances,
 ) -> tuple[str, ...]:
-    """Return what speaks against a candidate, one phrase each."""
+    """Return the reasons why a candidate fails, one phrase each."""
     failures = tolerances.failures(summary)
     first = next((one for one in stages if not isfinite(one.worst)), None)
     if first is not None:

@@ -164,7 +164,7 @@ def _traced_module(node: ir.Node) -> str:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Hush what the exporter says about packages and classes that are not ours."""
+    """Silence the exporter's warnings about packages and classes that are not ours."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -74,7 +74,7 @@ def read_clip(path: str, options: ClipOptions) -> list[Frame]:
 
 
 def spread_frames(source: FrameSource, most: int) -> list[Frame]:
-    """Return at most that many frames spread over a source whose length nobody knows.
+    """Return at most that many frames spread over a source of unknown length.
 
     Only what is returned is decoded. One frame alone is the last, about now.
     """
@@ -149,7 +149,7 @@ def ask_about_clip(
 
     Raises:
         OptionError: ``total`` is too small, or the chat template refuses the conversation.
-        FoveateError: anything else the user can mend.
+        FoveateError: anything else the user can fix.
     """
     images = [frame.image for frame in frames]
     newness = measure_newness(images)

@@ -1,4 +1,4 @@
-"""Take a few items spread evenly over a sequence whose length nobody knows."""
+"""Take a few items spread evenly over a sequence of unknown length."""
 
 from __future__ import annotations
 

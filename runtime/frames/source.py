@@ -134,7 +134,7 @@ class FrameClock:
         if self._period_ns is None:
             return True
         due, period = self._due_ns, self._period_ns
-        # A clock that was set back, or a gap, starts the schedule anew.
+        # A clock that was set back, or a gap, restarts the schedule.
         if due is None or not due - 2 * period < timestamp_ns < due + period:
             self._due_ns = timestamp_ns + period
             return True
