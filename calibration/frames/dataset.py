@@ -197,6 +197,6 @@ def _refuse_unreadable(frames: FrameSource, sample: DistinctFrames) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
     raise SourceError(
         f"{frames.name}: {share:.0%} of its frames cannot be used ({reasons}; {sample.read} were "
-        f"read), expected at most {MOST_UNREADABLE:.0%}. The last one: {frames.errors.last}. Repair "
-        "the recording, or give another."
+        f"read), expected at most {MOST_UNREADABLE:.0%}. The last one: {frames.errors.last}. "
+        "Repair the recording, or give another."
     )
