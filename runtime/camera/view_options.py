@@ -1,4 +1,4 @@
-"""How cameras are looked at and how often is answered: options of commands that watch."""
+"""Options of how cameras are read and how often they are asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bundle of several budgets behind the doors of the camera loop, with a controller in between."""
+"""Encode frames with one of a bundle's graphs, which the budget controller chooses."""
 
 from __future__ import annotations
 

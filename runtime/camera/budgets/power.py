@@ -1,7 +1,7 @@
-"""How much power a Jetson draws, read from NVIDIA's `tegrastats`.
+"""Read how much power a Jetson draws from NVIDIA's `tegrastats`.
 
-Enters: its output lines, of Orin (JetPack 6, 7) and Thor (JetPack 7). Leaves: watts. The reader is
-tested against lines that people recorded on such boards; it has never run on one.
+It reads the lines of Orin (JetPack 6, 7) and Thor (JetPack 7). It is tested against lines that
+people recorded on such boards, and has never run on one.
 """
 
 from __future__ import annotations
