@@ -24,8 +24,8 @@ import typer
 from numpy.typing import NDArray
 
 from benchmarks.accuracy import CALIBRATION_SEED
-from calibration.agreement.gate import Gate
 from calibration.agreement.graphs import compare_graphs
+from calibration.agreement.token_metrics import Gate
 from calibration.scales.apply import apply_calibration
 from calibration.scales.calibrate import CalibrationOptions, calibrate
 from calibration.scales.calibration_file import Calibration

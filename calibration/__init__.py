@@ -1,4 +1,4 @@
-"""Floor 3: the user's own frames become quantization scales and measures of agreement.
+"""Quantize vision graphs on the user's own frames, and measure agreement (floor 4).
 
 The name below is what others may rely on; it is imported when it is first used.
 """

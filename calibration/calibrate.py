@@ -1,7 +1,7 @@
-"""`python -m calibration.calibrate`: an FP32 bundle becomes an INT8 bundle, on the user's frames.
+"""Make an INT8 bundle from an FP32 bundle on the user's frames: `python -m calibration.calibrate`.
 
-Enters: a bundle and frames, or a calibration made before. Leaves: a new bundle, or exit code 1 and
-nothing where INT8 says something else than FP32. PyTorch is not needed, so this runs on the robot.
+When INT8 misses the gate, nothing is written and the exit code is 1. PyTorch is not needed, so the
+command runs on the robot.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ def main(
 ) -> int:
     """Make an INT8 bundle from an FP32 one, calibrated on your own frames.
 
-    Frames are taken evenly from the whole of the source, without repeats; 128 distinct ones or
-    more, by day and night if the robot works by day and night. What they lack is told with numbers.
-    Every eighth frame is held out: on these INT8 must keep the patches that FP32 keeps and give
-    nearly the same tokens (--gate), or nothing is written and the exit code is 1. After Ctrl-C the
-    same command goes on where it was.
+    Frames are taken evenly from the whole source, without repeats. Give 128 distinct ones or more,
+    by day and night if the robot works by day and night; the command reports what they lack. Every
+    eighth frame is held out. On these INT8 must keep the patches that FP32 keeps and give nearly
+    the same tokens (--gate), or nothing is written and the exit code is 1. After Ctrl-C the same
+    command continues where it was.
     """
     opened = open_bundle(bundle, verify=verify)
     try:

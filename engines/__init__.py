@@ -1,4 +1,4 @@
-"""Floor 1: the bundle on disk, deployment targets, and the engines that run a vision graph.
+"""The bundle on disk, deployment targets, and the engines that run a vision graph (floor 1).
 
 The names below are what others may rely on; each is imported when it is first used.
 """

@@ -1,8 +1,8 @@
-"""`python -m engines.build BUNDLE`: build the TensorRT plans of a bundle's vision graphs.
+"""Build the TensorRT plans of a bundle's vision graphs: `python -m engines.build BUNDLE`.
 
-Enters: a bundle. Leaves: for each graph a plan, its sidecar and a layer report, and a timing cache,
-in the bundle's `local/` folder, which belongs to this machine. A plan that is there and fits is
-left alone; one that does not fit is refused with both values named, and replaced with `--rebuild`.
+Each graph gets a plan, a sidecar and a layer report in the bundle's `local/` folder, which belongs
+to this machine, and a timing cache. A plan that fits is kept. A plan that does not fit is refused
+with both values named, and replaced with `--rebuild`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def prepare_plan(
     options = PlanTask(
         onnx=bundle.path(graph.file),
         onnx_sha256=bundle.manifest.files[graph.file].sha256,
-        plan=plan_path(bundle, graph, target, request.batch.largest),
+        plan=plan_path(bundle, graph, target, request.batch.max),
         target=target,
         precision=graph.precision,
         inputs=graph.inputs,
@@ -206,8 +206,8 @@ def main(
     batch: Annotated[
         str,
         typer.Option(
-            help="Images in one run: one size (4 for four cameras), or smallest/tuned/largest. "
-            "Each largest size has a plan of its own, and the runtime takes the one that fits."
+            help="Images in one run: one size (4 for four cameras), or min/opt/max. "
+            "Each max size has a plan of its own, and the runtime takes the one that fits."
         ),
     ] = "1",
     workspace: Annotated[
@@ -250,11 +250,11 @@ def _print_outcome(outcome: PlanOutcome) -> None:
 def _warn_of_memory(
     bundle: Bundle, graphs: Sequence[VisionGraph], target: Target, request: PlanRequest
 ) -> None:
-    """Say beforehand that memory may not do: a builder that runs out is killed without a word."""
+    """Warn if memory may not suffice: a builder that runs out is killed without a message."""
     to_build = [
         bundle.graph_bytes(graph)
         for graph in graphs
-        if request.rebuild or not plan_path(bundle, graph, target, request.batch.largest).exists()
+        if request.rebuild or not plan_path(bundle, graph, target, request.batch.max).exists()
     ]
     memory = read_memory(Path("/proc/meminfo"))
     room = memory.get("MemAvailable", 0) + memory.get("SwapFree", 0)

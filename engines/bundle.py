@@ -1,4 +1,4 @@
-"""The bundle: a directory that holds everything the runtime needs, verified when it is opened.
+"""Read and write bundles: directories that hold everything the runtime needs.
 
 `write_bundle` gives an exporter a staging directory and publishes it whole or not at all;
 `open_bundle` checks the manifest and every file's SHA-256 before anything is loaded from it.
@@ -182,7 +182,7 @@ def _digest_problems(root: Path, files: dict[str, FileRecord]) -> list[str]:
 
 
 def _files_below(root: Path) -> list[str]:
-    """Return every file of a directory, links included, but for what this machine keeps there."""
+    """Return every file of a directory, links included, except what this machine keeps there."""
     found = []
     for folder, folders, names in os.walk(root):
         here = Path(folder)
@@ -230,7 +230,7 @@ class BundleDraft:
         return path
 
     def describe(self, manifest: Manifest) -> None:
-        """Say what the bundle is; ``manifest.files`` is filled in when the block ends."""
+        """Set the manifest; ``manifest.files`` is filled in when the block ends."""
         self.manifest = manifest
 
 
@@ -241,7 +241,7 @@ def write_bundle(
     overwrite: bool = False,
     expected_bytes: int | None = None,
 ) -> Iterator[BundleDraft]:
-    """Write a bundle whole or not at all.
+    """Write a bundle completely or not at all.
 
     When the block ends well, every file is hashed, `README.md` and `bundle.json` are added and the
     directory is renamed into place; an old bundle stays until then. When it does not, nothing is
@@ -297,7 +297,7 @@ def refuse_occupied(goal: Path, overwrite: bool) -> None:
 
 
 def _readme(manifest: Manifest) -> str:
-    """Write the page that tells whoever finds the directory what it is."""
+    """Write the README of a bundle, which says what the directory is."""
     graphs = "\n".join(
         f"- `{graph.file}`: {graph.reducer.name}, {graph.reducer.tokens} visual tokens of "
         f"{graph.patch_rows * graph.patch_columns} patches, {graph.precision}"

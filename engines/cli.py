@@ -1,10 +1,10 @@
-"""What every command shares: the names of its options and how it ends.
+"""The options that commands share, and how a command ends.
 
-A command is a function of typed options. It prints results on stdout and everything else on stderr
-and ends with 0, with 1 when a check failed (return 1), or with 2 when the user can mend it: a
-`FoveateError` becomes one paragraph on stderr. Any other exception is a bug and keeps its
-traceback. A group of options is the dataclass that the API takes (`engines.option_groups`), which a
-command takes as one parameter.
+A command is a function of typed options. It prints results on stdout and everything else on stderr.
+It ends with 0, with 1 when a check failed (it returns 1), or with 2 when the user can fix the
+problem: a `FoveateError` becomes one paragraph on stderr. Any other exception is a bug and keeps
+its traceback. A group of options is the dataclass that the API takes, which a command takes as one
+parameter (`engines.option_groups`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""What this machine is: board, JetPack, memory, power mode, libraries.
+"""Read what this machine is: board, JetPack, memory, power mode, libraries.
 
-Enters: the files and tools of a Linux system. Leaves: `DeviceFacts`, with None for what cannot be
-told. Nothing here judges; `engines.doctor` does.
+A fact that cannot be read is None. `engines.doctor` judges the facts.
 """
 
 from __future__ import annotations
@@ -9,18 +8,16 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from engines.errors import EngineError
-from engines.gpu import Gpu, NoGpu, find_gpu
+from engines.gpu import Gpu, NoGpu, find_gpu, read_power_mode
 from engines.trt.compiler_cache import add_compiler_to_path
 from engines.trt.cuda_memory import open_cuda_runtime
 from engines.trt.library import load_library
 
-_TOOL_SECONDS = 10
 _JETPACKS = {
     "39.2.1": "7.2.1",
     "39.2.0": "7.2",
@@ -76,7 +73,7 @@ class DeviceFacts:
 
 
 def read_facts(place: Path = Path(), root: Path = Path("/")) -> DeviceFacts:
-    """Look at the machine.
+    """Read the facts of this machine.
 
     Args:
         place: where bundles lie; its disk is measured.
@@ -115,20 +112,6 @@ def read_jetson_linux(release: Path) -> str | None:
     """Read "# R36 (release), REVISION: 4.3, ..." as "36.4.3"."""
     match = re.search(r"R(\d+).*?REVISION:\s*([\d.]+)", _read_text(release) or "")
     return f"{match.group(1)}.{match.group(2)}" if match else None
-
-
-def read_power_mode() -> str | None:
-    """Ask nvpmodel for the power mode, "MAXN" for example; None off a Jetson."""
-    if shutil.which("nvpmodel") is None:
-        return None
-    try:
-        done = subprocess.run(
-            ["nvpmodel", "-q"], capture_output=True, text=True, timeout=_TOOL_SECONDS, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    match = re.search(r"NV Power Mode:\s*(\S+)", done.stdout)
-    return match.group(1) if match else None
 
 
 def _find_tensorrt() -> tuple[str | None, str]:

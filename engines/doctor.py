@@ -1,7 +1,7 @@
-"""`python -m engines.doctor [BUNDLE ...]`: will it run here, and if not, what mends it.
+"""Check whether a bundle will run on this machine: `python -m engines.doctor [BUNDLE ...]`.
 
-Enters: facts about this machine and any bundles. Leaves: a list of findings, each with what was
-found and the command that fixes it; exit code 1 when something stands in the way.
+Each finding says what was found and which command fixes it. The exit code is 1 when something
+prevents the bundle from running.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Finding:
 
 
 def examine_machine(facts: DeviceFacts) -> list[Finding]:
-    """Judge what holds for every bundle."""
+    """Judge what is the same for every bundle."""
     gpu = facts.gpu
     findings = [
         Finding("GPU", "note", f"none: {gpu.reason}")

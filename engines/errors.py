@@ -1,14 +1,14 @@
-"""The errors a user can mend: each says what is wrong, what was expected and what to do.
+"""The errors that a user can fix: each says what is wrong, what was expected and what to do.
 
-Anything the user's own files, options or machine can cause is a `FoveateError` and ends a command
-with exit code 2. Any other exception is a bug in Foveate and keeps its traceback.
+Anything that the user's own files, options or machine can cause is a `FoveateError` and ends a
+command with exit code 2. Any other exception is a bug in Foveate and keeps its traceback.
 """
 
 from __future__ import annotations
 
 
 class FoveateError(Exception):
-    """A mistake in the input, told in one paragraph: what, got, expected, how to fix."""
+    """A mistake in the input, described in one paragraph: what, got, expected, how to fix."""
 
 
 class OptionError(FoveateError):

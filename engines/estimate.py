@@ -1,7 +1,7 @@
-"""`python -m engines.estimate`: what a model will cost on a device, before either is at hand.
+"""Estimate what a model costs on a device: `python -m engines.estimate`.
 
-Enters: a model's shape, a token budget and a target. Leaves: a table that sets the budget beside
-all tokens: operations, least prefill time, most tokens per second, memory, and whether it fits.
+The table compares a token budget with all tokens: operations, least prefill time, most tokens per
+second, memory, and whether it fits. Neither the model nor the device is needed.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
-"""What NVIDIA GPU this machine has, asked of the CUDA driver itself.
+"""Ask which NVIDIA GPU this machine has and, on a Jetson, its power mode.
 
-Enters: nothing. Leaves: a `Gpu`, or the reason there is none in one sentence. Only `libcuda` is
-used, which every machine with an NVIDIA driver has, a Jetson included; no CUDA toolkit, no NVML.
+Only `libcuda` is used. Every machine with an NVIDIA driver has it, a Jetson included; the CUDA
+toolkit and NVML are not needed.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
+import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ _DRIVER_LIBRARIES = ("libcuda.so.1", "libcuda.so", "nvcuda.dll")
 _TEGRA_FOLDERS = ("/usr/lib/aarch64-linux-gnu/nvidia", "/usr/lib/aarch64-linux-gnu/tegra")
 _MAJOR, _MINOR, _INTEGRATED, _MULTIPROCESSORS = 75, 76, 18, 16  # CUdevice_attribute
 _NAME_BYTES = 256
+_TOOL_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Gpu:
         integrated: shares its memory with the CPU, as on a Jetson.
         cuda: newest CUDA version the driver serves.
         driver: the driver's own version, ``"unknown"`` where the system does not say.
-        multiprocessors: how many it has; None where nobody asked.
+        multiprocessors: how many it has; None where it was not asked for.
     """
 
     name: str
@@ -109,3 +112,17 @@ def _error(library: ctypes.CDLL, status: int) -> str:
     text = ctypes.c_char_p()
     library.cuGetErrorString(status, ctypes.byref(text))
     return text.value.decode() if text.value else f"error {status}"
+
+
+def read_power_mode() -> str | None:
+    """Ask nvpmodel for the power mode, "MAXN" for example; None off a Jetson."""
+    if shutil.which("nvpmodel") is None:
+        return None
+    try:
+        done = subprocess.run(
+            ["nvpmodel", "-q"], capture_output=True, text=True, timeout=_TOOL_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = re.search(r"NV Power Mode:\s*(\S+)", done.stdout)
+    return match.group(1) if match else None

@@ -1,4 +1,4 @@
-"""What a bundle holds, and whether it is whole: `python -m engines.inspect BUNDLE`."""
+"""Print what a bundle holds and check its files: `python -m engines.inspect BUNDLE`."""
 
 from __future__ import annotations
 

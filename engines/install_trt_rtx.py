@@ -1,9 +1,9 @@
 """Install NVIDIA's parser and compiler, TensorRT-RTX, for this user; no GPU is needed.
 
-Enters: two wheels of the Python package index, pinned by hash in `install_trt_rtx.txt`. Leaves: a
-folder in the user's cache that Python can import `tensorrt_rtx` from. One wheel holds the Python
-bindings, the other (meant for ONNX Runtime) the libraries they bind; nothing of either is part of
-Foveate. `python -m engines.install_trt_rtx` does it once, in about a minute and 350 MB.
+Two wheels from PyPI, pinned by hash in `install_trt_rtx.txt`, are unpacked into a folder in the
+user's cache that Python can import `tensorrt_rtx` from. One wheel holds the Python bindings, the
+other (meant for ONNX Runtime) the libraries they bind. Foveate contains nothing of either.
+`python -m engines.install_trt_rtx` takes about a minute and 350 MB, once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`bundle.json`: what a bundle says about itself, checked against a schema.
+"""The schema of `bundle.json`: what a bundle says about itself.
 
-Enters: JSON text. Leaves: a frozen `Manifest`, or one `BundleError` naming every problem at once.
-The runtime needs nothing that is not named here.
+Text becomes a frozen `Manifest`, or one `BundleError` that names every problem at once. The runtime
+needs nothing that is not named here.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class VisionGraph(_Record):
     patch_columns: int = Field(gt=0)
     accuracy: float | None = Field(default=None, ge=0, le=1)
     """Share of questions answered exactly with this reducer, budget and precision, as the
-    checkpoint's ``accuracy_by_budget.json`` says; None: nobody measured it."""
+    checkpoint's ``accuracy_by_budget.json`` says; None: not measured."""
 
 
 class LanguageModel(_Record):
@@ -247,7 +247,7 @@ def _problems(error: ValidationError) -> list[str]:
 
 
 def _told(problem: Any) -> str:
-    """Put one of pydantic's findings into plain words: field, what it is, what was expected."""
+    """Describe one of pydantic's findings: the field, its value, what was expected."""
     field = ""
     for step in problem["loc"]:
         field += f"[{step}]" if isinstance(step, int) else f".{step}" if field else str(step)

@@ -1,7 +1,6 @@
-"""One call that opens a bundle's vision graph on the engine its target names, or another.
+"""Open a bundle's vision graph on the engine of its target, or on another one.
 
-Enters: a bundle and, if the user wants another than the target's, the name of an engine. Leaves: a
-`Session`. What does not run is told; nothing falls back to something slower by itself.
+An engine that cannot run is an error. Nothing falls back to a slower engine by itself.
 """
 
 from __future__ import annotations

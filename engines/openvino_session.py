@@ -1,29 +1,28 @@
-"""OpenVINO behind the `Session` door: the vision graph on the CPU of an x86 board.
+"""Run a vision graph with OpenVINO, on the CPU of an x86 board.
 
-Enters: the same ONNX file, FP32 or Q/DQ, that every other engine takes. Leaves: a session. OpenVINO
-would round FP32 to BF16 on CPUs that have it, unasked and everywhere; here FP32 means FP32. With
-``rest="bf16"`` the tower's unquantized part is BF16 and what chooses tokens stays FP32, because a
-rounded score may keep another patch.
+OpenVINO rounds FP32 to BF16 by default on CPUs that have BF16; this session asks for FP32. With
+``rest="bf16"`` the tower's unquantized part runs in BF16 and the selection of tokens stays in FP32,
+because a rounded score may keep another patch.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from engines.closeable import Closeable
 from engines.errors import EngineError
 from engines.openvino_split import split_at_selection
-from engines.session import Array
+from engines.session import Array, InputSpec, check_inputs
 
 Rest = Literal["fp32", "bf16"]
 
 
-class OpenVinoSession(Closeable):
+class OpenVinoSession(AbstractContextManager["OpenVinoSession"]):
     """A graph compiled for this CPU. Calls from several threads take turns."""
 
     def __init__(
@@ -74,7 +73,7 @@ class OpenVinoSession(Closeable):
             ) from error
         self._requests: list[Any] = [stage.create_infer_request() for stage in self._stages]
         self._provider = f"OpenVINO {str(openvino.__version__).split('-')[0]} ({rest})"
-        self._inputs = {node.get_any_name(): node for node in self._stages[0].inputs}
+        self._wanted = {node.get_any_name(): _spec(node) for node in self._stages[0].inputs}
         self._outputs = [_onnx_name(result) for result in model.get_results()]
         self._turn = threading.Lock()
 
@@ -86,7 +85,7 @@ class OpenVinoSession(Closeable):
     @property
     def input_names(self) -> tuple[str, ...]:
         """Names `run` takes."""
-        return tuple(self._inputs)
+        return tuple(self._wanted)
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -99,7 +98,7 @@ class OpenVinoSession(Closeable):
         Raises:
             EngineError: a name, shape or dtype is not what the graph takes, or the run failed.
         """
-        self._check_inputs(inputs)
+        check_inputs(self.path, self._wanted, inputs)
         with self._turn:
             if not self._requests:
                 raise EngineError(f"{self.path}: the session is closed; open it again to run it.")
@@ -119,28 +118,8 @@ class OpenVinoSession(Closeable):
                 for name, tensor in zip(self._outputs, tensors, strict=True)
             }
 
-    def _check_inputs(self, inputs: Mapping[str, Array]) -> None:
-        problems = [f'"{name}" is missing' for name in self._inputs if name not in inputs]
-        problems += [f'"{name}" is not an input' for name in inputs if name not in self._inputs]
-        for name, node in self._inputs.items():
-            array = inputs.get(name)
-            if array is None:
-                continue
-            axes = list(node.get_partial_shape())
-            fits = array.ndim == len(axes) and all(
-                axis.is_dynamic or axis.get_length() == size
-                for axis, size in zip(axes, array.shape, strict=True)
-            )
-            dtype = node.get_element_type().to_dtype()
-            if not fits or array.dtype != dtype:
-                expected = ", ".join(
-                    "any" if axis.is_dynamic else str(axis.get_length()) for axis in axes
-                )
-                problems.append(
-                    f'"{name}" is {array.dtype}{list(array.shape)}, expected {dtype}[{expected}]'
-                )
-        if problems:
-            raise EngineError(f"{self.path} cannot be run on these inputs: {'; '.join(problems)}.")
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Free the graph and its buffers; calling it again does nothing."""
@@ -155,6 +134,11 @@ def _halves(openvino: Any, model: Any, rest: Rest) -> tuple[list[tuple[Any, str]
         return [(model, "f32")], ()
     split = split_at_selection(openvino, model)
     return [(split.tower, "bf16"), (split.selection, "f32")], split.border
+
+
+def _spec(node: Any) -> InputSpec:
+    axes = (None if axis.is_dynamic else axis.get_length() for axis in node.get_partial_shape())
+    return InputSpec(node.get_element_type().to_dtype(), tuple(axes))
 
 
 def _onnx_name(result: Any) -> str:

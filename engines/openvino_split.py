@@ -1,9 +1,8 @@
-"""Cut a graph in OpenVINO before the selection, so that the tower may be BF16 and the choice FP32.
+"""Split a graph in OpenVINO before the selection, so that only the tower runs in BF16.
 
-OpenVINO takes one inference precision for a whole graph and has no way to spare some nodes. So the
-graph becomes two: the tower, and everything from the scores on, which chooses the tokens. Enters:
-a model whose nodes are named after their modules. Leaves: both halves, and the names of the tensors
-that pass between them.
+OpenVINO takes one inference precision for a whole graph and cannot spare some nodes. The graph is
+therefore cut into two models: the tower, and everything from the scores on. The cut is found by the
+module names of the nodes.
 """
 
 from __future__ import annotations

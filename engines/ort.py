@@ -1,8 +1,8 @@
-"""ONNX Runtime behind the `Session` door, on the CPU or on CUDA.
+"""Run a vision graph with ONNX Runtime, on the CPU or on CUDA.
 
-Enters: an ONNX file. Leaves: a session that checks what it is fed, reuses its output buffers and
-never runs anywhere but where it was asked to. `create_inference_session` is the one place where
-ONNX Runtime is configured; the decoder's backend uses it too.
+A session runs only on the device it was asked for and reuses its output buffers.
+`create_inference_session` is the one place that configures ONNX Runtime; the decoder's backend uses
+it too.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from engines.closeable import Closeable
 from engines.errors import EngineError
-from engines.session import Array
+from engines.session import Array, InputSpec, check_inputs
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -183,7 +182,7 @@ def _load_message(path: Path, version: str, error: Exception) -> str:
     )
 
 
-class OrtSession(Closeable):
+class OrtSession(contextlib.AbstractContextManager["OrtSession"]):
     """A graph on ONNX Runtime.
 
     Outputs whose shape follows from the inputs are written into buffers that are allocated once
@@ -210,7 +209,10 @@ class OrtSession(Closeable):
         self.path = Path(path)
         self._session: onnxruntime.InferenceSession | None = session
         self._provider = str(session.get_providers()[0])
-        self._inputs = {node.name: node for node in session.get_inputs()}
+        self._wanted = {
+            node.name: InputSpec(_DTYPES.get(node.type, node.type), tuple(node.shape))
+            for node in session.get_inputs()
+        }
         self._outputs = {node.name: node for node in session.get_outputs()}
         self._buffers: dict[str, Array] = {}
         self._turn = threading.Lock()
@@ -223,7 +225,7 @@ class OrtSession(Closeable):
     @property
     def input_names(self) -> tuple[str, ...]:
         """Names `run` takes."""
-        return tuple(self._inputs)
+        return tuple(self._wanted)
 
     @property
     def output_names(self) -> tuple[str, ...]:
@@ -236,7 +238,7 @@ class OrtSession(Closeable):
         Raises:
             EngineError: a name, shape or dtype is not what the graph takes, or the run failed.
         """
-        sizes = self._checked_sizes(inputs)
+        sizes = check_inputs(self.path, self._wanted, inputs)
         with self._turn:
             if self._session is None:
                 raise EngineError(f"{self.path}: the session is closed; open it again to run it.")
@@ -270,41 +272,11 @@ class OrtSession(Closeable):
         binding.bind_output(name, "cpu", 0, dtype, shape, buffer.ctypes.data)
         return True
 
-    def _checked_sizes(self, inputs: Mapping[str, Array]) -> dict[str, int]:
-        """Compare inputs with the graph and return the size of every named axis."""
-        problems = [f'"{name}" is missing' for name in self._inputs if name not in inputs]
-        sizes: dict[str, int] = {}
-        for name, array in inputs.items():
-            if name not in self._inputs:
-                problems.append(f'"{name}" is not an input')
-                continue
-            node = self._inputs[name]
-            dtype = _DTYPES.get(node.type)
-            fits = len(node.shape) == array.ndim and all(
-                _fits(axis, size, sizes) for axis, size in zip(node.shape, array.shape, strict=True)
-            )
-            if not fits or array.dtype != dtype:
-                expected = ", ".join(str(axis) for axis in node.shape)
-                got = ", ".join(str(size) for size in array.shape)
-                problems.append(
-                    f'"{name}" is {array.dtype}[{got}], expected {dtype or node.type}[{expected}]'
-                )
-        if problems:
-            raise EngineError(
-                f"{self.path} cannot be run on these inputs: {'; '.join(problems)}. It takes "
-                f"{', '.join(self._inputs)}."
-            )
-        return sizes
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Free the graph and its buffers; calling it again does nothing."""
         with self._turn:
             self._session = None
             self._buffers.clear()
-
-
-def _fits(axis: int | str | None, size: int, sizes: dict[str, int]) -> bool:
-    """Tell whether a size fits an axis; a named axis has one size in all inputs."""
-    if isinstance(axis, int):
-        return size == axis
-    return axis is None or sizes.setdefault(axis, size) == size

@@ -1,4 +1,4 @@
-"""How far long work is, told to whoever watches: a bar on stderr."""
+"""Show the progress of long work as a bar on stderr."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """What long work tells while it runs."""
+    """The function that long work calls while it runs."""
 
     def __call__(self, line: str, done: float) -> None:
-        """Say what is being done, and the share of the whole that is behind, 0 to 1."""
+        """Report what is being done, and the share of the whole that is done, 0 to 1."""
 
 
 @contextmanager
 def show_progress() -> Iterator[Progress]:
-    """Give work somewhere to tell its progress: a bar on stderr."""
+    """Show a bar on stderr and yield the function that moves it."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as RichProgress

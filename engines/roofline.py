@@ -1,8 +1,7 @@
 """A roofline estimate of what a language model costs on a device, with few or many visual tokens.
 
-Enters: the decoder's shape, how many tokens, the bits of weights and activations, a device's peaks.
-Leaves: operations, bytes moved, and the time no implementation can beat: for each operator the
-larger of operations / peak and bytes / bandwidth, summed. A real engine is slower, never faster.
+The time is a lower bound that no implementation can beat: for each operator the larger of
+operations / peak and bytes / bandwidth, summed. A real engine is slower.
 
 The operator list follows LLM-Viewer (arXiv 2402.16363), the tool that the PruMerge and M3 papers
 computed their efficiency tables with; `tests/engines/test_roofline.py` reproduces both tables.
@@ -91,7 +90,7 @@ LLM_PRECISIONS = {
 
 @dataclass(frozen=True)
 class Roof:
-    """What a device can do at most."""
+    """The peaks of a device."""
 
     bandwidth_bytes_s: float
     fp16_ops_s: float
@@ -104,7 +103,7 @@ class Roof:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one operator, or a sum of them, does and moves."""
+    """Operations and bytes of one operator, or of a sum of them."""
 
     operations: float
     weight_bytes: float = 0.0

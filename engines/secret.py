@@ -1,4 +1,4 @@
-"""A text that no message, log or traceback shows: a key, from the option to the header."""
+"""Keep a key as a text that no message, log or traceback shows."""
 
 from __future__ import annotations
 

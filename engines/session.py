@@ -1,4 +1,4 @@
-"""The door every engine stands behind: named arrays in, named arrays out.
+"""The interface of every engine: named arrays in, named arrays out.
 
 ONNX Runtime (`engines.ort`), TensorRT and OpenVINO implement it over the same ONNX file.
 """
@@ -6,10 +6,13 @@ ONNX Runtime (`engines.ort`), TensorRT and OpenVINO implement it over the same O
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from engines.errors import EngineError
 
 Array = NDArray[Any]
 
@@ -42,3 +45,65 @@ class Session(Protocol):
     def __enter__(self) -> Session: ...
 
     def __exit__(self, *_: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a graph takes as one input.
+
+    Attributes:
+        dtype: NumPy's, or the engine's own name where NumPy has none.
+        axes: each a size, a range of sizes, a name (one size in all inputs), or None for any size.
+    """
+
+    dtype: np.dtype[Any] | str
+    axes: tuple[int | range | str | None, ...]
+
+    def __str__(self) -> str:
+        axes = ("any" if axis is None else _range_text(axis) for axis in self.axes)
+        return f"{self.dtype}[{', '.join(axes)}]"
+
+    def fits(self, array: Array, sizes: dict[str, int]) -> bool:
+        """Tell whether an array fits; ``sizes`` of named axes are read and added to."""
+        if str(array.dtype) != str(self.dtype) or array.ndim != len(self.axes) or 0 in array.shape:
+            return False
+        return all(
+            size in axis
+            if isinstance(axis, range)
+            else (sizes.setdefault(axis, size) if isinstance(axis, str) else axis) in (size, None)
+            for axis, size in zip(self.axes, array.shape, strict=True)
+        )
+
+
+def check_inputs(
+    graph: object, wanted: Mapping[str, InputSpec], inputs: Mapping[str, Array]
+) -> dict[str, int]:
+    """Compare arrays with what a graph takes and return the size of every named axis.
+
+    Args:
+        graph: what the error calls it, such as its path.
+        wanted: what the graph takes, by name.
+        inputs: the arrays.
+
+    Raises:
+        EngineError: names, shapes or dtypes differ; all of the problems are named together.
+    """
+    sizes: dict[str, int] = {}
+    problems = [f'"{name}" is missing' for name in wanted if name not in inputs]
+    problems += [f'"{name}" is not an input' for name in inputs if name not in wanted]
+    for name, spec in wanted.items():
+        if name in inputs and not spec.fits(inputs[name], sizes):
+            array = inputs[name]
+            problems.append(f'"{name}" is {array.dtype}{list(array.shape)}, expected {spec}')
+    if problems:
+        raise EngineError(
+            f"{graph} cannot be run on these inputs: {'; '.join(problems)}. It takes "
+            f"{', '.join(wanted)}."
+        )
+    return sizes
+
+
+def _range_text(axis: int | range | str) -> str:
+    if not isinstance(axis, range):
+        return str(axis)
+    return str(axis[0]) if len(axis) == 1 else f"{axis[0]} to {axis[-1]}"

@@ -1,8 +1,7 @@
-"""Write a file or a directory whole or not at all.
+"""Write a file or a directory completely or not at all.
 
-Enters: where something is to be. Leaves: a place beside it to write to, renamed into place when the
-`with` block ends well and removed when it does not, so a reader never meets a half-written result.
-A full disk becomes an error that says how much there is.
+A result is written beside its destination and renamed when the `with` block ends well. It is
+removed when the block fails, so a reader never sees a half-written result.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ def _swap(staged: Path, destination: Path) -> None:
 def _explained(
     destination: Path, error: type[FoveateError], expected_bytes: int | None = None
 ) -> Iterator[None]:
-    """Turn a refusal of the disk, whoever reports it, into an error of the project."""
+    """Turn an error of the disk, from any library, into an error of the project."""
     try:
         yield
     except FoveateError:

@@ -1,8 +1,7 @@
-"""Deployment targets: which device a bundle is for, what it can do and what runs the graph there.
+"""Deployment targets: what a device can do and which engine runs the graph there.
 
-Enters: `targets.toml` of this package and, if the user has one, a file of the same form whose
-tables replace or add fields. Leaves: frozen `Target`s by name, or one `OptionError` naming every
-problem of the file. `python -m engines.targets` prints the table.
+The targets come from `targets.toml` of this package. A file of the user in the same form adds
+tables or replaces fields. `python -m engines.targets` prints the table.
 """
 
 from __future__ import annotations

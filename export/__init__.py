@@ -1,4 +1,4 @@
-"""Floor 4: a checkpoint becomes a bundle. The only floor that knows PyTorch models.
+"""Turn checkpoints into bundles (floor 5, the only one that knows PyTorch models).
 
     from export import BuildOptions, build_bundle
 

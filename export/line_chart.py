@@ -1,7 +1,4 @@
-"""A line chart as a few kilobytes of SVG, which needs no library and reads well in a diff.
-
-Enters: named lines of points. Leaves: the text of an SVG file.
-"""
+"""Draw a line chart as a few kilobytes of SVG, without a plotting library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `python -m export.served_model`."""
+"""Run the command `python -m export.served_model`."""
 
 from engines import cli
 from export.language.served_model import EXAMPLES, main

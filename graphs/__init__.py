@@ -1,1 +1,1 @@
-"""ONNX graphs: their files, modules, float types, and the operators TensorRT takes."""
+"""ONNX graphs: their files, modules, float types, and the operators TensorRT takes (floor 3)."""

@@ -1,11 +1,9 @@
-"""A float32 vision graph with float16 written into it, for runtimes that obey the types they read.
+"""Convert a float32 vision graph to float16, except for what selects tokens.
 
-Enters: a graph as exported, with or without Q/DQ. Leaves: the same graph in which the
-tower and the projector compute in float16 and everything that selects tokens, the scores and the
-reducer, in float32: rounding there would keep a different patch. Types change only at the border
-between the two, by a Cast that belongs to the float16 side; the graph's own inputs and outputs keep
-their types. TensorRT from version 11 on takes precision from the file alone, so this is the place
-where it is decided.
+The tower and the projector compute in float16. The scores and the reducer stay in float32, because
+rounding there would keep a different patch. Casts stand only at the border between the two, and the
+graph's inputs and outputs keep their types. TensorRT from version 11 on takes precision from the
+file alone.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ _LARGEST = float(np.finfo(np.float16).max)
 
 
 def write_fp16_graph(source: Path, file: Path) -> ExportedGraph:
-    """Write the float16 twin of a float32 graph.
+    """Write a float32 graph as float16.
 
     Args:
         source: the float32 graph.
@@ -46,7 +44,7 @@ def write_fp16_graph(source: Path, file: Path) -> ExportedGraph:
 
 
 def convert_to_fp16(model: ir.Model, keep_fp32: Sequence[str] = FP32_MODULES) -> None:
-    """Turn a float32 graph into float16 but for the modules named, in place.
+    """Convert a float32 graph to float16, except the modules named, in place.
 
     LayerNormalization becomes float16 too, with its mean and variance computed in float32
     (`stash_type` 1 of the ONNX definition, which TensorRT's parser hands to its kernel), so that
@@ -70,7 +68,7 @@ def convert_to_fp16(model: ir.Model, keep_fp32: Sequence[str] = FP32_MODULES) ->
 
 
 class _Converter:
-    """Gives every node its type, and every value as many twins as types it is read in."""
+    """Gives every node its type, and every value a copy for each type it is read in."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph

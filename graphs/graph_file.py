@@ -1,7 +1,7 @@
-"""A vision graph on its way to disk: its operator set, its weights, ONNX's own check.
+"""Write a vision graph to disk: its operator set, its weights, and ONNX's own check.
 
-Enters: a graph in memory, traced or read. Leaves: one `.onnx` file (weights beside it when they are
-too many for one file, or shared with other graphs), or nothing at all.
+The result is one `.onnx` file, or nothing. Weights lie beside it when they are too large for one
+file or shared with other graphs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which module of the model a node of a vision graph was traced from.
+"""Find the module of the model that a node of a vision graph was traced from.
 
 The exporter writes it into every node's metadata. The quantizer, the float16 converter and the
-graph check read it, because the tower's nodes are to be treated otherwise than the reducer's.
+graph check read it, because the tower's nodes are treated otherwise than the reducer's.
 """
 
 from __future__ import annotations

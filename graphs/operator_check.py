@@ -1,8 +1,7 @@
-"""What TensorRT would refuse in a graph, told before the graph reaches a robot.
+"""Check an ONNX graph for what TensorRT would refuse, before it reaches a robot.
 
-Enters: an ONNX graph and a TensorRT version. Leaves: refusals, each naming the operator, the module
-it was traced from and what to change. TensorRT's own parser is the judge; this knows its published
-rules, so that an export for a Jetson fails on the desk and says where.
+Each refusal names the operator, the module it was traced from and what to change. TensorRT's own
+parser decides in the end; this check knows its published rules and needs no TensorRT.
 
 Sources: onnx-tensorrt's docs/operators.md at 10.1 and at 10.15 (operators, types, restrictions,
 opsets), its Clip importer at 10.1 (integers, which the list leaves out), TensorRT's ONNX opset
@@ -78,7 +77,7 @@ _INSTEAD = {
 
 @dataclass(frozen=True)
 class Refusal:
-    """One thing TensorRT will not take.
+    """One thing that TensorRT would refuse.
 
     Attributes:
         node: name of the node, or of the graph's input.
@@ -115,7 +114,7 @@ def check_graph(file: Path, tensorrt: str) -> None:
         tensorrt: the version, such as ``"10.3"``.
 
     Raises:
-        EngineError: it will not; the first refusal is told in full.
+        EngineError: it will not; the first refusal is given in full.
     """
     refusals = find_refusals(infer_types(ir.load(file)), tensorrt)
     if refusals:
@@ -232,7 +231,7 @@ def _refuse_topk(node: ir.Node, version: tuple[int, int]) -> Iterator[str]:
 
 def _refuse_norm_outputs(node: ir.Node, version: tuple[int, int]) -> Iterator[str]:
     if node.op_type == "LayerNormalization" and any(out.uses() for out in node.outputs[1:]):
-        yield "its mean and deviation are read, and only its first output is to be had"
+        yield "its mean and deviation are read, and only its first output can be used"
 
 
 def _refuse_quantization(node: ir.Node, version: tuple[int, int]) -> Iterator[str]:

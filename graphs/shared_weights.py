@@ -1,9 +1,4 @@
-"""Weights in one file for several graphs: a bundle with four budgets is not four times as large.
-
-Enters: traced graphs, one after another. Leaves: graphs whose large weights point into the file.
-Equal bytes are written once, whichever graph brings them, so a precision shares with itself and a
-tower with every reducer behind it.
-"""
+"""Store the large weights of several graphs in one file, equal bytes once."""
 
 from __future__ import annotations
 
@@ -26,7 +21,7 @@ class SharedWeights:
     """A file of weights that graphs beside it point into.
 
     Attributes:
-        file: where; it is begun anew.
+        file: where; it is replaced.
     """
 
     def __init__(self, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Floor 2: frames in, visual tokens through, answers out. No PyTorch, no transformers.
+"""Read frames, turn them into visual tokens and answer questions about them (floor 2).
 
     from runtime import open_model
 

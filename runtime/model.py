@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines.bundle import Bundle, open_bundle
-from engines.closeable import Closeable
 from engines.errors import BackendError
 from runtime.backends import TextBackend
 from runtime.backends.chat_server import ServerOptions
+from runtime.backends.context import Context
+from runtime.backends.local_text import LocalText
 from runtime.backends.opening import open_text_backend
-from runtime.language.context import Context
 from runtime.language.generate import Finish, GenerationOptions
-from runtime.language.local_text import LocalText
 from runtime.language.parts import Embeddings
 from runtime.language.prompt import PromptWriter, Turn
 from runtime.vision import Pixels, VisionEncoder, VisualTokens
@@ -54,7 +53,7 @@ class Answer:
 
     @property
     def computed_tokens(self) -> int | None:
-        """How many positions of the prompt were not in the KV cache; None where nobody knows."""
+        """How many positions of the prompt were not in the KV cache; None where it is unknown."""
         return None if self.reused_tokens is None else self.prompt_tokens - self.reused_tokens
 
     @property
@@ -71,7 +70,7 @@ class Answer:
         return replace(self, milliseconds=spent, seen=tuple(seen))
 
 
-class Model(Closeable):
+class Model(AbstractContextManager["Model"]):
     """The three parts of a bundle, loaded; use it as a context manager.
 
     Attributes:
@@ -222,6 +221,9 @@ class Model(Closeable):
             f'The backend "{self.language.name}" runs on a server, which gives text and no logits. '
             "Open the model with ort or llamacpp for this."
         )
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Free everything; calling it again does nothing."""

@@ -1,4 +1,4 @@
-"""Which parts of a bundle are loaded and what runs them: options of commands that answer."""
+"""Options of which parts of a bundle are loaded and what runs them."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ class ModelOptions:
         """Open a bundle and load what answering takes.
 
         Raises:
-            FoveateError: anything the user can mend.
+            FoveateError: anything the user can fix.
         """
         from engines.bundle import open_bundle
         from runtime.model import open_model
 
-        server = self.server()  # first: a wrong address is told at once
+        server = self.server()  # first: a wrong address is refused at once
         return open_model(
             open_bundle(bundle, verify=self.verify),
             backend=self.backend,

@@ -1,9 +1,9 @@
-"""A ROS 2 node: an image topic in, answers out.
+"""A ROS 2 node that subscribes to an image topic and publishes answers.
 
-Subscribes to one topic of `sensor_msgs/Image` or `CompressedImage`. Publishes each answer as JSON
-in a `std_msgs/String` on `~/answers`; a String on `~/command` steers it (``ask QUESTION``,
-``pause``, ``resume``, ``stop``). This is the only module that imports `rclpy`, which comes with ROS
-and not from PyPI. It is tested against a stand-in of rclpy's API, not on a ROS machine.
+It subscribes to one topic of `sensor_msgs/Image` or `CompressedImage` and publishes each answer as
+JSON in a `std_msgs/String` on `~/answers`. A String on `~/command` controls it (``ask QUESTION``,
+``pause``, ``resume``, ``stop``). Only this module imports `rclpy`, which comes with ROS and not
+from PyPI. It is tested against a stand-in of rclpy's API, not on a ROS machine.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class TopicReader:
 
 
 def serve(bundle: Path, topic: str, compressed: bool, options: WatchOptions) -> None:
-    """Run the node until it is told to stop.
+    """Run the node until a command or signal stops it.
 
     Args:
         bundle: the bundle's directory.
@@ -88,7 +88,7 @@ def serve(bundle: Path, topic: str, compressed: bool, options: WatchOptions) -> 
 
     Raises:
         SourceError: rclpy is not there.
-        FoveateError: anything else the user can mend.
+        FoveateError: anything else the user can fix.
     """
     rclpy, executors, qos, signals, messages, string = _import_ros()
     # Signals are the camera loop's: ROS's own handler would end the node in the midst of a write.

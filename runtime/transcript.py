@@ -1,8 +1,7 @@
-"""A conversation on disk, to be taken up again.
+"""Save a conversation to a JSON file, and continue it later.
 
-Enters: a `Conversation`, or a file. Leaves: a JSON file with the words and the visual tokens, or a
-conversation that goes on where it stopped. The pictures themselves are not kept, and the KV cache
-is computed again with the next question.
+The file holds the words and the visual tokens. The pictures themselves are not kept, and the KV
+cache is computed again with the next question.
 """
 
 from __future__ import annotations

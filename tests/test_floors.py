@@ -1,4 +1,4 @@
-"""The four floors: a floor imports only floors below it, and only the packages it is allowed.
+"""The five floors: a floor imports only floors below it, and only the packages it is allowed.
 
 Read from the source, so an import inside a function counts as much as one at the top.
 """
@@ -93,12 +93,22 @@ def test_the_command_imports_no_floor_but_the_lowest_by_itself() -> None:
         assert imported & set(FLOORS) <= {"engines"}
 
 
-def circle_of_imports(sources: dict[str, str]) -> list[str]:
-    """Return modules that import each other in a circle; one a type checker alone sees counts.
+def read_sources() -> dict[str, str]:
+    """Return the source of every module of the floors, by its dotted name."""
+    sources = {}
+    for floor in FLOORS:
+        for file in (ROOT / floor).rglob("*.py"):
+            name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            sources[name] = file.read_text(encoding="utf-8")
+    return sources
+
+
+def imports_of(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Return the modules that each module imports; one a type checker alone sees counts.
 
     `from package import module` imports the module, and nothing that the package exports.
     """
-    imported = {
+    return {
         name: {
             module if (module := f"{node.module}.{alias.name}") in sources else node.module
             for node in ast.walk(ast.parse(source))
@@ -108,6 +118,10 @@ def circle_of_imports(sources: dict[str, str]) -> list[str]:
         & sources.keys() - {name}
         for name, source in sources.items()
     }
+
+
+def circle_of(imported: dict[str, set[str]]) -> list[str]:
+    """Return names that import each other in a circle, or nothing."""
     try:
         TopologicalSorter(imported).prepare()
     except CycleError as error:
@@ -115,15 +129,35 @@ def circle_of_imports(sources: dict[str, str]) -> list[str]:
     return []
 
 
+def rooms_of(package: str, imported: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Return what the modules and sub-packages right inside a package import of each other."""
+    depth = package.count(".") + 2
+
+    def room(name: str) -> str:
+        return ".".join(name.split(".")[:depth])
+
+    rooms: dict[str, set[str]] = {}
+    for name, modules in imported.items():
+        if name.startswith(f"{package}."):
+            inside = {room(module) for module in modules if module.startswith(f"{package}.")}
+            rooms.setdefault(room(name), set()).update(inside - {room(name)})
+    return rooms
+
+
 def test_modules_do_not_import_each_other_in_a_circle() -> None:
-    sources = {}
-    for floor in FLOORS:
-        for file in (ROOT / floor).rglob("*.py"):
-            name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-            sources[name] = file.read_text(encoding="utf-8")
-    assert circle_of_imports(sources) == []
+    assert circle_of(imports_of(read_sources())) == []
     lazy = {"a.b": "def f():\n    from a import c", "a.c": "from a.b import f"}
-    assert set(circle_of_imports(lazy)) == {"a.b", "a.c"}
+    assert set(circle_of(imports_of(lazy))) == {"a.b", "a.c"}
+
+
+def test_rooms_do_not_import_each_other_in_a_circle() -> None:
+    imported = imports_of(read_sources())
+    packages = {name.rpartition(".")[0] for name in imported} - {""}
+    circles = {package: circle_of(rooms_of(package, imported)) for package in packages}
+    assert {package: circle for package, circle in circles.items() if circle} == {}
+    rooms = {"a.b.x": "from a.c.y import f", "a.b.z": "", "a.c.y": "", "a.c.w": "from a.b import z"}
+    assert circle_of(imports_of(rooms)) == []  # no module of it is in a circle
+    assert set(circle_of(rooms_of("a", imports_of(rooms | {"a.b": ""})))) == {"a.b", "a.c"}
 
 
 def test_a_breach_is_seen() -> None:

@@ -1,1 +1,1 @@
-"""How alike two encodings of a picture are, where they part, and when that is good enough."""
+"""Measure how much two encodings of a picture agree, and find the stage where they differ."""

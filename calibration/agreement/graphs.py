@@ -1,8 +1,4 @@
-"""How alike two files of one vision graph are over the user's frames, and where they part.
-
-Enters: the float32 graph, the one to be judged, and frames. Leaves: what a gate looks at, and the
-stages that add most to the error, for the message when the gate is missed.
-"""
+"""Compare two files of one vision graph over the user's frames."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ import numpy as np
 
 from calibration.agreement.stages import StageError, measure_stages, read_stages, tap_graph
 from calibration.agreement.token_metrics import Agreement, average_agreement, compare_visual_tokens
-from calibration.frames.pixels import Frames
+from calibration.frames.dataset import Frames
 from engines.ort import OrtSession
 from engines.progress_bar import Progress
 from engines.session import Array

@@ -1,9 +1,8 @@
-"""Where two runs of one vision graph part: the values at the borders of its modules.
+"""Find the stage where two runs of one vision graph begin to differ.
 
-Enters: an ONNX graph whose nodes carry the module they come from. Leaves: a copy that hands out
-what passes from stage to stage (embeddings, each layer, scores, keys, merged tokens), and the error
-of each stage against a reference. Which stage first errs says where to look; an error at the end
-does not, because everything after the first carries it on.
+A copy of the graph hands out what passes between its modules (embeddings, each layer, scores, keys,
+merged tokens), and the error of each stage is taken against a reference. The error at the end does
+not say where to look, because every later stage carries an error on.
 """
 
 from __future__ import annotations

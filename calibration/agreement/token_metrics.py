@@ -1,11 +1,9 @@
-"""How much two sets of visual tokens, or two rows of logits, agree.
+"""Measure how much two sets of visual tokens, or two rows of logits, agree.
 
-Enters: NumPy arrays of one picture, the reference first. Leaves: plain numbers. Kept patches are
-compared as sets and tokens by the patches they are made of, because one patch kept more or less
-shifts every token after it. A NaN makes the number it goes into NaN, never a pass.
-
-This is the one measure of the house: the gate of a calibration and the search for what to leave in
-floating point look at its average over pictures, `export.verify` at the worst picture.
+Kept patches are compared as sets, and tokens by the patches they are made of, because one patch
+kept more or less shifts every token after it. A NaN makes the number it goes into NaN, never a
+pass. Calibration judges the average over pictures, `export.verify` the worst picture, and a golden
+run copies this file to where Foveate is not installed. It therefore needs NumPy only.
 """
 
 from __future__ import annotations
@@ -13,12 +11,13 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.vision import VisualTokens
+if TYPE_CHECKING:
+    from runtime.vision import VisualTokens
 
 Array = NDArray[Any]
 
@@ -76,6 +75,23 @@ class Agreement:
     cosine: float
 
 
+@dataclass(frozen=True)
+class Gate:
+    """The least agreement that is good enough."""
+
+    overlap: float = 0.97
+    cosine: float = 0.99
+
+    def holds(self, agreement: Agreement) -> bool:
+        """Return whether both measures are reached."""
+        return agreement.overlap >= self.overlap and agreement.cosine >= self.cosine
+
+    def cost(self, agreement: Agreement) -> float:
+        """Return the error as a multiple of what the gate allows, both measures added up."""
+        allowed = max(1 - self.overlap, 1e-6), max(1 - self.cosine, 1e-6)
+        return (1 - agreement.overlap) / allowed[0] + (1 - agreement.cosine) / allowed[1]
+
+
 def average_agreement(pictures: Iterable[TokenAgreement]) -> Agreement:
     """Return the average over pictures, of which there is at least one."""
     rows = [(one.overlap, one.assignment, one.cosine_mean) for one in pictures]
@@ -84,7 +100,7 @@ def average_agreement(pictures: Iterable[TokenAgreement]) -> Agreement:
 
 def compare_visual_tokens(reference: VisualTokens, candidate: VisualTokens) -> TokenAgreement:
     """Compare what two vision graphs made of one picture, a batch of one each."""
-    theirs, ours = reference.tokens_of(0), candidate.tokens_of(0)  # [valid, D] each
+    theirs, ours = (one.tokens[0, : one.valid[0]] for one in (reference, candidate))  # [valid, D]
     their_origin, our_origin = reference.origin[0, : len(theirs)], candidate.origin[0, : len(ours)]
     at_theirs, at_ours = match_tokens(reference, candidate)
     cosine = measure_cosine(theirs[at_theirs], ours[at_ours])
@@ -207,7 +223,7 @@ def _patches(origin: Array) -> set[int]:
 def _contents(picture: VisualTokens) -> dict[Hashable, int]:
     """Return where each token is, by its patch or by what became it and what was merged into it.
 
-    Tokens made of nothing that is told, such as the class token, are told apart by their order.
+    Tokens without any patch, such as the class token, are numbered in their order.
     """
     members: dict[int, list[tuple[int, bool]]] = defaultdict(list)
     for patch, slot in enumerate(picture.assignment[0].tolist()):

@@ -1,1 +1,1 @@
-"""The user's own frames: which are taken, what they cover, and how a tower sees them."""
+"""Select the user's frames, describe what they cover, and prepare them for a tower."""

@@ -1,10 +1,9 @@
-"""Are red and blue exchanged? A suspicion with a number, never a verdict.
+"""Suspect frames whose red and blue are exchanged (BGR read as RGB).
 
-OpenCV reads and writes BGR; one forgotten conversion and a robot calibrates on blue faces. In
-photographs most of what has a colour is warm (skin, wood, soil, brick, lamplight), red over blue;
-exchanged, it is cool. One frame says little, a blue sky is cool too; most frames of a set saying
-the same is worth a warning. Scenes that are blue (a pool, a lawn under a wide sky) look alike to
-this, and the warning says so.
+Most coloured pixels of photographs are warm (skin, wood, soil, brick, lamplight): more red than
+blue. Exchanged, they are cool. One frame proves little, because a blue sky is cool too; most frames
+of a set being cool is worth a warning. Blue scenes (a pool, a wide sky) raise it as well, and the
+warning says so.
 """
 
 from __future__ import annotations

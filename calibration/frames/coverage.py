@@ -1,8 +1,7 @@
-"""What a set of frames covers of a robot's world, and what it lacks, in numbers.
+"""Describe what a set of frames covers, and warn of what it lacks.
 
-Enters: the frames that were kept and how the reading went. Leaves: a `Coverage` whose warnings say
-what is thin. A quantizer only knows the values it was shown: frames of one corridor by day give
-scales that clip at night.
+A quantizer knows only the values it was shown: frames of one corridor by day give scales that clip
+at night.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from calibration.frames.colour_order import ColourOrder, judge_colour_order
-from calibration.frames.frame_sampler import EvenSample
+from calibration.frames.frame_sampler import DistinctFrames
 from calibration.frames.near_duplicates import Signature, count_scenes
 
 FEWEST_FRAMES = 128
@@ -64,7 +63,7 @@ class Coverage:
 
 
 def measure_coverage(
-    sample: EvenSample, signatures: Sequence[Signature], unreadable: Mapping[str, int]
+    sample: DistinctFrames, signatures: Sequence[Signature], unreadable: Mapping[str, int]
 ) -> Coverage:
     """Measure what was collected.
 

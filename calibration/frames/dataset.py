@@ -1,10 +1,8 @@
-"""The user's own frames become a calibration set.
+"""Make a calibration set from the user's own frames.
 
-Enters: a folder of pictures, a video, a ROS bag, an MCAP file or a camera (`runtime.frames`) and
-the bundle's own preprocessing. Leaves: a `CalibrationSet`: distinct frames from the whole of the
-source, as the vision tower sees them, with what they cover and a digest that names them. Frames are
-kept as uint8, a quarter of the memory of `pixel_values` (at 336 x 336, 256 frames are 87 MB, and
-twice that while they are collected).
+The set holds distinct frames spread over the whole source (anything `runtime.frames` opens), as the
+vision tower sees them, with their coverage and a digest. Frames are kept as uint8, a quarter of the
+memory of `pixel_values` (256 frames of 336 x 336 are 87 MB, and twice that while they are read).
 """
 
 from __future__ import annotations
@@ -16,12 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import typer
 
 from calibration.frames.coverage import Coverage, measure_coverage
-from calibration.frames.frame_sampler import EvenSample
+from calibration.frames.frame_sampler import DistinctFrames
 from engines.errors import OptionError, SourceError
 from engines.manifest import Preprocessing
 from runtime.frames import Frame, FrameSource, SourceOptions, open_source
@@ -38,6 +36,15 @@ _SMALL = "smaller than a patch"
 
 Progress = Callable[[int, int], None]
 """Called with how many frames were read and how many of them are kept."""
+
+
+class Frames(Protocol):
+    """Frames that can be gone through more than once; a list of arrays is such a thing."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[PixelValues]:
+        """Yield float32[1, 3, H, W], what the bundle's preprocessing makes of a picture."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,7 @@ def collect_frames(
     options = options or FrameOptions()
     if isinstance(source, str):
         source = open_source(source, options.view)
-    sample = EvenSample(options.max_frames)
+    sample = DistinctFrames(options.max_frames)
     with ExitStack() as open_things:
         frames = open_things.enter_context(source)
         for frame in _frames_of(frames, sample, options, open_things):
@@ -146,12 +153,12 @@ def collect_frames(
                 size = f"{width}x{height} pixels, and a patch alone is {options.patch_pixels}"
                 frames.errors.count(_SMALL, f"a frame has {size}")
                 continue
-            sample.add(resize_picture(frame.image, preprocessing))
+            sample.look_at(resize_picture(frame.image, preprocessing))
             progress(sample.read, len(sample))
             if frames.live and len(sample) == options.max_frames:
                 break
     _refuse_unreadable(frames, sample)
-    kept = sample.frames()
+    kept = sample.items()
     if len(kept) < 2:
         raise SourceError(
             f"{frames.name} has {len(kept)} distinct frames ({sample.read} read, "
@@ -169,7 +176,7 @@ def collect_frames(
 
 
 def _frames_of(
-    frames: FrameSource, sample: EvenSample, options: FrameOptions, open_things: ExitStack
+    frames: FrameSource, sample: DistinctFrames, options: FrameOptions, open_things: ExitStack
 ) -> Iterator[Frame]:
     """Return the frames to look at: of a recording spread over all of it, of a camera for a time.
 
@@ -186,7 +193,7 @@ def _frames_of(
     return frames.chosen(lambda: clock.wants(time.monotonic_ns()) and sample.wants_next())
 
 
-def _refuse_unreadable(frames: FrameSource, sample: EvenSample) -> None:
+def _refuse_unreadable(frames: FrameSource, sample: DistinctFrames) -> None:
     """Count pictures against those that were tried, and damage of the stream against all of it."""
     counts = frames.errors.counts
     pictures = counts["undecodable"] + counts[_SMALL]
@@ -197,6 +204,6 @@ def _refuse_unreadable(frames: FrameSource, sample: EvenSample) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
     raise SourceError(
         f"{frames.name}: {share:.0%} of its frames cannot be used ({reasons}; {sample.read} were "
-        f"read), expected at most {MOST_UNREADABLE:.0%}. The last one: {frames.errors.last}. Mend "
-        "the recording, or give another."
+        f"read), expected at most {MOST_UNREADABLE:.0%}. The last one: {frames.errors.last}. "
+        "Repair the recording, or give another."
     )

@@ -1,9 +1,8 @@
-"""How alike two frames look: the same picture again, the same view, or another.
+"""Compare how two frames look: the same picture again, the same view, or another.
 
-Enters: frames of one size, uint8. Leaves: signatures to compare. A signature is the frame averaged
-to 16 x 16 coloured blocks, and frames are compared by the difference of their blocks. Perceptual
-hashes (aHash, dHash, pHash) were not taken: they are made to be blind to brightness and colour,
-and a room with its lights off is the same to them as with its lights on. To a quantizer it is not.
+A signature is the frame averaged to 16 x 16 coloured blocks, and frames are compared by the
+difference of their blocks. Perceptual hashes (aHash, dHash, pHash) ignore brightness and colour on
+purpose, but a room with its lights off gives a quantizer other values than with its lights on.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""A float32 bundle becomes an INT8 one: frames, scales and the gate put together."""
+"""Make an INT8 bundle from a float32 bundle: frames, scales and the gate in order."""

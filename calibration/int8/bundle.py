@@ -1,7 +1,7 @@
-"""A float32 bundle and the user's frames become an INT8 bundle, without PyTorch.
+"""Write an INT8 bundle from a float32 bundle and the user's frames, without PyTorch.
 
-Enters: an opened bundle and `Int8Options`. Leaves: a new bundle beside it: INT8 vision graphs, the
-record they were made with, and everything else as it was, hard-linked where the disk allows it.
+The new bundle holds INT8 vision graphs and the calibration they were made with. Everything else is
+hard-linked from the old bundle where the disk allows it, and copied where not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from calibration.frames.dataset import CalibrationSet, collect_frames
 from calibration.int8.graphs import Int8Graphs, Int8Task, make_int8_graphs
 from calibration.int8.options import Int8Options
-from calibration.int8.resume import Unfinished
+from calibration.int8.resume import ResumeFolder
 from engines import __version__
 from engines.bundle import Bundle, BundleDraft, refuse_occupied, write_bundle
 from engines.errors import OptionError
@@ -57,7 +57,7 @@ def calibrate_bundle(
     targets_file: Path | None = None,
     progress: Progress = lambda line, done: None,
 ) -> Int8Bundle:
-    """Make an INT8 bundle of a float32 one.
+    """Make an INT8 bundle from a float32 one.
 
     Args:
         bundle: from `open_bundle`.
@@ -66,7 +66,7 @@ def calibrate_bundle(
         precision: ``int8`` or ``mixed``.
         overwrite: replace a bundle that is there.
         targets_file: TOML file of the user's own targets.
-        progress: told of every frame.
+        progress: called for every frame.
 
     Raises:
         GateError: the result agrees too little with FP32; nothing is written.
@@ -81,7 +81,7 @@ def calibrate_bundle(
     refuse_occupied(out, overwrite)
     patch_pixels = bundle.preprocessing.height // bundle.vision().patch_rows
     frames = collect(options, bundle.preprocessing, patch_pixels, progress)
-    unfinished = Unfinished(out)
+    unfinished = ResumeFolder(out)
     with unfinished.kept(), write_bundle(out, overwrite=overwrite) as draft:
         task = Int8Task(
             sources={graph.file: bundle.path(graph.file) for graph in bundle.manifest.vision},

@@ -1,9 +1,7 @@
-"""The float32 vision graphs of a bundle become INT8 ones, or nothing does.
+"""Quantize the vision graphs of a bundle to INT8, and keep them only if they pass the gate.
 
-Enters: one float32 graph for each budget and the user's frames (or a calibration made from them).
-Leaves: the same graphs with Q/DQ in the tower, for TensorRT with float16 around it, and the record
-they were made with. One calibration serves them all. Frames that were held out decide whether the
-result is good enough; that is measured on the files that will be published.
+One calibration serves the graphs of all budgets. Q/DQ stand in the tower, and for TensorRT the rest
+is float16. The gate is measured on held-out frames and on the files that will be published.
 """
 
 from __future__ import annotations
@@ -15,12 +13,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from calibration.agreement.gate import Gate
 from calibration.agreement.graphs import compare_graphs, rank_stages
-from calibration.agreement.token_metrics import Agreement
+from calibration.agreement.token_metrics import Agreement, Gate
 from calibration.frames.dataset import CalibrationSet
 from calibration.int8.options import Int8Options
-from calibration.int8.resume import Unfinished
+from calibration.int8.resume import ResumeFolder
 from calibration.scales.apply import apply_calibration
 from calibration.scales.calibrate import calibrate
 from calibration.scales.calibration_file import Calibration
@@ -47,7 +44,7 @@ _SUSPECT_FRAMES = 2
 
 @dataclass(frozen=True)
 class Int8Graphs:
-    """What became of a bundle's graphs.
+    """The INT8 graphs of a bundle.
 
     Attributes:
         written: each graph by its place in the bundle.
@@ -83,7 +80,7 @@ class Int8Graphs:
 
 @dataclass(frozen=True)
 class Int8Task:
-    """What is to be done.
+    """What to calibrate and quantize.
 
     Attributes:
         sources: float32 graphs by their place in the bundle; the first is calibrated on.
@@ -105,7 +102,7 @@ class Int8Task:
     options: Int8Options
     frames: CalibrationSet | None
     record: Calibration | None = None
-    unfinished: Unfinished | None = None
+    unfinished: ResumeFolder | None = None
 
     @property
     def gate(self) -> Gate:
@@ -114,7 +111,7 @@ class Int8Task:
 
 
 def make_int8_graphs(task: Int8Task, progress: Progress = lambda line, done: None) -> Int8Graphs:
-    """Calibrate, quantize, write, check.
+    """Calibrate and quantize the graphs, write them and check them.
 
     Raises:
         GateError: the graphs agree too little with FP32; the worst layers are named.

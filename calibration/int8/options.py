@@ -1,7 +1,4 @@
-"""What INT8 is to be made from, and what it must keep to: for commands and for the API.
-
-Enters: `Int8Options`. Leaves: everything refused that can be before the first slow step.
-"""
+"""Options of an INT8 quantization: what it is made from and which gate it must pass."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from calibration.agreement.gate import Gate
+from calibration.agreement.token_metrics import Gate
 from calibration.frames.dataset import FrameOptions
 from calibration.scales.calibrate import CalibrationOptions
 from calibration.scales.calibration_file import Calibration, load_calibration
@@ -129,7 +126,7 @@ class Int8Options:
         if record is not None and record.excluded and precision == "int8":
             raise OptionError(
                 f"{self.record} leaves {len(record.excluded)} layers in floating point, such as "
-                f"{record.excluded[0]}. Use it with --precision mixed, or calibrate anew."
+                f"{record.excluded[0]}. Use it with --precision mixed, or calibrate again."
             )
         self._check_source()
         return record

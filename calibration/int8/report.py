@@ -1,7 +1,4 @@
-"""What a calibration did, for people and for machines.
-
-Enters: `Int8Graphs` and the frames they were made from. Leaves: lines, or one JSON object.
-"""
+"""Report what a calibration did, as text lines or one JSON object."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import Any
 from calibration.frames.coverage import document_from_coverage, lines_from_coverage
 from calibration.frames.dataset import CalibrationSet
 from calibration.int8.graphs import RECORD_NAME, Int8Graphs
-from calibration.int8.resume import Unfinished
+from calibration.int8.resume import ResumeFolder
 from calibration.sensitivity.report import json_from_report, table_from_report
 from engines import cli
 from engines.errors import GateError
@@ -36,7 +33,7 @@ def document_from_int8(made: Int8Graphs, frames: CalibrationSet | None) -> dict[
 
 
 def lines_from_int8(made: Int8Graphs) -> list[str]:
-    """Return it as lines; coverage is told before, by `tell_coverage`."""
+    """Return it as lines, without the coverage of the frames."""
     calibration = made.calibration
     lines = [
         f"  INT8 in {len(calibration.quantized)} of {len(calibration.layers)} layers of the tower"
@@ -78,7 +75,7 @@ def tell_missed_gate(error: GateError, as_json: bool) -> int:
 
 def tell_interruption(out: Path) -> None:
     """Say where an interrupted calibration goes on."""
-    folder = Unfinished(out).folder
+    folder = ResumeFolder(out).folder
     if folder.exists():
         print(
             f"Interrupted. {folder} keeps what was measured: the same command goes on from there.",

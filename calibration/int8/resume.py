@@ -1,7 +1,6 @@
-"""What an interrupted calibration leaves beside the bundle that it was to write.
+"""The folder beside a bundle that an interrupted calibration continues from.
 
-Enters: where the bundle is to be. Leaves: a folder from which the same command goes on; it is gone
-once there is a result, be it a bundle or a missed gate.
+It is removed once there is a result, either a bundle or a missed gate.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from engines.errors import GateError
 
 
 @dataclass(frozen=True)
-class Unfinished:
-    """A calibration on its way.
+class ResumeFolder:
+    """The folder of a calibration that is not finished.
 
     Attributes:
         out: directory of the bundle.
@@ -42,7 +41,7 @@ class Unfinished:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Keep it until the block ends with a result; whatever else ends the block leaves it."""
+        """Remove it when the block ends with a result; an error or Ctrl-C leaves it."""
         try:
             yield
         except GateError:

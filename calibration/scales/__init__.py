@@ -1,1 +1,1 @@
-"""What a tower's activations are scaled by: found on frames, recorded, written into graphs."""
+"""Find, record and apply the scales of a tower's activations."""

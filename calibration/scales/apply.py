@@ -1,8 +1,7 @@
-"""A calibration written into a graph: symmetric Q/DQ around the layers it names.
+"""Write a calibration into a graph as symmetric Q/DQ around the layers it names.
 
-Enters: a float32 graph and a `Calibration` of its tower. Leaves: the graph with per-tensor
-activations, per-channel weights, zero points 0 and biases in floating point. TensorRT takes its
-precision from exactly these nodes.
+Activations are scaled per tensor and weights per channel, zero points are 0, and biases stay in
+floating point. TensorRT takes its precision from these nodes.
 """
 
 from __future__ import annotations

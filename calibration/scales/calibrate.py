@@ -1,11 +1,8 @@
-"""How a tower is to be quantized, found once on the user's own frames.
+"""Find how a tower is to be quantized, on the user's own frames.
 
-Enters: a float32 vision graph and frames. Leaves: a `Calibration`: for each activation how it is
-smoothed and what its range is, for each layer the digest of its weight. Thresholds come after
-smoothing, so frames are gone through twice.
-
-One calibration serves every graph of a bundle, whatever its reducer and budget, since the tower is
-the same; `calibration.scales.apply` writes it into them.
+A `Calibration` holds the smoothing and the range of each activation and the digest of each weight.
+Ranges are measured after smoothing, so the frames are read twice. The tower is the same for every
+reducer and budget, so one calibration serves every graph of a bundle.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ import onnx_ir as ir
 import typer
 from numpy.typing import NDArray
 
-from calibration.frames.pixels import Frames
+from calibration.frames.dataset import Frames
 from calibration.scales.calibration_file import (
     Calibration,
     FramesRecord,
@@ -48,7 +45,6 @@ class CalibrationOptions:
 
     Attributes:
         method: how an activation's range is chosen; `calibration.scales.ranges` explains each.
-        percentile: for the method of that name.
         smooth: let SmoothQuant move outlying channels into the weights.
         alphas: what is tried for each activation; the best, or no smoothing, is taken.
         sample_rows: rows of each activation that alphas are judged on.
@@ -59,7 +55,6 @@ class CalibrationOptions:
         Method,
         typer.Option(help=f"How an activation's range is chosen: {', '.join(get_args(Method))}."),
     ] = "mse"
-    percentile: float = 99.99
     smooth: bool = True
     alphas: tuple[float, ...] = ALPHAS
     sample_rows: int = 256
@@ -74,14 +69,14 @@ def calibrate(
     progress: Progress = lambda line, done: None,
     resume: Path | None = None,
 ) -> Calibration:
-    """Find out how a tower is to be quantized.
+    """Find how to quantize a tower.
 
     Args:
         graph_file: a float32 vision graph; its reducer and projector are not run.
         frames: `pixel_values` of one picture each, float32[1, 3, H, W]. They are gone through once
             or twice and must come in the same order each time.
         options: how.
-        progress: told of every frame.
+        progress: called for every frame.
         resume: a file that keeps what was gathered while it runs. If it is there, the calibration
             that was interrupted goes on, or was done and is made again from it; it stays, for the
             caller to remove.
@@ -103,7 +98,6 @@ def calibrate(
     state, thresholds = _find_thresholds(recorder, state, activations, options)
     return Calibration(
         method=options.method,
-        percentile=options.percentile,
         frames=FramesRecord(count=state.seen, sha256=state.chain),
         sites={
             name: SiteRecord(
@@ -159,7 +153,7 @@ def _reshape(site: Site, state: State, options: CalibrationOptions) -> _Activati
 def _choose_smoothing(
     site: Site, state: State, channels: Channels, options: CalibrationOptions
 ) -> Smoothing | None:
-    """Take what costs least; what takes nodes of its own must cost half of nothing."""
+    """Take the trial with the least error; one that adds nodes must halve the plain error."""
     if not options.smooth or site.source.is_graph_input():
         return None
     plain, *trials = try_smoothing(
@@ -168,7 +162,6 @@ def _choose_smoothing(
         [layer.matrix() for layer in site.layers],
         options.alphas,
         options.method,
-        options.percentile,
     )
     best = min(trials, key=lambda trial: trial.error)
     if best.error >= plain.error * (1.0 if site.foldable else 0.5):
@@ -196,9 +189,7 @@ def _find_thresholds(
         state, largest, lambda name, rows: activations[name].smooth(rows)
     )
     return state, {
-        name: find_threshold(
-            state.arrays[f"counts/{name}"], top, options.method, options.percentile
-        )
+        name: find_threshold(state.arrays[f"counts/{name}"], top, options.method)
         for name, top in largest.items()
     }
 

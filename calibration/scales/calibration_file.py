@@ -1,8 +1,7 @@
-"""What a calibration found, and the file it is kept in.
+"""Read and write a calibration as one JSON file with a checksum.
 
-Enters: a `Calibration`. Leaves: one JSON file with a checksum of itself, or the same record back.
-It names the weights it was made on by their sha256, layer by layer, so that it serves every graph
-of a checkpoint (other reducers, other budgets) and no graph of another one.
+The file names the weights it was made on by their sha256, layer by layer. It therefore fits every
+graph of a checkpoint (other reducers, other budgets) and no graph of another checkpoint.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import binascii
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +24,6 @@ from pydantic import (
     ValidationError,
 )
 
-from calibration.scales.ranges import Method
 from engines.errors import CalibrationError
 from engines.staging import staged_file
 
@@ -121,8 +119,8 @@ class Calibration(_Record):
 
     Attributes:
         schema_version: of this record.
-        method: how thresholds were chosen.
-        percentile: for the method of that name.
+        method: how thresholds were chosen; ``percentile`` and ``entropy`` in older records.
+        percentile: of older records; nothing reads it.
         frames: what it was made from.
         sites: the activations, by name.
         layers: every layer that can be quantized, by its module.
@@ -131,8 +129,8 @@ class Calibration(_Record):
     """
 
     schema_version: int = SCHEMA_VERSION
-    method: Method
-    percentile: float
+    method: Literal["max", "mse", "percentile", "entropy"]
+    percentile: float = 99.99
     frames: FramesRecord
     sites: dict[str, SiteRecord]
     layers: dict[str, LayerRecord] = Field(min_length=1)
@@ -164,7 +162,7 @@ class Calibration(_Record):
         return self.model_copy(update={"excluded": ordered})
 
     def save(self, file: Path) -> None:
-        """Write the record with its checksum, whole or not at all.
+        """Write the record with its checksum, completely or not at all.
 
         Raises:
             CalibrationError: the file cannot be written.

@@ -1,8 +1,7 @@
-"""Smoothing and Q/DQ written into a graph, site by site.
+"""Insert smoothing and Q/DQ into a graph, site by site.
 
-Enters: a site of a float32 graph and what was found for it. Leaves: the same graph, rewritten. Q/DQ
-stand only at the inputs of the layers that are quantized: other readers of the same activation or
-of the same weight (weights that are equal are stored once) keep the float they had.
+Q/DQ stand only at the inputs of the quantized layers. Other readers of the same activation, or of
+an equal weight that is stored once, keep the float value.
 """
 
 from __future__ import annotations

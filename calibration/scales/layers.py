@@ -1,10 +1,9 @@
-"""The layers of a vision graph that INT8 pays off in, and the norms that feed them.
+"""Find the layers of a vision graph that are worth quantizing, and the norms that feed them.
 
-Enters: a float32 graph of the exporter. Leaves: the patch convolution and the matrix products of
-the tower that have weights. Attention's own products, the scores, the reducer and the projector are
-not among them: the first two need the range of float, rounding in the reducer would keep other
-patches, and the projector sees few tokens, of a range that differs from reducer to reducer, so that
-one calibration could not serve all graphs of a bundle.
+These are the patch convolution and the tower's matrix products with weights. Attention's own
+products and the scores need the range of float. Rounding in the reducer would keep other patches.
+The projector sees few tokens, and their range depends on the reducer, so one calibration could not
+serve all graphs of a bundle.
 """
 
 from __future__ import annotations

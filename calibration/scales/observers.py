@@ -1,9 +1,8 @@
-"""What a tower's activations look like over the user's frames, gathered in bounded memory.
+"""Gather statistics of a tower's activations over frames, in bounded memory.
 
-Enters: a float32 graph and frames. Leaves: for every site how large each channel grows and a sample
-of rows; then, once smoothing is decided, a histogram of magnitudes. Both are sums over frames that
-are kept on disk every few seconds, so that an interrupted calibration goes on where it stopped and
-ends with the same bits.
+The first pass keeps each channel's extremes and a sample of rows, the second, after smoothing is
+decided, a histogram of magnitudes. Both are saved every few seconds, so an interrupted calibration
+continues and ends with the same bits.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibration.frames.pixels import Frames
+from calibration.frames.dataset import Frames
 from calibration.scales.layers import Site
 from calibration.scales.ranges import count_magnitudes
 from calibration.scales.resume import State, StateFile
@@ -57,7 +56,7 @@ class Recorder:
         frames: all of them.
         states: where sums are kept.
         threads: CPU threads.
-        progress: told of every frame.
+        progress: called for every frame.
     """
 
     model: ir.Model

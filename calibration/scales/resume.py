@@ -1,8 +1,4 @@
-"""The state of an interrupted calibration, on disk between two runs.
-
-Enters: sums over the frames so far. Leaves: one safetensors file, written whole or not at all, and
-the sums back when the same calibration is started again.
-"""
+"""Save and restore the state of an interrupted calibration, as one safetensors file."""
 
 from __future__ import annotations
 
@@ -78,7 +74,7 @@ class StateFile:
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CalibrationError(
                 f"{self.path} is not the state of an interrupted calibration ({error}). Delete it "
-                "to start anew."
+                "to start again."
             ) from error
         if header["identity"] != self.identity:
             raise self.refusal("another checkpoint, other options or another number of frames")
@@ -88,5 +84,5 @@ class StateFile:
         """Return the error for a state that cannot be continued."""
         return CalibrationError(
             f"{self.path} is the state of a calibration made from {made_from}. Start that one "
-            "again to finish it, or delete the file to start anew."
+            "again to finish it, or delete the file to start again."
         )

@@ -1,20 +1,19 @@
-"""Smoothing: outlying channels of an activation become a matter of weights and biases.
+"""Smoothing: move outlying channels of an activation into weights and biases.
 
-Enters: the range and mean of each channel of an activation, a sample of it, and the matrices that
-read it. Leaves: a shift and a scale for each channel, X' = (X - shift) / scale, that cost the
-layers' outputs least once X' and the weights are INT8. In floating point nothing changes, for the
+A shift and a scale for each channel, X' = (X - shift) / scale, are chosen so that the layers'
+outputs change least once X' and the weights are INT8. In floating point nothing changes: the
 weights are multiplied by the scale and the biases take the shift.
 
 Scales: SmoothQuant (Xiao et al. 2023, arXiv 2211.10438), eq. 4:
 s_j = max|X_j|^alpha / max|W_j|^(1 - alpha). Shifts: Outlier Suppression+ (Wei et al. 2023, arXiv
 2304.09145), eq. 4: z_j = (max X_j + min X_j) / 2, which makes a channel symmetric, as TensorRT's
-zero points of 0 would have it. Deviations: alpha, and whether to shift, is searched for each
-activation by the error of what its layers put out; scales are divided by their geometric mean,
-which per-tensor quantization does not notice and which keeps the magnitude for layers that stay in
-float16; a channel that is zero in activation or weights keeps the scale 1.
+zero points of 0 require. Deviations: alpha, and whether to shift, is searched for each activation
+by the error of its layers' outputs; scales are divided by their geometric mean, which does not
+change per-tensor quantization and keeps the magnitude for layers that stay in float16; a channel
+that is zero in activation or weights keeps the scale 1.
 
-The error that rounding leaves in the mean of an output goes into the bias (Nagel et al. 2019, arXiv
-1906.04721, section 4.2, with the mean measured on the frames); the search counts on that.
+The mean error of an output goes into the bias (Nagel et al. 2019, arXiv 1906.04721, section 4.2,
+with the mean measured on the frames); the search assumes this correction.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class Channels:
 
     @property
     def middle(self) -> Vector:
-        """What makes each channel symmetric when it is taken off, float32[K]."""
+        """The shift that makes each channel symmetric, float32[K]."""
         return np.asarray((self.lowest + self.highest) / 2, np.float32)
 
     def smoothed(self, shift: Vector, scale: Vector) -> Channels:
@@ -103,7 +102,6 @@ def try_smoothing(
     matrices: Sequence[Matrix],
     alphas: Sequence[float],
     method: Method,
-    percentile: float,
 ) -> list[Trial]:
     """Try every alpha, with and without shift, on a sample of an activation.
 
@@ -113,7 +111,6 @@ def try_smoothing(
         matrices: the weights that read it, float32[K, N] each.
         alphas: what to try.
         method: how the range of the smoothed activation is chosen.
-        percentile: for the method of that name.
 
     Returns:
         The trial that changes nothing first, then the others.
@@ -134,7 +131,7 @@ def try_smoothing(
             x: Matrix = (sample - shift) / scale
             w: Matrix = joined * scale[:, None]
             counts = count_magnitudes(x, top, _BINS)
-            threshold = find_threshold(counts, top, method, percentile)
+            threshold = find_threshold(counts, top, method)
             rounded = fake_quantize(w, np.abs(w).max(axis=0))
             off = fake_quantize(x, threshold) @ rounded - x @ w - smoothed.mean @ (rounded - w)
             error = float(np.square(off, dtype=np.float64).sum()) / power

@@ -1,1 +1,1 @@
-"""Which layers INT8 costs most, and how few of them in floating point meet a gate."""
+"""Find which layers lose most in INT8, and leave as few as the gate needs in floating point."""

@@ -1,7 +1,4 @@
-"""A sensitivity search told to people: a table for the terminal, a chart, rows for a program.
-
-Enters: a `SensitivityReport`. Leaves: text, the text of an SVG file, or plain values for JSON.
-"""
+"""Show a sensitivity search as a terminal table, an SVG chart, or rows for JSON."""
 
 from __future__ import annotations
 
@@ -46,7 +43,7 @@ def table_from_report(report: SensitivityReport) -> Table:
 
 
 def json_from_report(report: SensitivityReport) -> dict[str, Any]:
-    """Return what a program wants to know of a search."""
+    """Return a search as plain values for JSON."""
     return {
         "gate": asdict(report.gate),
         "before": asdict(report.before),

@@ -1,10 +1,9 @@
-"""Which layers INT8 costs most, and how few of them in floating point meet a gate.
+"""Search for the layers to leave in floating point so that a gate is met.
 
-Enters: a float32 vision graph, a calibration of it, frames and a gate. Leaves: the error of each
-site quantized alone, and the same calibration with the costliest sites excluded, as few as the gate
-needs. Error is told at the graph's own outputs, in patches kept and tokens that match: an
-element-wise difference says nothing once a reducer has picked another patch. Decisions follow from
-what was measured and nothing else, so that a search that was interrupted takes the same ones again.
+Each site is quantized alone and its error measured, then the costliest sites are excluded, as few
+as the gate needs. The error is measured on the graph's outputs, in patches kept and tokens that
+match: an element-wise difference says nothing once a reducer has picked another patch. Decisions
+follow from the measurements alone, so a continued search decides the same.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
-from calibration.agreement.gate import Gate
-from calibration.agreement.token_metrics import Agreement
-from calibration.frames.pixels import Frames
+from calibration.agreement.token_metrics import Agreement, Gate
+from calibration.frames.dataset import Frames
 from calibration.scales.calibration_file import Calibration
 from calibration.scales.layers import Site, find_sites
 from calibration.sensitivity.trials import Trials
@@ -88,7 +86,7 @@ def search_exclusions(
         frames: float32[1, 3, H, W] each; better others than it was calibrated on.
         gate: what is to be reached.
         threads: CPU threads.
-        progress: told of every trial.
+        progress: called for every trial.
         resume: a file that keeps every trial, for searches on other graphs too. What it holds is
             not measured again; it stays, for the caller to remove.
 
@@ -118,7 +116,7 @@ class _Search:
     progress: Progress
 
     def measure_sites(self, sites: Sequence[Site]) -> list[SiteCost]:
-        """Return what each site costs alone, the costliest for its weights first."""
+        """Return what each site costs alone, the highest cost per weight first."""
         costs = []
         for number, site in enumerate(sites):
             layers = [one for one in site.layers if one.name not in self.calibration.excluded]

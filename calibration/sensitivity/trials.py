@@ -1,9 +1,6 @@
-"""Which layers quantized cost how much: each trial measured once, even over an interruption.
+"""Measure the agreement of a graph with some layers in INT8, each choice of layers once.
 
-Enters: a float32 vision graph, a calibration of it, frames, and one choice of layers after the
-other. Leaves: how far the graph with these layers in INT8 agrees with the float32 one. What was
-measured is kept in a file, so that a search that was interrupted decides again what it decided
-before, without measuring it again, and goes on.
+Measurements are kept in a file, so that a continued search does not repeat them.
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from calibration.agreement.graphs import run_graph
 from calibration.agreement.token_metrics import Agreement, average_agreement, compare_visual_tokens
-from calibration.frames.pixels import Frames
+from calibration.frames.dataset import Frames
 from calibration.scales.apply import apply_calibration
 from calibration.scales.calibration_file import Calibration
 from engines.errors import CalibrationError
@@ -109,5 +106,5 @@ def _load(kept: Path | None) -> dict[str, Agreement]:
     except (ValidationError, OSError) as error:
         raise CalibrationError(
             f"{kept} does not hold the trials of an interrupted search: it is cut short or "
-            "damaged. Delete it to measure them anew."
+            "damaged. Delete it to measure them again."
         ) from error

@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX: a graph becomes a plan on the device, and the plan runs."""
+"""Build TensorRT and TensorRT-RTX plans on the device, and run them."""

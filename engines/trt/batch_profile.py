@@ -1,8 +1,4 @@
-"""Batch sizes a plan takes, and the input shapes that follow from them.
-
-Enters: `--batch` and a graph's inputs. Leaves: the smallest, tuned and largest shape of each input,
-which is TensorRT's optimisation profile.
-"""
+"""The batch sizes of a plan and the input shapes that follow (TensorRT's optimisation profile)."""
 
 from __future__ import annotations
 
@@ -15,11 +11,11 @@ from engines.trt.plan import ShapeRange
 
 @dataclass(frozen=True)
 class BatchRange:
-    """Batch sizes a plan takes: smallest, the one it is tuned for, largest."""
+    """Batch sizes a plan takes; it is optimised for `opt`."""
 
-    smallest: int = 1
-    tuned: int = 1
-    largest: int = 1
+    min: int = 1
+    opt: int = 1
+    max: int = 1
 
 
 ONE_IMAGE = BatchRange()
@@ -28,7 +24,7 @@ ONE_IMAGE = BatchRange()
 
 
 def parse_batch(text: str) -> BatchRange:
-    """Read `--batch`: "4" for that size alone, "1/2/8" for smallest/tuned/largest.
+    """Read `--batch`: "4" for that size alone, "1/2/8" for min/opt/max.
 
     Raises:
         OptionError: not one or three growing positive numbers.
@@ -39,7 +35,7 @@ def parse_batch(text: str) -> BatchRange:
         if 0 < sizes[0] <= sizes[1] <= sizes[2]:
             return BatchRange(*sizes)
     raise OptionError(
-        f'--batch "{text}": expected one size (4) or smallest/tuned/largest (1/1/8), each 1 or '
+        f'--batch "{text}": expected one size (4) or min/opt/max (1/1/8), each 1 or '
         "more and none smaller than the one before."
     )
 
@@ -56,17 +52,17 @@ def shape_ranges(inputs: tuple[TensorSpec, ...], batch: BatchRange) -> dict[str,
 
     for spec in inputs:
         fixed = all(isinstance(axis, int) for axis in spec.shape)
-        if fixed and batch != ONE_IMAGE and spec.shape[:1] != (batch.tuned,):
+        if fixed and batch != ONE_IMAGE and spec.shape[:1] != (batch.opt,):
             raise OptionError(
-                f"--batch {batch.smallest}/{batch.tuned}/{batch.largest}: the graph's input "
+                f"--batch {batch.min}/{batch.opt}/{batch.max}: the graph's input "
                 f"{spec.name} has the fixed shape {list(spec.shape)}. Leave --batch out, or "
                 "export with a dynamic batch."
             )
     return {
         spec.name: ShapeRange(
-            smallest=sized(spec, batch.smallest),
-            tuned=sized(spec, batch.tuned),
-            largest=sized(spec, batch.largest),
+            min=sized(spec, batch.min),
+            opt=sized(spec, batch.opt),
+            max=sized(spec, batch.max),
         )
         for spec in inputs
     }

@@ -1,9 +1,9 @@
-"""How much memory building a plan takes, before it is tried.
+"""Estimate how much memory building a plan takes, before it is tried.
 
-Enters: the size of the graph. Leaves: a number of bytes, CPU and GPU together, as a Jetson has one
-memory for both. TensorRT-RTX's compiler peaked at 0.5 GB and three times the graph
-(docs/tensorrt.md); TensorRT on its device also holds the weights once on the GPU, a CUDA context
-and its workspace. Those are estimates: no peak of TensorRT itself has been measured yet.
+CPU and GPU memory are added, because a Jetson has one memory for both. TensorRT-RTX's compiler
+peaked at 0.5 GB plus three times the graph (docs/tensorrt.md). TensorRT on its device also holds
+the weights once on the GPU, a CUDA context and its workspace. The figures for TensorRT itself are
+estimates; its peak has not been measured yet.
 """
 
 from __future__ import annotations

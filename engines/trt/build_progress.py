@@ -1,8 +1,4 @@
-"""How far a build is, for a person at a terminal: TensorRT's progress monitor as one callback.
-
-Enters: the bindings and a callback. Leaves: an `IProgressMonitor` that reports the innermost phase
-and stops the builder on Ctrl-C, which would otherwise wait for minutes.
-"""
+"""Report the progress of a TensorRT build through one callback, and stop the build on Ctrl-C."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""An ONNX graph becomes a TensorRT plan: parse, build, write, say what was built.
+"""Build a TensorRT plan from an ONNX graph, and write its signed sidecar and layer report.
 
-Enters: `PlanTask`. Leaves: `<plan>`, its signed sidecar and a layer report. TensorRT and
-TensorRT-RTX go the same way through Polygraphy's loaders; they differ in one place: TensorRT builds
-on the GPU it is for, TensorRT-RTX builds ahead of time for a compute capability, with or without a
-GPU. Precision is the graph's own (strongly typed): no precision flag is ever set, and TF32 is
+TensorRT and TensorRT-RTX both go through Polygraphy's loaders. TensorRT builds on the GPU that the
+plan is for. TensorRT-RTX builds ahead of time for a compute capability and needs no GPU. The
+network is strongly typed: precision is the graph's own and no precision flag is set. TF32 is
 cleared, because a score rounded to ten bits keeps another patch.
 """
 
@@ -19,9 +18,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from engines.device_facts import read_power_mode
 from engines.errors import EngineError
-from engines.gpu import Gpu, NoGpu, find_gpu
+from engines.gpu import Gpu, NoGpu, find_gpu, read_power_mode
 from engines.manifest import Precision, TensorSpec
 from engines.staging import staged_file
 from engines.targets import Target, targets_of_gpu
@@ -229,7 +227,7 @@ class _Compilation:
         trt = self.library.trt
         ranges = self.loaders.Profile()
         for name, shapes in self.profile.items():
-            ranges.add(name, shapes.smallest, shapes.tuned, shapes.largest)
+            ranges.add(name, shapes.min, shapes.opt, shapes.max)
         common = {
             "profiles": [ranges],
             "memory_pool_limits": {trt.MemoryPoolType.WORKSPACE: workspace_of(self.options)},

@@ -1,8 +1,8 @@
-"""The few calls of the CUDA runtime that running a plan takes: memory, one stream, one graph.
+"""The calls of the CUDA runtime that running a plan needs: memory, one stream, one graph.
 
-Enters: the `libcudart` that JetPack, a CUDA toolkit or a pip package brought. Leaves: calls that
-raise an `EngineError` with CUDA's own words when they fail. ctypes, because a JetPack image holds
-the library but neither PyCUDA nor cuda-python.
+They go through ctypes to the `libcudart` of JetPack, a CUDA toolkit or a pip package, because a
+JetPack image holds neither PyCUDA nor cuda-python. A failing call raises an `EngineError` with
+CUDA's own words.
 """
 
 from __future__ import annotations

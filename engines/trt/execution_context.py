@@ -36,7 +36,7 @@ class KernelCache:
     kept: bool
 
     def save(self) -> None:
-        """Write what was compiled, where the file did not hold it; a full disk costs only that."""
+        """Write what was compiled if the file did not hold it; a full disk loses only this."""
         if self.kept:
             return
         with suppress(EngineError), staged_file(self.file, EngineError) as staged:
@@ -59,7 +59,8 @@ def open_kernel_cache(library: TrtLibrary, engine: Any, file: Path | None) -> Ke
         kept = kernels is not None and bool(cache.deserialize(kernels))
         if not kept:
             _LOG.warning(
-                "%s was not written for this machine by this user; kernels are compiled anew.", file
+                "%s was not written for this machine by this user; kernels are compiled anew.",
+                file,
             )
     settings.set_runtime_cache(cache)
     return KernelCache(file, settings, kept)

@@ -1,8 +1,7 @@
-"""NVIDIA's engine library: TensorRT on a Jetson or a server, TensorRT-RTX on a workstation.
+"""Load NVIDIA's engine library: TensorRT, or TensorRT-RTX on a workstation.
 
-Enters: which of the two. Leaves: its Python bindings and its version to the build number, with
-Polygraphy set to drive it. Both have the same API, so everything that builds or runs a plan is
-written once against `TrtLibrary.trt`. One process drives one of them.
+Both have the same API, so everything that builds or runs a plan is written once against
+`TrtLibrary.trt`. A process uses one of them, and Polygraphy is set to use the same.
 """
 
 from __future__ import annotations

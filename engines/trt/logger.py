@@ -21,7 +21,7 @@ def process_logger(trt: Any) -> Any:
     severity = trt.ILogger.Severity
     errors = (severity.INTERNAL_ERROR, severity.ERROR)
 
-    class Complaints(trt.ILogger):  # type: ignore[misc]
+    class ErrorLog(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.heard: list[str] = []
@@ -36,4 +36,4 @@ def process_logger(trt: Any) -> Any:
             self.heard.clear()
             return first
 
-    return Complaints()
+    return ErrorLog()

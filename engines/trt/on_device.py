@@ -1,7 +1,7 @@
-"""What a bundle carries for the device it is for: a script that builds its engines, and a page.
+"""Write the build script and the page that a bundle carries for its device.
 
-Enters: graphs and a target that runs TensorRT. Leaves: `build_on_device.sh` (our builder, or the
-equal trtexec call) and `BUILD_ON_DEVICE.md`, written into a bundle before it is published.
+`build_on_device.sh` builds the plans, with our builder or with trtexec. `BUILD_ON_DEVICE.md`
+explains it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PAGE_NAME = "BUILD_ON_DEVICE.md"
 def write_device_files(
     folder: Path, graphs: Sequence[VisionGraph], target: Target, batch: BatchRange = ONE_IMAGE
 ) -> tuple[str, ...]:
-    """Write what builds the engines on the device; nothing where they are not built there.
+    """Write the build script and page, if the engines are built on the device.
 
     Args:
         folder: the bundle's (staging) directory.
@@ -68,9 +68,9 @@ def _shape_options(graph: VisionGraph, batch: BatchRange) -> str:
         return ""
     ranges = shape_ranges(graph.inputs, batch)
     lines = ""
-    for option, which in (("min", "smallest"), ("opt", "tuned"), ("max", "largest")):
+    for option in ("min", "opt", "max"):
         shapes = ",".join(
-            f"{name}:{'x'.join(str(axis) for axis in getattr(shape, which))}"
+            f"{name}:{'x'.join(str(axis) for axis in getattr(shape, option))}"
             for name, shape in ranges.items()
         )
         lines += f"            --{option}Shapes={shapes} \\\n"

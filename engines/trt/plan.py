@@ -1,9 +1,8 @@
-"""A TensorRT plan on disk and the sidecar that says what it was built from, on what, for what.
+"""Read and write TensorRT plans with a signed sidecar that says what built them.
 
-A plan is code: TensorRT runs what it holds, and only for the exact library version and GPU that
-built it. So a plan is read only when its sidecar agrees with this machine in every point and was
-signed by this user, whose key never leaves the machine. Enters: a plan's path and what this machine
-is. Leaves: its bytes, or one `EngineError` that names both sides of every difference.
+A plan is code that runs only with the exact library version and on the GPU that built it. It is
+read only when its sidecar agrees with this machine in every point and carries the signature of this
+user, whose key never leaves the machine.
 """
 
 from __future__ import annotations
@@ -35,17 +34,17 @@ _log = logging.getLogger(__name__)
 
 
 class ShapeRange(BaseModel):
-    """Shapes of one input that a plan takes: smallest, the one it is tuned for, largest."""
+    """Shapes of one input that a plan takes; it is optimised for `opt`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    smallest: tuple[int, ...]
-    tuned: tuple[int, ...]
-    largest: tuple[int, ...]
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
 
 
 class PlanRecord(BaseModel):
-    """What stands in `<plan>.json`, beside the plan."""
+    """The content of `<plan>.json`, the sidecar of a plan."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

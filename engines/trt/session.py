@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import Bundle
-from engines.closeable import Closeable
-from engines.device_facts import read_power_mode
 from engines.errors import EngineError
-from engines.gpu import NoGpu, find_gpu
+from engines.gpu import NoGpu, find_gpu, read_power_mode
 from engines.manifest import VisionGraph
-from engines.session import Array
+from engines.session import Array, InputSpec, check_inputs
 from engines.targets import Target
 from engines.trt.cuda_memory import Cuda, open_cuda_runtime
 from engines.trt.execution_context import make_context, open_kernel_cache
@@ -53,13 +51,18 @@ class _Tensor:
 
     name: str
     dtype: np.dtype[Any]
-    smallest: Shape
+    min: Shape
     """Of an input; empty for an output."""
-    tuned: Shape
+    opt: Shape
     """Likewise."""
-    largest: Shape
+    max: Shape
     device: int
     pinned: NDArray[np.uint8]
+
+    def spec(self) -> InputSpec:
+        """Return what `check_inputs` compares an input with; any number of rows is taken."""
+        ranges = zip(self.min[1:], self.max[1:], strict=True)
+        return InputSpec(self.dtype, ("rows", *(range(low, high + 1) for low, high in ranges)))
 
     def view(self, shape: Shape) -> Array:
         """Return the page-locked buffer as an array of a shape."""
@@ -99,7 +102,7 @@ def open_trt_session(
     return TrtSession(data, library, open_cuda_runtime(), kernel_cache=cache)
 
 
-class TrtSession(Closeable):
+class TrtSession(AbstractContextManager["TrtSession"]):
     """A loaded plan. Calls from several threads take turns."""
 
     def __init__(
@@ -188,7 +191,7 @@ class TrtSession(Closeable):
         Raises:
             EngineError: a name, shape or dtype is not what the plan takes, or the run failed.
         """
-        rows = self._check_inputs(inputs)
+        rows = check_inputs("The plan", self._wanted, inputs)["rows"]
         parts = []
         with self._turn:
             if self._stream is None:
@@ -232,7 +235,7 @@ class TrtSession(Closeable):
         stream = self._stream
         if stream is None:
             return
-        self._change_shapes(tuple(tensor.tuned for tensor in self._inputs))
+        self._change_shapes(tuple(tensor.opt for tensor in self._inputs))
         for _ in range(2 if self._captures else 1):
             self._execute(self._results(), stream)
             self._cuda.synchronize(stream)
@@ -301,17 +304,18 @@ class TrtSession(Closeable):
         is_input = self._trt.TensorIOMode.INPUT
         inputs = [name for name in names if engine.get_tensor_mode(name) == is_input]
         for name in inputs:
-            smallest, tuned, largest = map(tuple, engine.get_tensor_profile_shape(name, _PROFILE))
-            context.set_input_shape(name, largest)
-            self._inputs.append(self._make_tensor(name, smallest, tuned, largest))
-        self._fewest_rows = max(tensor.smallest[0] for tensor in self._inputs)
-        self._most_rows = min(tensor.largest[0] for tensor in self._inputs)
+            least, opt, most = map(tuple, engine.get_tensor_profile_shape(name, _PROFILE))
+            context.set_input_shape(name, most)
+            self._inputs.append(self._make_tensor(name, least, opt, most))
+        self._wanted = {tensor.name: tensor.spec() for tensor in self._inputs}
+        self._fewest_rows = max(tensor.min[0] for tensor in self._inputs)
+        self._most_rows = min(tensor.max[0] for tensor in self._inputs)
         for name in names:
             if name not in inputs:
                 shape = tuple(context.get_tensor_shape(name))
                 self._outputs.append(self._make_tensor(name, (), (), shape))
 
-    def _make_tensor(self, name: str, smallest: Shape, tuned: Shape, largest: Shape) -> _Tensor:
+    def _make_tensor(self, name: str, least: Shape, opt: Shape, most: Shape) -> _Tensor:
         kind = self._engine.get_tensor_dtype(name).name
         if kind not in _DTYPES:
             raise EngineError(
@@ -319,35 +323,15 @@ class TrtSession(Closeable):
                 f"of {', '.join(_DTYPES)}. Export the graph with FP32 inputs and outputs."
             )
         dtype = _DTYPES[kind]
-        size = int(np.prod(largest)) * dtype.itemsize
+        size = int(np.prod(most)) * dtype.itemsize
         device, pinned = self._cuda.allocate(size), self._cuda.allocate_pinned(size)
         self._context.set_tensor_address(name, device)
-        tensor = _Tensor(name, dtype, smallest, tuned, largest, device, pinned)
+        tensor = _Tensor(name, dtype, least, opt, most, device, pinned)
         self._tensors[name] = tensor
         return tensor
 
-    def _check_inputs(self, inputs: Mapping[str, Array]) -> int:
-        """Return how many rows there are; all inputs have as many."""
-        wanted = {tensor.name: tensor for tensor in self._inputs}
-        problems = [f'"{name}" is missing' for name in wanted if name not in inputs]
-        problems += [f'"{name}" is not an input' for name in inputs if name not in wanted]
-        for name, tensor in wanted.items():
-            array = inputs.get(name)
-            if array is None:
-                continue
-            ranges = zip(tensor.smallest[1:], array.shape[1:], tensor.largest[1:], strict=False)
-            fits = array.ndim == len(tensor.largest) and all(a <= b <= c for a, b, c in ranges)
-            if not fits or not len(array) or array.dtype != tensor.dtype:
-                problems.append(
-                    f'"{name}" is {array.dtype}{list(array.shape)}, expected {tensor.dtype} '
-                    f"[rows, {str(list(tensor.largest[1:]))[1:]}"
-                )
-        if problems:
-            raise EngineError(f"The plan cannot be run on these inputs: {'; '.join(problems)}.")
-        counts = {name: len(inputs[name]) for name in wanted}
-        if len(set(counts.values())) > 1:
-            raise EngineError(f"The inputs have different numbers of rows: {counts}.")
-        return next(iter(counts.values()))
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Free the plan and its buffers; calling it again does nothing."""

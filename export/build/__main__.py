@@ -1,4 +1,4 @@
-"""The command `python -m export.build`."""
+"""Run the command `python -m export.build`."""
 
 from engines import cli
 from export.build.command import EXAMPLES, main

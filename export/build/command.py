@@ -1,7 +1,6 @@
-"""`python -m export.build`: a checkpoint becomes a bundle.
+"""Build a bundle from a checkpoint: `python -m export.build`.
 
-Enters: what a person typed. Leaves: a bundle and its sizes on stdout, or with `--dry-run` what
-would be built.
+With `--dry-run` it prints what would be built.
 """
 
 from __future__ import annotations

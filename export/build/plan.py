@@ -1,7 +1,6 @@
-"""What to build, and whether it can be: everything that can be refused early is refused here.
+"""Plan a build: check everything that can be refused before anything is written.
 
-Enters: `BuildOptions` as the user gives them. Leaves: a `BuildPlan`, with the checkpoint opened,
-the target found and every reducer made; nothing has been written yet.
+The plan holds the opened checkpoint, the target and the reducer of each budget.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -24,11 +23,15 @@ from engines.targets import Target, find_target
 from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.language.language_models import DecoderOptions, check_language_models
 from export.options import ModelOption, ReducerOption
-from export.reducers import REDUCERS, Reducer, make_reducer, reducer_for_budget
+from export.reducers import (
+    REDUCERS,
+    USUAL_BUDGETS,
+    Budget,
+    Reducer,
+    make_reducer,
+    reducer_for_budget,
+)
 from graphs.graph_file import check_opset
-
-Budget = int | Literal["all"]
-"""Visual tokens to leave; ``"all"`` means no reduction."""
 
 USUAL_OPSET = 18
 
@@ -108,7 +111,8 @@ class BuildOptions:
             return self.tokens or (None,)
         if self.reducer == "none":
             return ("all",)
-        return (None,) if {"dominant", "contextual"} <= self.reducer_options.keys() else (64,)
+        counted = {"dominant", "contextual"} <= self.reducer_options.keys()
+        return (None,) if counted else USUAL_BUDGETS
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""A checkpoint becomes a bundle, step by step.
+"""Build a bundle from a checkpoint, step by step.
 
-Enters: `BuildOptions`. Leaves: a bundle directory, whole or not at all, and a `BuildReport`. The
-steps are plan, read the frames to calibrate with, export the vision graph of each budget, quantize,
-export the language model, publish.
+The steps are: plan, read the calibration frames, export the vision graph of each budget, quantize,
+export the language model, publish. The bundle is written completely or not at all.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 from calibration.frames.dataset import CalibrationSet
 from calibration.int8.bundle import collect
 from calibration.int8.graphs import Int8Graphs
-from calibration.int8.resume import Unfinished
+from calibration.int8.resume import ResumeFolder
 from engines import __version__
 from engines.bundle import write_bundle
 from engines.manifest import Manifest
@@ -69,7 +68,7 @@ def build_bundle(
             preprocessing = plan.checkpoint.preprocessing
             patch_pixels = preprocessing.height // plan.checkpoint.patch_side
             frames = collect(options.int8, preprocessing, patch_pixels, part)
-    unfinished = Unfinished(options.out)
+    unfinished = ResumeFolder(options.out)
     with unfinished.kept(), write_bundle(options.out, overwrite=options.overwrite) as draft:
         vision = export_vision(plan, options, frames, draft, steps.step)
         names = ", ".join(options.decoders.backends)

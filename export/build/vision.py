@@ -1,8 +1,7 @@
-"""The vision graphs of a bundle, in the precision of the plan.
+"""Export the vision graphs of a bundle, in the precision of the plan.
 
-Enters: a `BuildPlan`. Leaves: a graph for each budget in the bundle's draft. FP32 and FP16 graphs
-are written as they are traced; for INT8 they are first written in FP32 beside the bundle, and what
-`calibration.int8.graphs` makes of them goes into it.
+FP32 and FP16 graphs are written as they are traced. For INT8 the graphs are first written in FP32
+beside the bundle, and `calibration.int8.graphs` makes the bundle's graphs from them.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Protocol
 
 from calibration.frames.dataset import CalibrationSet
 from calibration.int8.graphs import Int8Graphs, Int8Task, make_int8_graphs
-from calibration.int8.resume import Unfinished
+from calibration.int8.resume import ResumeFolder
 from engines.bundle import BundleDraft
 from engines.manifest import Precision, ReducerSpec, VisionGraph
 from engines.progress_bar import Progress
@@ -64,7 +63,7 @@ def export_vision(
         options: what it was made from.
         frames: to calibrate with, for INT8.
         draft: the bundle that is being written.
-        step: told of each graph.
+        step: called for each graph.
 
     Raises:
         GateError: INT8 agrees too little with FP32.
@@ -83,7 +82,7 @@ def export_vision(
             options=options.int8,
             frames=frames,
             record=plan.record,
-            unfinished=Unfinished(options.out),
+            unfinished=ResumeFolder(options.out),
         )
         with step("int8", "INT8") as progress:
             made = make_int8_graphs(task, progress)

@@ -1,7 +1,7 @@
-"""What a checkpoint says of the accuracy of each budget, so that a bundle can say it too.
+"""Read the measured accuracy of each budget from a checkpoint's `accuracy_by_budget.json`.
 
-Enters: ``accuracy_by_budget.json`` beside the weights, which `benchmarks.accuracy` writes: reducer
--> precision -> tokens -> ``exact``. Leaves: one number for each vision graph, or None.
+`benchmarks.accuracy` writes that file beside the weights: reducer -> precision -> tokens ->
+``exact``. A budget without an entry gets None.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ACCURACY_FILE = "accuracy_by_budget.json"
 
 
 class AccuracyTable:
-    """The measured accuracy of a checkpoint; empty where nobody measured."""
+    """The measured accuracy of a checkpoint; empty where none was measured."""
 
     def __init__(self, checkpoint: Path) -> None:
         """Read the checkpoint's table, if it has one.

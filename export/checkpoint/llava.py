@@ -1,8 +1,7 @@
-"""A LLaVA checkpoint, opened: what it is, checked, and its parts, loaded when asked for.
+"""Open and check a LLaVA checkpoint, and load its parts when they are asked for.
 
-Enters: a directory, or the name of a Hugging Face repository. Leaves: a `Checkpoint`. Nothing but
-configuration and tensor names is read until a part is asked for, so a 7B checkpoint opens at once
-and exporting its vision graph needs memory for the vision tower only.
+Opening reads only configuration and tensor names, so a 7B checkpoint opens at once, and exporting
+its vision graph needs memory for the vision tower only.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""The checkpoint's processor files, as the bundle's manifest wants them.
+"""Read the checkpoint's processor files into the bundle's `Preprocessing` and `Prompt`.
 
-Enters: the JSON that Hugging Face writes beside the weights. Leaves: `Preprocessing` (how a picture
-becomes pixel values) and `Prompt` (how a conversation becomes token ids), so that the runtime needs
-neither transformers nor the checkpoint.
+With them the runtime needs neither transformers nor the checkpoint.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The tensors of a LLaVA checkpoint under one naming, whichever transformers release wrote them.
+"""Read the tensors of a LLaVA checkpoint under one naming, for every transformers release.
 
-Enters: a directory with `model.safetensors`, or shards and their index. Leaves: `LlavaWeights`,
-which reads one part (vision tower, projector, language model) without touching the others. Only
-safetensors is read: unpickling a download would run whatever code it carries.
+`LlavaWeights` reads one part (vision tower, projector, language model) without the others. Only
+safetensors files are read, because unpickling a download would run whatever code it carries.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The language model alone, as a plain causal-LM checkpoint that the model builder reads rightly.
+"""Write the language model alone, as a causal-LM checkpoint for the model builder.
 
-Enters: an opened LLaVA checkpoint. Leaves: a directory; and, before that, the reasons why a
-language model cannot become a decoder. The builder knows the head by its row count alone, so a
-vocabulary that is also the width of another layer would give wrong answers, silently: it is padded.
+The builder finds the head by its row count alone. A vocabulary as wide as another layer would give
+wrong answers without an error, so such a vocabulary is padded.
 """
 
 from __future__ import annotations

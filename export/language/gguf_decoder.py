@@ -1,9 +1,8 @@
-"""The language model of a checkpoint becomes a GGUF file for llama.cpp.
+"""Export the language model (Llama, Qwen2, Qwen2.5 or Qwen3) to a GGUF file for llama.cpp.
 
-Enters: an opened checkpoint (Llama, Qwen2, Qwen2.5 or Qwen3 inside). Leaves: a GGUF file in
-float16 or float32; `gguf_quantize` makes a smaller one of it. It has no tokenizer: its vocabulary
-says "none" and how many ids there are, because the bundle's tokenizer.json makes the ids
-and the bundle's embedding table makes the rows, whichever backend runs.
+The file is float16 or float32; `gguf_quantize` makes it smaller. It has no tokenizer: its
+vocabulary is "none" with a number of ids, because the bundle's tokenizer.json makes the ids and
+the bundle's embedding table makes the rows for every backend.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from engines.errors import CheckpointError
 from export.checkpoint.llava import Checkpoint
 from export.checkpoint.weights import Part
+from export.language.causal_lm import head_size
 
 _ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -162,7 +162,7 @@ def read_gguf_limits(config: Any) -> list[str]:
 def _describe(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     config: Any = checkpoint.text_config
     rotary = _rotary(config)
-    width = _head_size(config)
+    width = head_size(config)
     writer.add_name(checkpoint.name)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(config.max_position_embeddings)
@@ -210,7 +210,7 @@ def _rotary_factors(config: Any) -> NDArray[np.float32] | None:
     kind = rotary.get("rope_type", "default")
     if kind == "default":
         return None
-    width = _head_size(config)
+    width = head_size(config)
     theta = float(rotary.get("rope_theta", 10000.0))
     plain = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
     scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
@@ -220,9 +220,3 @@ def _rotary_factors(config: Any) -> NDArray[np.float32] | None:
 
 def _rotary(config: Any) -> dict[str, Any]:
     return getattr(config, "rope_parameters", None) or {}
-
-
-def _head_size(config: Any) -> int:
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )

@@ -1,8 +1,7 @@
-"""A float16 GGUF file becomes a smaller one, and says which tensors could not be made as small.
+"""Quantize a GGUF file with llama.cpp, and report the tensors that fell back to a larger type.
 
-Enters: the GGUF file of `gguf_decoder`. Leaves: Q8_0 or Q4_K_M, quantized by llama.cpp
-itself. Q4_K_M works on blocks of 256 columns; a matrix of another width falls back to a type with
-blocks of 32, which is larger and slower, or to float16.
+Q4_K_M works on blocks of 256 columns. A matrix of another width falls back to a type with blocks of
+32, which is larger and slower, or to float16.
 """
 
 from __future__ import annotations

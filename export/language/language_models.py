@@ -1,8 +1,4 @@
-"""The language half of a bundle: what all backends share, and a decoder for each one asked for.
-
-Enters: an opened checkpoint and names of backends. Leaves: embedding table, tokenizer and decoders
-in the bundle being written, and what the manifest says of them.
-"""
+"""Export the language half of a bundle: embeddings, tokenizer, and a decoder for each backend."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""The language model of a checkpoint becomes an ONNX decoder.
+"""Export the language model to an ONNX decoder that takes embeddings and a KV cache.
 
-Enters: an opened checkpoint. Leaves, in the bundle being written: `llm/ort/model.onnx`, which takes
-embeddings and a KV cache and gives the logits of the last position; the embedding table, as float16
-rows that every backend shares; and the tokenizer. onnxruntime-genai's model builder makes the
-graph, in a process of its own: it prints as it goes, edits the import path, and the memory of a
-large model is the system's again when it ends.
+It is written to `llm/ort/model.onnx`, with the embedding table as float16 rows that every backend
+shares, and the tokenizer. onnxruntime-genai's model builder makes the graph in a process of its
+own, because it prints, edits the import path, and needs memory that must be returned.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The language model of a LLaVA checkpoint, as a directory that a vLLM server takes.
+"""Write the language model of a LLaVA checkpoint as a directory that a vLLM server takes.
 
-Enters: a checkpoint. Leaves: its language model's weights, tokenizer and chat template. The tower
-stays on the robot, which sends visual tokens; the server needs the language model only, and of this
-very checkpoint, because LLaVA's training has changed it.
+The vision tower stays on the robot, which sends visual tokens. The server must have the language
+model of the same checkpoint, because LLaVA's training has changed it.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 from engines.errors import OptionError
 from export.reducers.base import BudgetReducer, Reducer
@@ -32,12 +32,19 @@ from export.reducers.visionzip import VisionZip
 
 __all__ = [
     "REDUCERS",
+    "USUAL_BUDGETS",
+    "Budget",
     "BudgetReducer",
     "Reduced",
     "Reducer",
     "make_reducer",
     "reducer_for_budget",
 ]
+
+Budget = int | Literal["all"]
+"""Visual tokens to leave; ``"all"`` means no reduction."""
+
+USUAL_BUDGETS: tuple[Budget, ...] = (64,)
 
 _BUILTIN: tuple[type[Reducer], ...] = (
     *(KeepAll, Pool, PruMerge, PruMergePlus, Random, Uniform, VisionZip),

@@ -1,7 +1,4 @@
-"""Reducers that look at nothing: all patches, evenly spread ones, random ones.
-
-What a method that does look has to beat.
-"""
+"""Baseline reducers that do not look at the picture: all patches, evenly spread, or random ones."""
 
 from __future__ import annotations
 

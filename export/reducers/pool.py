@@ -1,4 +1,4 @@
-"""Average pooling of the patch grid: the plainest way to make fewer tokens of many."""
+"""Average pooling of the patch grid, the simplest way to reduce tokens."""
 
 from __future__ import annotations
 

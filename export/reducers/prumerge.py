@@ -1,4 +1,4 @@
-"""LLaVA-PruMerge: keep the patches that stand out, each joined by its neighbours; count them.
+"""LLaVA-PruMerge: keep the patches that stand out, and merge each with its neighbours.
 
 Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models",
 arXiv 2403.15388: selection by outlier detection on class attention, supplement by key similarity.

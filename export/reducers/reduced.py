@@ -1,4 +1,4 @@
-"""What every reducer hands on: the tokens that are left and where they came from."""
+"""The result of every reducer: the tokens that are left and where they came from."""
 
 from __future__ import annotations
 

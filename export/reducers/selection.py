@@ -1,9 +1,8 @@
-"""Choosing patches with tensors: ranks, orders and masks that break ties the same way everywhere.
+"""Choose patches with tensors: ranks, orders and masks that break ties the same way everywhere.
 
-Enters: scores or similarities. Leaves: float32 ranks, index orders, boolean masks, the rows picked.
-`TopK` promises no order among equal values (PyTorch and TensorRT differ), so only its *values* are
-read, or its keys are made distinct first; among equals the patch with the lower index goes first.
-Everything here is FP32, has static shapes, and uses only operators TensorRT parses.
+`TopK` promises no order among equal values (PyTorch and TensorRT differ), so only its values are
+read, or its keys are made distinct first. Among equals the patch with the lower index goes first.
+Everything here is FP32, has static shapes, and uses only operators that TensorRT parses.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ def unit_rows(rows: Tensor) -> Tensor:
 
 
 def mark_index(index: Tensor, patches: int) -> Tensor:
-    """Return one-hot rows, the scatter TensorRT has not.
+    """Return one-hot rows, because TensorRT has no such scatter.
 
     Args:
         index: int64[B, n]; -1 marks nothing.

@@ -1,4 +1,4 @@
-"""VisionZip: keep the patches the class token looks at, merge the rest by key similarity.
+"""VisionZip: keep the patches the class token looks at, and merge the rest by key similarity.
 
 Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Language Models",
 arXiv 2412.04467: dominant token selection, contextual token merging.

@@ -1,4 +1,4 @@
-"""What a vision tower hands to a reducer, whatever architecture the tower has."""
+"""The interface between vision towers and reducers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The CLIP vision tower with fused attention, and the class token's attention row beside it.
+"""The CLIP vision tower with fused attention and the class token's attention row.
 
-Enters: `pixel_values: float32[B, 3, H, W]`. Leaves: `TowerOutput`. The papers' code asks every
-layer for its attention matrix; here no layer makes one. The row they need is one query against the
-keys of one layer, and layers after the last one read are not run at all.
+The papers' code asks every layer for its attention matrix; here no layer makes one. The row that a
+reducer needs is one query against the keys of one layer. Layers after the last one read do not run.
 """
 
 from __future__ import annotations

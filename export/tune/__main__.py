@@ -1,4 +1,4 @@
-"""The command `python -m export.tune`."""
+"""Run the command `python -m export.tune`."""
 
 from engines import cli
 from export.tune.command import EXAMPLES, main

@@ -1,8 +1,7 @@
-"""`python -m export.tune`: a checkpoint learns to read the tokens a reducer leaves.
+"""Tune a checkpoint to the tokens a reducer leaves: `python -m export.tune`.
 
-Enters: a command line. Leaves: a checkpoint directory that `export.build --model` takes. This is
-the efficient tuning of the papers: VisionZip tunes the projector, LLaVA-PruMerge adds LoRA in the
-language model.
+The result is a checkpoint directory that `export.build --model` takes. This is the efficient tuning
+of the papers: VisionZip tunes the projector, LLaVA-PruMerge adds LoRA in the language model.
 """
 
 from __future__ import annotations
@@ -62,13 +61,13 @@ def main(
 
 
 def show_tracks(console: Console) -> Track:
-    """Return what shows how far a list is gone through."""
+    """Return a function that shows a progress bar for a list."""
     return lambda items, line: track(items, line, console=console)
 
 
 @contextmanager
 def show_training(console: Console) -> Iterator[Progress]:
-    """Give a run somewhere to tell its steps: a bar, from the first step on."""
+    """Show a progress bar from the first step on."""
     bar = RichProgress(console=console)
     task = bar.add_task("Training")
 

@@ -1,9 +1,9 @@
-"""LLaVA-format conversations, read and checked.
+r"""Read and check LLaVA-format conversations.
 
-Enters: a JSON file, `[{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value":
-"<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cone."}, ...]}, ...]`, and the directory of
-its pictures. Leaves: the conversations whose picture is there. What is wrong with the file is an
-error that names the entries; a picture may be missing now and then, and is counted.
+The file is `[{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value":
+"<image>\nWhat is this?"}, {"from": "gpt", "value": "A cone."}, ...]}, ...]`. Its pictures are in
+a directory. A conversation whose picture is missing is counted and left out. Anything else that is
+wrong is an error that names the entries.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def read_conversations(file: Path, images: Path) -> ConversationSet:
 
 
 def refuse_unusable(unusable: Sequence[str], total: int, what: str) -> None:
-    """Refuse a data set of which too much cannot be used.
+    """Refuse a data set if too much of it cannot be used.
 
     Args:
         unusable: the names of what cannot.

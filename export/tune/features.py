@@ -1,8 +1,7 @@
-"""What the reducer leaves of every picture, computed once and kept on disk.
+"""Compute the reduced tokens of every picture once and keep them on disk.
 
-Enters: the frozen tower, the reducer, pictures. Leaves: memory-mapped tokens. Nothing before the
-projector is trained, so an epoch costs no tower: 32 tokens of CLIP-L are 131 kB a picture. A run
-that was interrupted goes on with the first picture that is not there yet.
+Nothing before the projector is trained, so an epoch does not run the tower. 32 tokens of CLIP-L are
+131 kB a picture. An interrupted run continues with the first picture that is missing.
 """
 
 from __future__ import annotations
@@ -127,7 +126,7 @@ def _digest(
     images: Path,
     names: Sequence[str],
 ) -> str:
-    """Return a name for tokens that depends on everything they depend on."""
+    """Return a digest of everything the tokens depend on."""
     digest = hashlib.sha256()
     for name, tensor in tower.state_dict().items():
         digest.update(name.encode() + tensor.numpy().tobytes())

@@ -1,9 +1,4 @@
-"""A tuning run from end to end: options, what it does in which order, and what it reports.
-
-Enters: `TuneOptions`: a checkpoint, LLaVA-format conversations, pictures, a reducer. Leaves: a
-checkpoint directory that `export.build --model` takes, with the losses and their chart in it, and a
-`TuneReport`.
-"""
+"""Run a tuning from end to end, and report it."""
 
 from __future__ import annotations
 
@@ -107,7 +102,7 @@ class TuneOptions:
 
 @dataclass(frozen=True)
 class TuneReport:
-    """What came of it.
+    """The result of a tuning.
 
     Attributes:
         out: the tuned checkpoint.
@@ -193,7 +188,7 @@ def _refuse_occupied(options: TuneOptions) -> None:
 
 
 def _begin(options: TuneOptions) -> None:
-    """Make sure that a run which stands in the working directory is this one.
+    """Make sure that a run in the working directory is the same as this one.
 
     Raises:
         OptionError: it is another one.
@@ -216,7 +211,7 @@ def _begin(options: TuneOptions) -> None:
 
 
 def _describe(options: TuneOptions) -> dict[str, Any]:
-    """Return the options that decide what comes out."""
+    """Return the options that the result depends on."""
     return {
         "model": options.model,
         "data_sha256": hashlib.sha256(options.data.read_bytes()).hexdigest(),

@@ -1,8 +1,4 @@
-"""What learns: the projector, and on request LoRA adapters in the language model.
-
-Enters: rows and the tokens of their pictures. Leaves: the loss over answers, and gradients in the
-parts that are tuned; everything else is frozen.
-"""
+"""The trainable model: the projector and, on request, LoRA adapters in the language model."""
 
 from __future__ import annotations
 
@@ -141,7 +137,7 @@ class Student(nn.Module):
         return {name: one for name, one in self.named_parameters() if one.requires_grad}
 
     def score(self, batch: Batch) -> Score:
-        """Answer a batch, each id behind the right ones before it."""
+        """Predict each id of a batch from the correct ids before it."""
         with torch.autocast(torch.device(self._device).type, torch.bfloat16, enabled=self._bf16):
             logits, targets, answer = self._logits(batch)
         loss = functional.cross_entropy(logits.float(), targets, reduction="sum")

@@ -1,8 +1,7 @@
-"""The training loop: AdamW under a cosine, resumable to the bit, stopped by the first NaN.
+"""The training loop: AdamW with a cosine schedule, exact resume, and a stop at the first NaN.
 
-Enters: a student, rows and a recipe. Leaves: a tuned student and the log of its losses. The order
-of rows follows from the seed and the step, and the state is what AdamW has seen, so a run that was
-interrupted ends with the weights it would have had.
+The order of rows follows from the seed and the step, and the state of AdamW is kept, so an
+interrupted run ends with the weights of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ class Recipe:
         return self.steps if self.steps is not None else self.epochs * per_epoch
 
     def learning_rate_at(self, step: int, steps: int) -> float:
-        """Return the learning rate of a step: up along a line, down along a cosine."""
+        """Return the learning rate of a step: it rises linearly and falls as a cosine."""
         rise = max(1, round(self.warmup * steps))
         if step < rise:
             return self.learning_rate * (step + 1) / rise
@@ -81,7 +80,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Look:
-    """What a run looked like at one step.
+    """The measurements of a run at one step.
 
     Attributes:
         step: how many steps were behind.
@@ -100,7 +99,7 @@ class Look:
 
 @dataclass
 class TrainingLog:
-    """The looks of a run, kept in a file.
+    """The measurements of a run, kept in a file.
 
     Attributes:
         file: one JSON object a line.
@@ -111,13 +110,13 @@ class TrainingLog:
     looks: list[Look] = field(default_factory=list)
 
     def resume(self, step: int) -> None:
-        """Take up the looks of a run that goes on at a step."""
+        """Load the measurements of a run that continues at a step."""
         lines = self.file.read_text("utf-8").splitlines() if self.file.exists() else []
         self.looks = [look for line in lines if (look := Look(**json.loads(line))).step <= step]
         self._write()
 
     def add(self, look: Look) -> None:
-        """Take in one look."""
+        """Add one measurement."""
         self.looks.append(look)
         self._write()
 

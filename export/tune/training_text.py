@@ -1,9 +1,7 @@
-"""Conversations as token ids with targets, several about one picture behind the same tokens.
+"""Turn conversations into token ids with targets, several about one picture in one row.
 
-Enters: conversations and the writer of the checkpoint's prompts, so that ids are those the runtime
-will send. Leaves: rows. A row is one picture and the conversations about it, each blind to the
-others and at the positions it would have alone: the picture is read once for all of them. Only
-answers, and the stop token behind each, are targets.
+The conversations of a row do not see each other and have the positions they would have alone, so
+the picture is read once for all of them. Targets are the answers and the stop token after each.
 """
 
 from __future__ import annotations
@@ -88,7 +86,7 @@ def _answer_ids(writer: PromptWriter, written: list[int]) -> list[int]:
 
 
 def fit_text(text: TrainingText, room: int) -> TrainingText | None:
-    """Leave out the last rounds of a conversation until it fits; None where not one does.
+    """Leave out the last rounds of a conversation until it fits; None if no round fits.
 
     Args:
         text: the conversation.

@@ -1,8 +1,6 @@
-"""The tuned checkpoint: the old one with the projector, and the adapters' changes, put in.
+"""Write the tuned checkpoint: the old one with the new projector and the adapters merged in.
 
-Enters: the checkpoint that was opened and a tuned student. Leaves: a directory that transformers
-and `export.build` open, whole or not at all. Tensors keep their names, dtypes and files, and those
-that did not learn keep their bits.
+Tensors keep their names, dtypes and files. Tensors that did not learn keep their bits.
 """
 
 from __future__ import annotations

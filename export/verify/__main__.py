@@ -1,4 +1,4 @@
-"""The command `python -m export.verify`."""
+"""Run the command `python -m export.verify`."""
 
 from engines import cli
 from export.verify.command import EXAMPLES, main

@@ -1,9 +1,8 @@
-"""What is compared: the vision graph of a bundle on one engine, whole and taken apart.
+"""Open what is compared: the vision graph of a bundle on one engine, whole and by stages.
 
-Enters: bundles and names of engines. Leaves: one opened `Candidate` for each pair. Beside the
-graph that users run, a candidate holds a copy that hands out its stages and runs on the same
-engine, where that can be had: of a TensorRT plan, and of a graph that OpenVINO runs in two halves,
-only what comes out is compared.
+Beside the graph that users run, a candidate holds a copy that hands out its stages on the same
+engine. A TensorRT plan, and a graph that OpenVINO runs in two halves, have no such copy; only their
+outputs are compared.
 """
 
 from __future__ import annotations
@@ -44,13 +43,13 @@ class Candidate:
     """A vision graph on an engine.
 
     Attributes:
-        name: what to call it: the bundle's directory, as short as it is told from the others, and
+        name: the bundle's directory, as short as it differs from the others, and
             the engine.
         bundle: where the graph is from.
         graph: the graph.
         engine: a name of `engines.opening`.
         encoder: the graph as users run it.
-        stages: None where they are not to be had.
+        stages: None where there are none.
     """
 
     name: str

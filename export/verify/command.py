@@ -1,4 +1,4 @@
-"""The options of `python -m export.verify`, and what it prints."""
+"""The command `python -m export.verify`: its options and what it prints."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Compare bundles with their checkpoint, side by side.
+"""Compare bundles with their checkpoint, picture by picture.
 
-Enters: bundles, engines, the checkpoint and pictures. Leaves: a `VerifyReport`. Every candidate and
-PyTorch get the same pixels of one picture after the other; PyTorch computes once for all that have
-the same reducer.
+Every candidate and PyTorch get the same pixels. PyTorch computes a picture once for all candidates
+with the same reducer.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", 
 
 
 class Watch(Protocol):
-    """Sees every picture as it was compared; the page with overlays is made from it."""
+    """A callback that gets every compared picture; the page with overlays is made from it."""
 
     def __call__(
         self, file: Path, candidate: Candidate, theirs: VisualTokens, ours: VisualTokens

@@ -1,9 +1,8 @@
-"""A golden run for NVIDIA's Polygraphy: check a vision graph where Foveate is not installed.
+"""Write a folder with which NVIDIA's Polygraphy checks a vision graph without Foveate.
 
-Enters: a bundle, its checkpoint and pictures. Leaves: a folder with the graph, its inputs, what
-PyTorch makes of them in Polygraphy's own JSON, a loader, a comparison that knows about selection,
-and the command lines. The scripts are copied as they are in `golden_scripts/` and need NumPy and
-Polygraphy only, so the folder can go to a device as it is.
+The folder holds the graph, its inputs, PyTorch's outputs in Polygraphy's JSON, the scripts of
+`golden_scripts/`, the measure they share with Foveate, and the command lines. The scripts need
+NumPy and Polygraphy only.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib import import_module
-from importlib.resources import as_file, files
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from calibration.agreement import token_metrics
 from engines.bundle import Bundle, open_bundle
 from engines.errors import OptionError
 from engines.manifest import VisionGraph
@@ -48,7 +48,7 @@ _LIMITS = ("relative", "overlap", "cosine", "assignment")
 def write_golden_run(
     options: VerifyOptions, folder: Path, note: Callable[[str], None] = lambda line: None
 ) -> tuple[str, ...]:
-    """Write the folder, whole or not at all.
+    """Write the folder completely or not at all.
 
     Args:
         options: one bundle, its checkpoint, pictures and tolerances; the rest has no say.
@@ -122,8 +122,10 @@ def _copy_graph(bundle: Bundle, graph: VisionGraph, root: Path) -> None:
 def _write_scripts(root: Path, graph: VisionGraph, pictures: list[str], model: str) -> None:
     scripts = files("export.verify").joinpath("golden_scripts")
     for name in _SCRIPTS:
-        with as_file(scripts.joinpath(name)) as script:
-            shutil.copyfile(script, root / name)
+        text = scripts.joinpath(name).read_text("utf-8")
+        text = text.replace(f"from {token_metrics.__name__} import", "from token_metrics import")
+        (root / name).write_text(text, "utf-8")
+    shutil.copyfile(token_metrics.__file__, root / "token_metrics.py")
     shapes = _shape_flags(graph)
     command = scripts.joinpath("run.sh").read_text("utf-8").replace("@SHAPES@", shapes)
     (root / "run.sh").write_text(command, "utf-8")

@@ -1,8 +1,7 @@
-"""A verification as one HTML page that needs nothing beside it.
+"""Write a verification as one HTML page without other files.
 
-Enters: a report, and the visual tokens of every picture as they were compared. Leaves: a file with
-tables, a chart of the error by stage, and overlays of the worst pictures as data URIs. Nothing in
-it runs, and everything that comes from outside (names of files, answers) is escaped.
+It holds tables, a chart of the error by stage, and overlays of the worst pictures as data URIs. It
+has no scripts, and everything from outside (file names, answers) is escaped.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _JPEG_QUALITY = 82
 
 @dataclass(frozen=True)
 class _Seen:
-    """What was made of one picture: enough to draw it again."""
+    """What was made of one picture, enough to draw it."""
 
     file: Path
     candidate: Candidate
@@ -46,7 +45,7 @@ class _Seen:
 
 
 class PageMaker:
-    """Remembers what was compared; see `Watch`. Then writes the page.
+    """Keeps what was compared (see `Watch`) and writes the page.
 
     Args:
         goal: the file to write.
@@ -71,7 +70,7 @@ class PageMaker:
         self._seen[(file.name, candidate.name)] = seen
 
     def write(self, report: VerifyReport) -> None:
-        """Write the page, whole or not at all.
+        """Write the page completely or not at all.
 
         Raises:
             OptionError: it cannot be written.

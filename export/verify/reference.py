@@ -1,8 +1,7 @@
-"""What a checkpoint computes as transformers runs it: the measure of everything we export.
+"""Compute what transformers makes of a checkpoint: visual tokens, logits and greedy answers.
 
-Enters: an opened checkpoint. Leaves: visual tokens, first-token logits and greedy answers from
-PyTorch. The tower is transformers' own with eager attention that returns every attention matrix, as
-in the papers' code; nothing of `export.towers.clip` takes part, so a mistake there shows.
+The tower is transformers' own with eager attention that returns every attention matrix, as in the
+papers' code. It shares nothing with `export.towers.clip`, so a mistake there shows.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from runtime.vision import VisualTokens
 
 @dataclass(frozen=True)
 class Observation:
-    """What PyTorch makes of one batch, from the inside.
+    """What PyTorch computes for one batch, inner values included.
 
     Attributes:
         tokens: what the bundle's vision graph should return.

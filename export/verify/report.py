@@ -1,7 +1,4 @@
-"""What a verification found: picture by picture, stage by stage, and at its worst.
-
-Enters: what was measured of each picture. Leaves: a verdict for each candidate, and JSON.
-"""
+"""The result of a verification: each picture, each stage, the worst values and the verdicts."""
 
 from __future__ import annotations
 
@@ -196,7 +193,7 @@ def list_failures(
     stages: Sequence[StageSummary],
     tolerances: Tolerances,
 ) -> tuple[str, ...]:
-    """Return what speaks against a candidate, one phrase each."""
+    """Return the reasons why a candidate fails, one phrase each."""
     failures = tolerances.failures(summary)
     first = next((one for one in stages if not isfinite(one.worst)), None)
     if first is not None:

@@ -1,8 +1,7 @@
-"""The two sides that are compared: PyTorch on the checkpoint, and a bundle's language model.
+"""The two sides of a comparison: PyTorch on the checkpoint, and a bundle's language model.
 
-Enters: a checkpoint and bundles. Leaves: what PyTorch sees and says of a picture, once for all
-bundles that prepare pictures, reduce tokens and write prompts alike, and what a bundle's own
-language model says of the visual tokens its graph made.
+PyTorch's side is computed once for all bundles that prepare pictures, reduce tokens and write
+prompts in the same way.
 """
 
 from __future__ import annotations

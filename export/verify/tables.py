@@ -1,4 +1,4 @@
-"""A verification in the terminal: candidates, stages, the worst pictures, verdicts."""
+"""Print a verification in the terminal: candidates, stages, the worst pictures, verdicts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def print_report(report: VerifyReport, worst: int) -> None:
 
 
 def verdicts(report: VerifyReport) -> Iterator[str]:
-    """Yield what is to be said of each candidate, in sentences."""
+    """Yield the verdict on each candidate, in sentences."""
     for one in report.candidates:
         for picture in one.pictures:
             if picture.answer is not None and not picture.answer.equal:

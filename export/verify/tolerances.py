@@ -1,4 +1,4 @@
-"""How far a bundle may be from its checkpoint, by the precision it computes in."""
+"""How far a bundle may differ from its checkpoint, by the precision it computes in."""
 
 from __future__ import annotations
 

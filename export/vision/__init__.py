@@ -1,1 +1,1 @@
-"""Make the vision graph: tower, reducer and projector as one module, exported to ONNX."""
+"""Export the vision graph: tower, reducer and projector as one module, to ONNX."""

@@ -1,9 +1,7 @@
-"""The visual graph as an ONNX file that ONNX Runtime and TensorRT both take.
+"""Export a float32 `VisualGraph` to an ONNX file that ONNX Runtime and TensorRT take.
 
-Enters: a `VisualGraph` in float32. Leaves: one `.onnx` file (weights beside it when they are too
-many for one file, or shared with other graphs) whose nodes are named after the modules they come
-from, because the quantizer, the FP16 converter and the graph check must tell the reducer's nodes
-from the tower's.
+Its nodes are named after the modules they come from, because the quantizer, the FP16 converter and
+the graph check must tell the reducer's nodes from the tower's.
 """
 
 from __future__ import annotations
@@ -166,7 +164,7 @@ def _traced_module(node: ir.Node) -> str:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Hush what the exporter says about packages and classes that are not ours."""
+    """Silence the exporter's warnings about packages and classes that are not ours."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
-"""The whole way from pixels to visual tokens as one module: tower, reducer, projector.
+"""Tower, reducer and projector as one PyTorch module, from pixels to visual tokens.
 
-The projector comes after the reducer, so it sees the tokens that are left instead of all of them.
+The projector comes after the reducer, so it computes only the tokens that are left.
 """
 
 from __future__ import annotations

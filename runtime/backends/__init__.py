@@ -1,9 +1,9 @@
-"""The doors to a language model: one that runs here, and one that a server runs.
+"""The interfaces of a language model that runs in this process, and of one that a server runs.
 
-Here: parts in, logits out, and a position that can be rewound. A part is a run of token ids or a
-run of ready embeddings (the visual tokens). Text rows always come from the bundle's own embedding
-table, so every backend sees the same numbers. On a server: a conversation in, text out; with
-`runtime.language.local_text` a model that runs here can be asked in the same way.
+In this process: parts in, logits out, and a position that can be rewound. A part is a run of token
+ids or of ready embeddings (the visual tokens). Text rows come from the bundle's own embedding
+table, so every backend sees the same numbers. On a server: a conversation in, text out.
+`local_text` gives a model of this process the interface of a server.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class TextGeneration(Protocol):
         text: the answer so far.
         finish: why it ended; None while it has not.
         prompt_tokens: positions of the prompt.
-        reused_tokens: how many of them were in the KV cache already; None where nobody knows.
+        reused_tokens: how many of them were in the KV cache already; None where it is unknown.
     """
 
     token_ids: list[int]

@@ -1,8 +1,7 @@
-"""What a server sends, read within a time and a size.
+"""Read what a server sends within a time and a size.
 
-Enters: a connected socket. Leaves: an HTTP response that never waits for longer, nor holds more,
-than was allowed. The limits are kept under every byte, so the status line, the headers, comments
-and the pieces of an answer are all bound by them.
+The limits hold for every byte, so the status line, the headers, comments and the pieces of an
+answer are all bound by them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""What a chat server may say, and nothing else.
+"""Check the JSON of a chat server's events and model lists, and return typed values.
 
-Enters: the JSON of one event or of a list of models. Leaves: typed values. A server is somebody
-else's program: a field of another type, a negative count or a number too large ends the answer with
-a `BackendError` instead of going any further.
+A field of another type, a negative count or a number too large ends the answer with a
+`BackendError`.
 """
 
 from __future__ import annotations

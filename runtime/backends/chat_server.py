@@ -1,8 +1,7 @@
-"""A chat server over HTTP: requests that are repeated when that helps, answers as they are written.
+"""Talk to a chat server over HTTP: stream answers, and repeat requests where that helps.
 
-Enters: an address and JSON documents. Leaves: the events a server streams back. Everything that
-can go wrong on the way ends in one paragraph: no server, a refused key or question, silence, a
-connection that ends in the middle of an answer, one that never ends.
+Every failure on the way becomes one error: no server, a refused key or question, silence, a
+connection that ends in the middle of an answer, or one that never ends.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""A GGUF file loaded by llama.cpp, with the one cache that its conversations share.
+"""Load a GGUF file with llama.cpp, with one cache that its conversations share.
 
-Enters: embedding rows of a sequence. Leaves: the logits of the last one. This is the only file that
-calls llama.cpp's functions; each failure it reports by a null pointer or a status becomes an error
-that says why.
+Only this file calls llama.cpp's functions. A failure that llama.cpp reports by a null pointer or a
+status becomes an error that says why.
 """
 
 from __future__ import annotations

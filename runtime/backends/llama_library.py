@@ -1,8 +1,7 @@
-"""llama.cpp's own library, loaded once: what it can do on this machine, and what it last said.
+"""Load llama.cpp's library once, and keep what it logs.
 
-Enters: nothing. Leaves: the `llama_cpp` module with its low-level functions. llama.cpp reports
-failures as a null pointer and writes the reason to stderr; here the reason is kept for the error
-message instead.
+llama.cpp reports failures as a null pointer and writes the reason to stderr. The reason is kept for
+the error message.
 """
 
 from __future__ import annotations

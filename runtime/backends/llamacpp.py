@@ -1,9 +1,8 @@
-"""llama.cpp as the language backend: a GGUF decoder, on the CPU or with layers on a GPU.
+"""Run a GGUF decoder with llama.cpp, on the CPU or with layers on a GPU.
 
-Enters: parts of a prompt. Leaves: the logits after the last position. Text and visual tokens both
-enter as embedding rows, so the numbers do not depend on how the GGUF file quantized its own table.
-A conversation is a sequence of llama.cpp's cache: a rewind removes its tail, and a fork is another
-sequence that shares what both have read.
+Text and visual tokens both enter as embedding rows, so the numbers do not depend on how the GGUF
+file quantized its own table. A conversation is a sequence of llama.cpp's cache: a rewind removes
+its tail, and a fork is another sequence that shares what both have read.
 """
 
 from __future__ import annotations

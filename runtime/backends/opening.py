@@ -1,7 +1,4 @@
-"""Choosing a language backend by name.
-
-Each is imported only when it is asked for, so that a machine needs the packages of one.
-"""
+"""Open a language backend by name; only the one that is asked for is imported."""
 
 from __future__ import annotations
 
@@ -58,7 +55,7 @@ def open_text_backend(
             f'--llm-url {server.url} is the address of a server, and the backend "{name}" runs '
             "here. Leave one of them out."
         )
-    from runtime.language.local_text import LocalText
+    from runtime.backends.local_text import LocalText
 
     local = open_backend(bundle, name, threads=threads, context_length=context_length)
     return LocalText(local, writer)

@@ -1,9 +1,8 @@
-"""ONNX Runtime as the language backend: one decoder graph, one KV cache, nothing copied per token.
+"""Run the ONNX decoder with ONNX Runtime and one KV cache that is not copied.
 
-Enters: parts of a prompt. Leaves: the logits after the last position. The cache is allocated once
-and bound as past and as present, so GroupQueryAttention appends in place; the logits are the only
-output that is read. A position is only a number here: a rewind sets it back, and what lies beyond
-is overwritten.
+The cache is allocated once and bound as past and as present, so GroupQueryAttention appends in
+place. Only the logits are read. A rewind sets the position back, and what lies beyond it is
+overwritten.
 """
 
 from __future__ import annotations

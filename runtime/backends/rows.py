@@ -1,8 +1,7 @@
-"""What enters a language model and what leaves it, checked in one place for every backend.
+"""Check what enters a language model and what leaves it, for every backend.
 
-Enters: runs of token ids and of visual tokens. Leaves: float32[N, D], so that nothing that could
-poison a KV cache (a NaN, a row of another width) reaches any backend; and logits that a token can
-be chosen by.
+The parts of a prompt become float32[N, D] rows, so that a NaN or a row of another width never
+reaches a KV cache. Logits are checked before a token is chosen by them.
 """
 
 from __future__ import annotations

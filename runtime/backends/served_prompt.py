@@ -1,9 +1,8 @@
-"""A conversation as the messages of a chat server, which renders the prompt that we would.
+"""Write a conversation as messages for a chat server, and check that it renders our prompt.
 
-Enters: turns and the payloads of their pictures. Leaves: messages. A server's chat template knows
-no pictures here: vLLM puts a placeholder text in the place of each. What the template would write
-around a picture (LLaVA's is a line break after it) is therefore sent as text, and the whole is
-rendered here as the server will, and compared with our own prompt.
+vLLM puts a placeholder text in the place of each picture, so what a template writes around a
+picture (LLaVA's writes a line break after it) is sent as text. The messages are rendered here as
+the server will render them, and compared with our own prompt.
 """
 
 from __future__ import annotations

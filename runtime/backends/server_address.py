@@ -1,7 +1,6 @@
-"""The address of a server, read once and refused with a reason.
+"""Read the address of a server into host, port and path.
 
-Enters: what the user wrote. Leaves: host, port and path. An address may hold no password and no
-query: messages show it.
+An address with a password or a query is refused, because messages show the address.
 """
 
 from __future__ import annotations

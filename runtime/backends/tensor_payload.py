@@ -1,8 +1,8 @@
-"""Visual tokens in the file format of `torch.save`, which is what a vLLM server reads.
+"""Write visual tokens in the file format of `torch.save`, which a vLLM server reads.
 
-Enters: float32[N, D]. Leaves: base64 text of a float16 tensor. The format is a zip archive with a
-short pickle that names the tensor's shape and a file with its numbers; both are written here with
-NumPy and the standard library, so that a robot needs no PyTorch.
+The result is base64 text of a float16 tensor. The format is a zip archive with a short pickle that
+names the shape, and a file with the numbers. NumPy and the standard library write both, so a robot
+needs no PyTorch.
 """
 
 from __future__ import annotations

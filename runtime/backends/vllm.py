@@ -1,8 +1,7 @@
-"""A vLLM server as the language backend: visual tokens go out, text comes back.
+"""Ask a vLLM server: visual tokens go out, text comes back.
 
-Enters: a conversation and the visual tokens of its pictures. Leaves: the answer, piece by piece.
 Only the visual tokens travel, as `prompt_embeds` parts of a Chat Completions request in half
-precision; the server tokenizes the words and applies the chat template, which must be the bundle's.
+precision. The server tokenizes the words and applies the chat template, which must be the bundle's.
 `export.served_model` writes the model and says how to serve it.
 """
 

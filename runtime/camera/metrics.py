@@ -1,8 +1,7 @@
-"""The camera loop as numbers for Prometheus, on the loopback interface only, and as one live line.
+"""Show the camera loop's numbers to Prometheus, on the loopback interface, and as one live line.
 
-Enters: the loop and each of its answers. Leaves: text on `http://127.0.0.1:PORT/metrics`: frames,
-answers, drops and reading errors by reason, the budget of visual tokens, and histograms of the age
-of frames and of each stage.
+`http://127.0.0.1:PORT/metrics` has frames, answers, drops and reading errors by reason, the budget
+of visual tokens, and histograms of the age of frames and of each stage.
 """
 
 from __future__ import annotations

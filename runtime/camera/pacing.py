@@ -1,4 +1,4 @@
-"""Recordings played at the speed they were recorded, so that they come as from a camera."""
+"""Play recordings at the speed they were recorded."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""What the camera saw and what was said of it, kept on disk for later.
+"""Record frames and the answers about them on disk.
 
-Enters: answers of the camera loop. Leaves, for each, three files that are written whole or not at
-all: the frame, the overlay of what the language model saw of it, and the answer as JSON. A disk
-that is full costs recordings and never the loop.
+Each answer gets three files: the frame, the overlay of what the language model saw, and the answer
+as JSON. Each is written completely or not at all. A full disk costs recordings and never the loop.
 """
 
 from __future__ import annotations

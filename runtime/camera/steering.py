@@ -1,4 +1,4 @@
-"""Steering a loop that runs: commands, one a line, and the signals that end a process."""
+"""Control a running loop by commands, one per line, and by the signals that end a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often is answered about what is seen: options of commands that watch."""
+"""Options of how often cameras are asked."""
 
 from __future__ import annotations
 

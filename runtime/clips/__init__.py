@@ -1,1 +1,1 @@
-"""Questions about a recording: `clip` asks them, `token_sharing` says what each frame may cost."""
+"""Answer questions about a recording: `clip` asks, `token_sharing` divides tokens among frames."""

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from engines.errors import SourceError
 from runtime.camera.scene_change import block_means, changed_share
 from runtime.clips.clip_options import ClipOptions
 from runtime.clips.token_sharing import share_tokens
 from runtime.frames import Frame, FrameSource, SourceOptions, open_source
+from runtime.frames.even_sample import EvenSample, pick_evenly
 from runtime.language.generate import GenerationOptions
 from runtime.model import Answer, Model, Show
 from runtime.vision import Pixels, VisualTokens
@@ -75,31 +74,19 @@ def read_clip(path: str, options: ClipOptions) -> list[Frame]:
 
 
 def spread_frames(source: FrameSource, most: int) -> list[Frame]:
-    """Return at most that many frames spread over a source whose length nobody knows.
+    """Return at most that many frames spread over a source of unknown length.
 
-    Every frame is taken until there are twice as many as wanted; then every other one is let go and
-    from there on only every second frame is taken, and so on. Only what is returned is decoded.
+    Only what is returned is decoded. One frame alone is the last, about now.
     """
-    taken: list[Callable[[], Frame | None]] = []
-    stride = 1
+    sample: EvenSample[Callable[[], Frame | None]] = EvenSample(most)
     last: Callable[[], Frame | None] | None = None
-    for number, frame in enumerate(source.undecoded()):
-        last = frame
-        if number % stride:
-            continue
-        if len(taken) == 2 * most:
-            taken = taken[::2]
-            stride *= 2
-        if number % stride == 0:
-            taken.append(frame)
+    for last in source.undecoded():
+        if sample.wants_next():
+            sample.add(last)
     if last is None:
         return []
-    if taken[-1] is not last:
-        taken.append(last)
-    # One frame alone is the last: about now.
-    first = 0 if most > 1 else len(taken) - 1
-    places = np.linspace(first, len(taken) - 1, min(most, len(taken))).round().astype(int)
-    decoded = (taken[place]() for place in places)
+    taken = sample.kept if sample.kept[-1] is last else [*sample.kept, last]
+    decoded = (frame() for frame in pick_evenly(taken if most > 1 else [last], most))
     return [frame for frame in decoded if frame is not None]
 
 
@@ -162,7 +149,7 @@ def ask_about_clip(
 
     Raises:
         OptionError: ``total`` is too small, or the chat template refuses the conversation.
-        FoveateError: anything else the user can mend.
+        FoveateError: anything else the user can fix.
     """
     images = [frame.image for frame in frames]
     newness = measure_newness(images)

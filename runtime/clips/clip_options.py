@@ -1,4 +1,4 @@
-"""What counts as a clip, and how much of one is looked at: options of `runtime.ask`."""
+"""Options of clips: what counts as a clip and how much of it is looked at."""
 
 from __future__ import annotations
 

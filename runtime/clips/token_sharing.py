@@ -1,8 +1,4 @@
-"""One budget of visual tokens, shared among the frames of a clip by how much is new in each.
-
-Enters: how new each frame is, the budgets a bundle's graphs have, and what may be spent in all.
-Leaves: tokens for each frame, 0 for those left out. Nothing here knows what a frame is.
-"""
+"""Share one budget of visual tokens among the frames of a clip by how much is new in each."""
 
 from __future__ import annotations
 

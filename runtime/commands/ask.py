@@ -1,8 +1,4 @@
-"""Ask a bundle a question about a picture, or about a clip.
-
-Enters: a bundle, a picture or a recording, and a question. Leaves: the answer, streamed as it is
-written, and where the time went. `ask` is the function; `python -m runtime.ask` the command.
-"""
+"""Ask a bundle a question about a picture or a clip: `python -m runtime.ask`."""
 
 from __future__ import annotations
 
@@ -63,7 +59,7 @@ def ask(
         About a clip it is a `ClipAnswer`.
 
     Raises:
-        FoveateError: anything the user can mend.
+        FoveateError: anything the user can fix.
     """
     from runtime.clips.clip import ask_about_clip, read_clip
     from runtime.vision.pictures import load_picture

@@ -1,7 +1,7 @@
-"""Talk with a bundle about pictures, in a terminal.
+"""Talk with a bundle about pictures in a terminal: `python -m runtime.chat`.
 
-Enters: lines of text; a line that begins with a slash is a command. Leaves: answers, streamed as
-they are written. A follow-up question computes its own tokens only; `/tokens` shows it.
+A line that begins with a slash is a command. A follow-up question computes only its own tokens;
+`/tokens` shows it.
 """
 
 from __future__ import annotations

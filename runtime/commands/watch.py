@@ -1,7 +1,7 @@
-"""Watch cameras and answer about what they see, again and again.
+"""Watch cameras and answer about what they see: `python -m runtime.watch`.
 
-Enters: a bundle, one source of frames or several, and a question. Leaves: one JSON line on stdout
-per answer, with the age of the frame it is about; progress and warnings go to stderr.
+Each answer is one JSON line on stdout with the age of its frame. Progress and warnings go to
+stderr.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def watch(
             and ``stop``.
 
     Raises:
-        FoveateError: anything the user can mend.
+        FoveateError: anything the user can fix.
     """
     from runtime.camera.parts import CameraAnswer, CameraOptions
     from runtime.camera.recording import Recording

@@ -1,10 +1,10 @@
-"""Where frames come from: cameras, network streams, videos, bags, pictures and pipes.
+"""Read frames from cameras, network streams, videos, bags, pictures and pipes.
 
     with open_source("/dev/video0", SourceOptions(rotate=180, fps=5)) as source:
         for frame in source:
             ...
 
-One file per kind; `opening` chooses among them, `source` is what they have in common.
+There is one file per kind of source; `opening` chooses among them, and `source` is what they share.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""ROS 1 and 2 bags and MCAP files as a source, without ROS: `rosbags` reads them all."""
+"""Read ROS 1 and 2 bags and MCAP files with `rosbags`, without ROS."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _open_reader(path: Path) -> AnyReader:
     except Exception as error:  # a damaged bag fails in its YAML, SQLite, MCAP or zstd reader
         raise SourceError(
             f"{path} cannot be opened as a bag: {error or repr(error)}. A recording that was cut "
-            "off can be mended with `ros2 bag reindex`, `rosbag reindex` or `mcap recover`."
+            "off can be repaired with `ros2 bag reindex`, `rosbag reindex` or `mcap recover`."
         ) from error
     return reader
 

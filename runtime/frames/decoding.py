@@ -1,6 +1,6 @@
-"""FFmpeg, through PyAV: an opened container becomes captures.
+"""Decode a container with FFmpeg, through PyAV, into captures.
 
-Video files, USB cameras, network streams, GStreamer pipelines and standard input all end here. A
+Video files, USB cameras, network streams, GStreamer pipelines and standard input all come here. A
 packet that cannot be decoded, or a picture the decoder marks as damaged, is counted and skipped.
 """
 

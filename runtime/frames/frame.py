@@ -1,8 +1,8 @@
-"""What every source of frames gives, and what a kind of source must implement.
+"""The frame that every source gives, and the reader that a kind of source implements.
 
-A `Reader` (one per kind of source) yields `Capture`s: a time and a way to get the picture. Decoding
-and colour conversion happen only for captures that are wanted, so a source read at 2 frames per
-second does not pay for 30.
+A `Reader` yields `Capture`s: a time and a way to get the picture. Decoding and colour conversion
+happen only for captures that are wanted, so a source read at 2 frames per second does not pay for
+30.
 """
 
 from __future__ import annotations

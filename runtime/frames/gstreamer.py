@@ -1,8 +1,8 @@
-"""GStreamer pipelines as a source, above all for Jetson's CSI cameras and hardware decoders.
+"""Read GStreamer pipelines, above all for Jetson's CSI cameras and hardware decoders.
 
-The pipeline runs in `gst-launch-1.0`, a process of its own: a driver that crashes takes that
-process with it and not the robot's, and it is started again. Frames come over a pipe as YUV4MPEG2,
-which says its own size; no Python bindings of GStreamer are needed.
+The pipeline runs in `gst-launch-1.0`, a process of its own. A driver that crashes ends that process
+and not the robot's, and it is started again. Frames come over a pipe as YUV4MPEG2, which says its
+own size; GStreamer's Python bindings are not needed.
 """
 
 from __future__ import annotations

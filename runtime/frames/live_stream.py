@@ -1,7 +1,7 @@
-"""Cameras and network streams that FFmpeg reads: V4L2 devices, RTSP, HTTP, UDP.
+"""Read cameras and network streams with FFmpeg: V4L2 devices, RTSP, HTTP, UDP.
 
-Frames are stamped with the time they were decoded; buffering is turned off, because an old frame is
-worth nothing to a robot.
+Frames are stamped with the time they were decoded. Buffering is turned off, because a robot has no
+use for an old frame.
 """
 
 from __future__ import annotations

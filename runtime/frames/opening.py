@@ -1,8 +1,4 @@
-"""From what a person types to a source of frames.
-
-Enters: one text, such as `clip.mp4`, `/dev/video0`, `csi:0` or `rtsp://camera/stream`. Leaves: an
-open `FrameSource`, or a `SourceError` that says what could have been typed.
-"""
+"""Open a source of frames from a text such as `clip.mp4`, `/dev/video0`, `csi:0` or `rtsp://cam/1`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures on disk as a source: one file, or a folder in the order of its names."""
+"""Read pictures on disk as a source: one file, or a folder in the order of its names."""
 
 from __future__ import annotations
 

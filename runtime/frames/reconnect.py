@@ -1,7 +1,6 @@
-"""A live source that comes back: cables are pulled, cameras reboot, networks drop.
+"""Reconnect a live source after a cable was pulled, a camera rebooted or a network dropped.
 
-Enters: a way to open a reader. Leaves: its captures, over as many connections as it takes, with a
-wait between attempts that grows from 0.1 s to 5 s and starts anew after each success.
+The wait between attempts grows from 0.1 s to 5 s and starts again after each success.
 """
 
 from __future__ import annotations

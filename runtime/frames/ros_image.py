@@ -1,7 +1,7 @@
-"""ROS image messages become RGB pictures, whichever way they were recorded or received.
+"""Convert ROS image messages to uint8[H, W, 3] RGB pictures.
 
-Enters: the fields of `sensor_msgs/Image` or `sensor_msgs/CompressedImage`, of ROS 1 or 2. Leaves:
-uint8[H, W, 3] RGB. Colour conversion from YUV and Bayer patterns is FFmpeg's.
+The fields may come from `sensor_msgs/Image` or `sensor_msgs/CompressedImage`, of ROS 1 or 2, live
+or recorded. FFmpeg converts YUV and Bayer patterns.
 """
 
 from __future__ import annotations

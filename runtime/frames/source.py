@@ -1,12 +1,13 @@
-"""A source of frames: one reader, seen through a rotation, a crop and a frame rate.
+"""A source of frames: one reader with a rotation, a crop and a frame rate.
 
-Enters: a `Reader` of any kind. Leaves: frames, in RGB and upright. What cannot be read is counted
-in `FrameSource.errors` and skipped: one bad packet must not end a robot's day.
+What cannot be read is counted in `FrameSource.errors` and skipped, so one bad packet does not end
+the source.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 import typer
 
-from engines.closeable import Closeable
 from engines.errors import OptionError, PictureError, SourceError
 from engines.option_groups import Typed
 from runtime.frames.frame import Capture, Frame, Reader, ReadErrors
@@ -89,7 +89,7 @@ class SourceOptions(FrameView):
     )
 
 
-class FrameSource(Closeable):
+class FrameSource(AbstractContextManager["FrameSource"]):
     """Frames of one reader; iterate over it once, and use it as a context manager.
 
     Attributes:
@@ -146,6 +146,9 @@ class FrameSource(Closeable):
             image = np.rot90(image, k=-self._options.rotate // 90)
         return image
 
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Stop, from any thread; calling it again does nothing."""
         self._reader.close()
@@ -163,7 +166,7 @@ class FrameClock:
         if self._period_ns is None:
             return True
         due, period = self._due_ns, self._period_ns
-        # A clock that was set back, or a gap, starts the schedule anew.
+        # A clock that was set back, or a gap, restarts the schedule.
         if due is None or not due - 2 * period < timestamp_ns < due + period:
             self._due_ns = timestamp_ns + period
             return True

@@ -1,7 +1,7 @@
-"""Frames from standard input: whatever another program can write to a pipe.
+"""Read frames from standard input.
 
-Either a stream that FFmpeg can read (MJPEG, MPEG-TS, Matroska, YUV4MPEG2), or bare RGB24 frames of
-a given size, which need nothing but NumPy.
+The input is a stream that FFmpeg can read (MJPEG, MPEG-TS, Matroska, YUV4MPEG2), or bare RGB24
+frames of a given size, which need only NumPy.
 """
 
 from __future__ import annotations

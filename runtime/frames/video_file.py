@@ -1,4 +1,4 @@
-"""A video file as a source, stamped with its own time from its own start."""
+"""Read a video file, with frames stamped from its own start."""
 
 from __future__ import annotations
 

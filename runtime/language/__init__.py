@@ -1,1 +1,1 @@
-"""Tokens become an answer: `prompt` lays a conversation out, `generate` writes what comes next."""
+"""Write prompts and generate answers: `prompt` lays a conversation out, `generate` continues it."""

@@ -1,8 +1,7 @@
-"""Whether an answer has the form it must have, whoever wrote it.
+"""Check whether an answer has the form that was asked for.
 
-Enters: the text of an answer and the form that was asked for. Leaves: what is wrong with it, if
-anything is. A grammar binds the model, but a server may ignore it, a vocabulary may not be able to
-write it, and an answer may end too early; so every answer is read again as the robot will read it.
+A grammar binds the model, but a server may ignore it, a vocabulary may not be able to write it, and
+an answer may end too early. Every answer is therefore read again as the robot will read it.
 jsonschema-rs does the work for JSON (extra `constrained`).
 """
 

@@ -1,7 +1,7 @@
-"""The bundle's text embedding table, read row by row from disk.
+"""Read rows of the bundle's text embedding table from disk.
 
-Enters: token ids. Leaves: float32 rows. The file is mapped, not loaded, so only the rows that a
-conversation uses take memory, and every backend sees the same numbers.
+The file is mapped, not loaded, so only the rows that a conversation uses take memory, and every
+backend sees the same numbers.
 """
 
 from __future__ import annotations

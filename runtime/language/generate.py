@@ -1,7 +1,6 @@
-"""The decoding loop: logits in, an answer out, piece by piece as it is written.
+"""The decoding loop: logits become an answer, piece by piece.
 
-Enters: a backend that was prefilled and the logits after the prompt. Leaves: pieces of text that
-never cut a character in half, and at the end the token ids, the text and why it stopped.
+A piece never ends in the middle of a character.
 """
 
 from __future__ import annotations

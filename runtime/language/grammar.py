@@ -1,8 +1,7 @@
-"""Answers of a given form: one of a few choices, or JSON after a schema.
+"""Constrain answers to a few choices or to JSON that fits a schema.
 
-Enters: what an answer may be. Leaves: for every step, the tokens it may go on with. llguidance does
-the work (extra `constrained`); a robot gets an answer it can parse, whatever the model would have
-liked to say.
+llguidance does the work (extra `constrained`): it gives the tokens that may come next at every
+step. A robot gets an answer that it can parse.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What language models take and give: runs of token ids, runs of embeddings, and logits."""
+"""The types of what language models take and give: token ids, embeddings, and logits."""
 
 from __future__ import annotations
 

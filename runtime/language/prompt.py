@@ -1,8 +1,8 @@
-"""A conversation becomes token ids, with a place for each picture's visual tokens.
+"""Turn a conversation into token ids, with a place for each picture's visual tokens.
 
-Enters: turns of text and pictures. Leaves: parts for a language backend. The chat template is the
-checkpoint's own, rendered as transformers renders it and tokenized whole, so the ids are equal to
-those the model was trained on; `<image>` is where the visual tokens go.
+The chat template is the checkpoint's own. It is rendered as transformers renders it and tokenized
+as a whole, so the ids are equal to those the model was trained on. `<image>` marks where the visual
+tokens go.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""From logits to the next token: greedy, or drawn after temperature, top-k and top-p.
+"""Choose the next token from logits: greedy, or drawn after temperature, top-k and top-p.
 
-Enters: float32[V] logits. Leaves: one token id. The order (repetition penalty, temperature, top-k,
-top-p) and every formula are those of transformers, so a setting means here what it means there.
+The order (repetition penalty, temperature, top-k, top-p) and every formula are those of
+transformers, so a setting means the same in both.
 """
 
 from __future__ import annotations

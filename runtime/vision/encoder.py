@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import Bundle
-from engines.closeable import Closeable
 from engines.errors import BundleError, PictureError
 from engines.manifest import VisionGraph
 from engines.opening import open_session
@@ -62,7 +62,7 @@ class VisualTokens:
         ]
 
 
-class VisionEncoder(Closeable):
+class VisionEncoder(AbstractContextManager["VisionEncoder"]):
     """The vision graph of a bundle, ready to run; use it as a context manager."""
 
     def __init__(
@@ -144,6 +144,9 @@ class VisionEncoder(Closeable):
                 "encode": (ended - prepared) * 1e3,
             },
         )
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Free the graph, unless the session was given; calling it again does nothing."""

@@ -1,7 +1,6 @@
-"""Where the pixels of `pixel_values` lie in the picture they were made from.
+"""Compute where the pixels of `pixel_values` lie in the picture they were made from.
 
-Enters: a picture's size and the bundle's preprocessing. Leaves: the sizes and offsets of every
-step, for `preprocess`, which follows them, and `overlay`, which goes back.
+`preprocess` follows these sizes and offsets, and `overlay` uses them to go back.
 """
 
 from __future__ import annotations

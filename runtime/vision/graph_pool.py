@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from engines.bundle import Bundle
-from engines.closeable import Closeable
 from runtime.vision.encoder import VisionEncoder
 
 
-class GraphPool(Closeable):
+class GraphPool(AbstractContextManager["GraphPool"]):
     """Encoders by their number of visual tokens; use it as a context manager.
 
     Attributes:
@@ -56,6 +57,9 @@ class GraphPool(Closeable):
             )
             self._own[tokens] = known
         return known
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Free what was loaded here; calling it again does nothing."""

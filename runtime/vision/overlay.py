@@ -1,8 +1,8 @@
-"""What the language model is shown of a picture: kept, merged and dropped patches drawn over it.
+"""Draw what the language model is shown of a picture: kept, merged and dropped patches.
 
-Enters: a picture and the visual tokens made from it. Leaves: the picture with every patch in its
-place (back through crop, resize and padding) and a legend below. Kept patches are bright and
-outlined; a target and the patches merged into it share one colour; what no token holds is dim.
+Every patch is drawn in its place (back through crop, resize and padding), with a legend below. Kept
+patches are bright and outlined. A target and the patches merged into it share one colour. Patches
+that are in no token are dim.
 """
 
 from __future__ import annotations

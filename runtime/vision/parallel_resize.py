@@ -1,7 +1,6 @@
-"""Threads that share one picture: each takes bands of it, so that one frame is ready sooner.
+"""Run work on bands of one picture in several threads, so that one frame is ready sooner.
 
-Enters: work on some rows or columns, and how many there are. Leaves: all of them done. The work has
-to release Python's lock to gain anything; Pillow's resizing and NumPy's copies do.
+The work must release Python's lock to gain anything; Pillow's resizing and NumPy's copies do.
 """
 
 from __future__ import annotations
@@ -9,15 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from itertools import pairwise
-
-from engines.closeable import Closeable
 
 _MOST_THREADS = 4
 """The rest of a robot wants cores, too."""
 
 
-class Bands(Closeable):
+class Bands(AbstractContextManager["Bands"]):
     """Runs work in bands; threads are started when first used.
 
     Attributes:
@@ -60,6 +58,9 @@ class Bands(Closeable):
             # No more than are needed: each thread keeps some megabytes for itself once it was used.
             self._pool = ThreadPoolExecutor(max(self.threads - 1, 1), thread_name_prefix="bands")
         return self._pool
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the threads; calling it again does nothing."""

@@ -1,10 +1,10 @@
-"""A picture file becomes uint8 RGB pixels, upright.
+"""Read a picture file into uint8[H, W, 3] RGB pixels, upright.
 
-Enters: a path or the bytes of a file. Leaves: `uint8[H, W, 3]`, as the checkpoint's own image
-processor would see it: EXIF orientation applied, greyscale, palette and CMYK converted, and
-transparent pixels composited on white (what CLIPImageProcessor of transformers 5 does; version 4
-showed the colour hidden below). Of an animation the first frame is taken. Sixteen-bit greyscale
-keeps its high byte, where Pillow alone would clip all but the darkest values to white.
+The pixels are those the checkpoint's own image processor would see: EXIF orientation is applied,
+greyscale, palette and CMYK are converted, and transparent pixels are composited on white (as
+CLIPImageProcessor of transformers 5 does; version 4 showed the colour hidden below). Of an
+animation the first frame is taken. Sixteen-bit greyscale keeps its high byte; Pillow alone would
+clip all but the darkest values to white.
 """
 
 from __future__ import annotations

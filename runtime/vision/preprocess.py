@@ -1,9 +1,8 @@
-"""A picture becomes `pixel_values`, as the checkpoint's own image processor would make them.
+"""Turn a picture into `pixel_values`, as the checkpoint's own image processor does.
 
-Enters: uint8 RGB. Leaves: normalised float32 of the size the vision graph takes. Equal to
-CLIPImageProcessor (and, with padding, LlavaImageProcessor) of transformers in its Pillow form to 1
-level of 255, in noise of black and white to 2, without transformers and without resizing what the
-centre crop throws away: a picture of 10000 x 1 costs no more than any other.
+The result equals CLIPImageProcessor (and, with padding, LlavaImageProcessor) of transformers in its
+Pillow form to 1 level of 255, and to 2 in noise of black and white. What the centre crop throws
+away is not resized, so a picture of 10000 x 1 costs no more than any other.
 """
 
 from __future__ import annotations

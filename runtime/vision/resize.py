@@ -1,9 +1,8 @@
-"""Resizing as Pillow does it, to the bit, but only what is kept, and in bands.
+"""Resize as Pillow does, bit by bit, but only the part that is kept, and in bands.
 
-Enters: a picture, perhaps on a larger ground of one colour, and which part of the resized picture
-is kept. Leaves: that part. Pillow resizes one axis after the other with 8-bit values in between,
-and so do we. A row's pixels do not depend on other rows while its columns are resized, so bands of
-rows come out as they would in one piece; and so do bands of columns while rows are resized.
+Pillow resizes one axis after the other with 8-bit values in between, and so does this. While the
+columns are resized, the pixels of a row do not depend on other rows. Bands of rows therefore come
+out as they would in one piece, and so do bands of columns while the rows are resized.
 """
 
 from __future__ import annotations

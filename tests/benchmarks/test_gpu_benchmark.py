@@ -86,7 +86,7 @@ def test_tensorrt_is_built_for_the_batch_and_precision(
     (options,) = built
     assert (options.precision, options.target.sm, options.onnx.name) == ("fp16", 90, "fp16.onnx")
     ranges = shape_ranges(options.inputs, options.batch)["pixel_values"]
-    assert ranges.smallest == ranges.largest == (2, 3, 56, 56)
+    assert ranges.min == ranges.max == (2, 3, 56, 56)
 
 
 def test_a_gpu_without_a_target_is_named() -> None:

@@ -17,7 +17,6 @@ from engines.device_facts import (
     read_facts,
     read_jetson_linux,
     read_memory,
-    read_power_mode,
 )
 from engines.doctor import (
     Finding,
@@ -25,7 +24,7 @@ from engines.doctor import (
     examine_machine,
     examine_target,
 )
-from engines.gpu import Gpu, NoGpu
+from engines.gpu import Gpu, NoGpu, read_power_mode
 from engines.targets import find_target
 from engines.trt.build_memory import BASE_BYTES, predict_build_bytes
 from engines.trt.library import TrtLibrary

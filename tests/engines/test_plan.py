@@ -35,7 +35,7 @@ from tests.small_graph import write_small_bundle
 
 DATA = b"not a real plan, but bytes all the same"
 HERE = Machine("ab" * 32, "tensorrt", "10.3.0.26", 87, "Orin", "540.4.0")
-RANGE = ShapeRange(smallest=(1, 3), tuned=(1, 3), largest=(8, 3))
+RANGE = ShapeRange(min=(1, 3), opt=(1, 3), max=(8, 3))
 
 
 def make_record(**changes: object) -> PlanRecord:
@@ -261,13 +261,13 @@ def test_a_batch_that_makes_no_sense(text: str) -> None:
 
 def test_shapes_follow_the_batch() -> None:
     spec = TensorSpec(name="x", dtype="float32", shape=("batch", 3, 336, 336))
-    assert shape_ranges((spec,), BatchRange(1, 1, 8))["x"].largest == (8, 3, 336, 336)
-    assert shape_ranges((spec,), ONE_IMAGE)["x"].largest == (1, 3, 336, 336)
+    assert shape_ranges((spec,), BatchRange(1, 1, 8))["x"].max == (8, 3, 336, 336)
+    assert shape_ranges((spec,), ONE_IMAGE)["x"].max == (1, 3, 336, 336)
 
 
 def test_a_fixed_graph_refuses_another_batch() -> None:
     spec = TensorSpec(name="x", dtype="float32", shape=(1, 3, 8, 8))
-    assert shape_ranges((spec,), ONE_IMAGE)["x"].largest == (1, 3, 8, 8)
+    assert shape_ranges((spec,), ONE_IMAGE)["x"].max == (1, 3, 8, 8)
     with pytest.raises(OptionError, match=r"x has the fixed shape \[1, 3, 8, 8\]"):
         shape_ranges((spec,), BatchRange(4, 4, 4))
 

@@ -36,7 +36,7 @@ def test_a_plan_is_really_built(tmp_path: Path, target: str, precision: str) -> 
     assert Path(answer["plan"]).stat().st_size == record["plan_bytes"] > 1000
     assert record["library"] == "tensorrt-rtx" and record["library_version"].count(".") == 3
     assert (record["sm"], record["gpu"], record["precision"]) == (89, None, precision)
-    assert record["profile"]["pixel_values"]["largest"] == [1, 3, 8, 8]
+    assert record["profile"]["pixel_values"]["max"] == [1, 3, 8, 8]
     layers = json.loads(Path(answer["layers"]).read_text())
     assert layers["network"]["kinds"]["NORMALIZATION"] == 1
     assert layers["network"]["kinds"]["TOPK"] == 1

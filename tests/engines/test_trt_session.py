@@ -222,7 +222,7 @@ def test_closing_frees_everything_once() -> None:
         ({}, '"pixel_values" is missing'),
         ({"pixels": np.zeros((1, 4), np.float32)}, '"pixels" is not an input'),
         ({"pixel_values": np.zeros((0, 4), np.float32)}, r"float32\[0, 4\], expected float32"),
-        ({"pixel_values": np.zeros((1, 5), np.float32)}, r"expected float32 \[rows, 4\]"),
+        ({"pixel_values": np.zeros((1, 5), np.float32)}, r"expected float32\[rows, 4\]"),
         ({"pixel_values": np.zeros((1, 4), np.float64)}, "is float64"),
         ({"pixel_values": np.zeros(4, np.float32)}, r"float32\[4\]"),
     ],

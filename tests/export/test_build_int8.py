@@ -13,11 +13,11 @@ import onnx_ir as ir
 import pytest
 from PIL import Image
 
-from calibration.agreement.gate import Gate
+from calibration.agreement.token_metrics import Gate
 from calibration.int8.bundle import calibrate_bundle
 from calibration.int8.graphs import RECORD_NAME
 from calibration.int8.options import Int8Options, gate_from_text
-from calibration.int8.resume import Unfinished
+from calibration.int8.resume import ResumeFolder
 from calibration.scales.calibration_file import load_calibration
 from engines.bundle import Bundle, open_bundle
 from engines.errors import CalibrationError, FoveateError, GateError, OptionError, SourceError
@@ -259,7 +259,7 @@ def test_an_interrupted_calibration_goes_on(
 
     with pytest.raises(KeyboardInterrupt):
         calibrate_bundle(fp32, out, options, progress=interrupt)
-    assert list(tmp_path.iterdir()) == [Unfinished(out).folder]
+    assert list(tmp_path.iterdir()) == [ResumeFolder(out).folder]
     lines.clear()
     calibrate_bundle(fp32, out, options, progress=lambda line, done: lines.append(line))
     assert list(tmp_path.iterdir()) == [out]
@@ -304,7 +304,7 @@ def test_an_interrupted_search_goes_on(fp32: Bundle, folder: Path, tmp_path: Pat
     out = tmp_path / "resumed"
     with pytest.raises(KeyboardInterrupt):
         calibrate_bundle(fp32, out, options, precision="mixed", progress=interrupt)
-    kept = Unfinished(out)
+    kept = ResumeFolder(out)
     assert sorted(tmp_path.iterdir()) == [kept.folder, tmp_path / "whole"]
     known = json.loads(kept.trials.read_text())
     assert len(known) == 4  # with everything in INT8, and three sites alone

@@ -1,1 +1,1 @@
-"""Scripts that are copied into a golden run; they import nothing of Foveate."""
+"""Scripts that are copied into a golden run, with the one module of Foveate that they import."""

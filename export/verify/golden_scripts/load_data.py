@@ -1,6 +1,6 @@
-"""Polygraphy's `--data-loader-script`: the pictures, as the vision graph takes them.
+"""Polygraphy's `--data-loader-script`: the pictures as the vision graph takes them.
 
-Enters: `inputs.npz` beside this file. Leaves: one feed dict for each picture. Needs NumPy only.
+The pictures are in `inputs.npz` beside this file. Needs NumPy only.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""How many visual tokens a live camera can afford; `controller` decides, `pareto` compares."""
+"""Choose how many visual tokens a camera can afford; `controller` decides, `pareto` compares."""

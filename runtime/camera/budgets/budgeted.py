@@ -1,16 +1,16 @@
-"""A bundle of several budgets behind the doors of the camera loop, with a controller in between."""
+"""Encode frames with one of a bundle's graphs, which the budget controller chooses."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
-from engines.closeable import Closeable
 from engines.errors import OptionError
 from runtime.camera.budgets.controller import BudgetController, tell_accuracy
 from runtime.camera.budgets.goal import FrameCost, Goal
@@ -31,7 +31,7 @@ _ANSWER_TOKENS = 4
 _log = logging.getLogger(__name__)
 
 
-class BudgetedEncoder(Closeable):
+class BudgetedEncoder(AbstractContextManager["BudgetedEncoder"]):
     """Every vision graph of a bundle behind one door; the controller says which one runs.
 
     Attributes:
@@ -125,6 +125,9 @@ class BudgetedEncoder(Closeable):
         """Encode images as one batch with the budget of the moment; return the tokens of each."""
         tokens = self.controller.tokens if self.controller else self.budgets[0]
         return self._pool.encoder(tokens).encode(list(images)).split()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Free the graphs; calling it again does nothing."""

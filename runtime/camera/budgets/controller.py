@@ -1,11 +1,10 @@
-"""How many visual tokens can be afforded: a bundle's graphs chosen so that a goal is kept.
+"""Choose among a bundle's graphs so that a goal is kept.
 
-Enters: what each frame cost, and with which budget. Leaves: the budget for the next one, the most
-accurate that keeps the goal. What a budget costs is measured beforehand, not modelled; what it
-costs under the load of the moment is that times how much more the last frames cost than measured. A
-budget is given up at once when it costs too much and taken back only after it would have fitted for
-a while, so the choice does not flap. Where none keeps the goal, accuracy is not thrown after it:
-the budget with the most right answers for what it costs runs, and the decision says so.
+The controller takes the most accurate budget that keeps the goal. The cost of each budget is
+measured beforehand and scaled by how much more the last frames cost than measured. A budget that
+costs too much is given up at once and taken back only after it would have fitted for a while, so
+the choice does not flap. Where no budget keeps the goal, the one with the most right answers for
+its cost runs, and the decision says so.
 """
 
 from __future__ import annotations

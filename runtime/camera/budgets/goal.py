@@ -1,4 +1,4 @@
-"""What a frame costs, and what of that is to be kept within a limit."""
+"""The cost of a frame, and the limit that it must keep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The goal that chooses among a bundle's budgets: options of commands that watch."""
+"""Options of the goal that chooses among a bundle's budgets."""
 
 from __future__ import annotations
 

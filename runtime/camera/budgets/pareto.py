@@ -1,8 +1,4 @@
-"""Which budgets are worth having: right answers against what they cost.
-
-Enters: what each budget costs and how right its answers were measured to be. Leaves: those that no
-other one beats, and the one that gives the most for what it costs.
-"""
+"""Find the budgets that no other one beats in accuracy and cost."""
 
 from __future__ import annotations
 

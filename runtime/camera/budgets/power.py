@@ -1,7 +1,7 @@
-"""How much power a Jetson draws, read from NVIDIA's `tegrastats`.
+"""Read how much power a Jetson draws from NVIDIA's `tegrastats`.
 
-Enters: its output lines, of Orin (JetPack 6, 7) and Thor (JetPack 7). Leaves: watts. The reader is
-tested against lines that people recorded on such boards; it has never run on one.
+It reads the lines of Orin (JetPack 6, 7) and Thor (JetPack 7). It is tested against lines that
+people recorded on such boards, and has never run on one.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
-from engines.closeable import Closeable
 from engines.errors import OptionError
 
 _INTERVAL_MS = 200
@@ -46,7 +46,7 @@ def watts_from_line(line: str) -> float | None:
     return None
 
 
-class Tegrastats(Closeable):
+class Tegrastats(AbstractContextManager["Tegrastats"]):
     """Runs `tegrastats` and keeps what it says; safe to use from several threads."""
 
     def __init__(self, command: Iterable[str] = ("tegrastats", "--interval", str(_INTERVAL_MS))):
@@ -104,6 +104,9 @@ class Tegrastats(Closeable):
                 self._count += 1
             self._read.set()
         self._read.set()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End it; calling it again does nothing."""

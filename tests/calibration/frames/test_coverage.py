@@ -14,7 +14,7 @@ from calibration.frames.coverage import (
     lines_from_coverage,
     measure_coverage,
 )
-from calibration.frames.frame_sampler import EvenSample
+from calibration.frames.frame_sampler import DistinctFrames
 from calibration.frames.near_duplicates import sign_frame
 from tests.photographs import load_photographs
 
@@ -26,11 +26,11 @@ COLOURED = (
 
 
 def cover(pictures: list[Picture]) -> tuple[object, list[str]]:
-    sample = EvenSample(256)
+    sample = DistinctFrames(256)
     for picture in pictures:
         sample.wants_next()
-        sample.add(picture)
-    coverage = measure_coverage(sample, [frame.signature for frame in sample.frames()], {})
+        sample.look_at(picture)
+    coverage = measure_coverage(sample, [frame.signature for frame in sample.items()], {})
     json.dumps(document_from_coverage(coverage))
     return coverage, list(coverage.warnings)
 

@@ -202,9 +202,9 @@ def test_only_the_excluded_one_of_three_that_share_an_activation_reads_floats(
             assert node.inputs[0].producer().op_type == "DequantizeLinear"
 
 
-@pytest.mark.parametrize("method", ["max", "percentile", "entropy", "mse"])
+@pytest.mark.parametrize("method", ["max", "mse"])
 def test_each_method_keeps_tokens_close(graphs, frames, tmp_path, method) -> None:
-    options = replace(OPTIONS, method=method, percentile=99.9)
+    options = replace(OPTIONS, method=method)
     calibration = calibrate(graphs["none"], frames[:6], options)
     write_graph(quantized(graphs["none"], calibration), tmp_path / "int8.onnx")
     pairs = zip(

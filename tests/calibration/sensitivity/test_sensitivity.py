@@ -13,9 +13,8 @@ import pytest
 from rich.console import Console
 
 from benchmarks import random_graphs
-from calibration.agreement.gate import Gate
 from calibration.agreement.graphs import compare_graphs
-from calibration.agreement.token_metrics import Agreement
+from calibration.agreement.token_metrics import Agreement, Gate
 from calibration.scales.apply import apply_calibration
 from calibration.scales.calibrate import CalibrationOptions, calibrate
 from calibration.scales.calibration_file import Calibration, load_calibration

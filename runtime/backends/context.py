@@ -1,8 +1,7 @@
-"""What the KV cache holds, so that only what changed is computed again.
+"""Keep what the KV cache holds, and compute only the part of a prompt that has changed.
 
-Enters: the whole prompt, every time. Leaves: the logits after it. What the cache already holds from
-the start on is kept and the rest is rewound and prefilled, so a second question about one picture
-costs its own tokens, and a new picture costs nothing of the text before it.
+The caller gives the whole prompt every time. The longest common start is kept, the rest is rewound
+and prefilled. A second question about a picture therefore costs only its own tokens.
 """
 
 from __future__ import annotations

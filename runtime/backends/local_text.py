@@ -1,8 +1,4 @@
-"""A language model in this process as one that takes conversations and writes text.
-
-Enters: a conversation and the visual tokens of its pictures. Leaves: the answer, piece by piece.
-What the KV cache holds of the conversation is not computed again.
-"""
+"""Let a language model of this process take conversations and write text, like a server does."""
 
 from __future__ import annotations
 
@@ -10,8 +6,8 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from runtime.backends import LanguageBackend
+from runtime.backends.context import Context
 from runtime.language.answer_form import require_usable
-from runtime.language.context import Context
 from runtime.language.generate import Generation, GenerationOptions
 from runtime.language.grammar import GrammarTokens
 from runtime.language.parts import Embeddings

@@ -7,8 +7,8 @@ import pytest
 
 from engines.bundle import Bundle
 from engines.errors import BackendError
+from runtime.backends.context import Context
 from runtime.backends.ort import open_ort_backend
-from runtime.language.context import Context
 from runtime.language.parts import Part
 
 RANDOM = np.random.default_rng(0)
