@@ -2,23 +2,27 @@
 
 A command is a function of typed options. It prints results on stdout and everything else on stderr.
 It ends with 0, with 1 when a check failed (it returns 1), or with 2 when the user can fix the
-problem: a `FoveateError` becomes one paragraph on stderr. Any other exception is a bug and keeps
-its traceback. A group of options is the dataclass that the API takes, which a command takes as one
-parameter (`engines.option_groups`).
+problem: a `FoveateError` becomes one paragraph on stderr. Any other exception is a defect: one
+paragraph, a file with the traceback for a report, and exit code 70. A group of options is the
+dataclass that the API takes, which a command takes as one parameter (`engines.option_groups`).
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 
-from engines.errors import FoveateError
+from engines.errors import FoveateError, OptionError
+from engines.last_resort import tell_of_defect, tell_of_threads
 from engines.option_groups import spread
+
+_NOT_UTF_8 = re.compile("[\ud800-\udfff]")  # where Python put the bytes of the command line
 
 Main = Callable[..., int | None]
 """A command: its parameters are the options, its docstring the help; it returns the exit code."""
@@ -60,7 +64,11 @@ VerifyOption = Annotated[
 
 def run(main: Main, examples: Sequence[str] = ()) -> None:
     """Run ``main`` as this process's command and exit."""
-    make_app(main, examples)()
+    tell_of_threads()
+    try:
+        make_app(main, examples)()
+    except Exception as error:  # before or after main: while options are read, or help is shown
+        sys.exit(tell_of_defect(error))
 
 
 def make_app(main: Main, examples: Sequence[str] = ()) -> typer.Typer:
@@ -105,15 +113,35 @@ def _ending_well(main: Main) -> Callable[..., None]:
     @functools.wraps(main)
     def guarded(**options: Any) -> None:
         try:
+            _refuse_undecodable(options)
             code = main(**options)
         except FoveateError as error:
             print(f"error: {error}", file=sys.stderr)
             code = 2
         except KeyboardInterrupt:
             code = 130
+        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+            raise  # ways to end that typer knows
+        except Exception as error:
+            code = tell_of_defect(error)
         raise typer.Exit(code or 0)
 
     return guarded
+
+
+def _refuse_undecodable(options: dict[str, Any]) -> None:
+    """Refuse text that is not UTF-8; the names of files may be anything.
+
+    Raises:
+        OptionError: an option, or one of its values, is not.
+    """
+    for name, value in options.items():
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str) and _NOT_UTF_8.search(text):
+                raise OptionError(
+                    f"{name} is {text!r:.300}, which is not UTF-8. Type it in a terminal that is "
+                    "set to UTF-8, or convert it with iconv."
+                )
 
 
 def print_json(document: dict[str, Any]) -> None:

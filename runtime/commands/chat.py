@@ -174,6 +174,8 @@ def main(
 
 def _converse(chat: Chat) -> None:
     """Hear every line; at a terminal a line that fails is told and the chat goes on."""
+    if sys.stdin is None:
+        raise OptionError("Standard input is closed. Pipe questions into it, one a line.")
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         _tell(HELP)
@@ -191,7 +193,12 @@ def _converse(chat: Chat) -> None:
 
 def _lines(at_terminal: bool) -> Iterator[str]:
     if not at_terminal:
-        yield from sys.stdin
+        try:
+            yield from sys.stdin
+        except UnicodeDecodeError as error:
+            raise OptionError(
+                f"A line of standard input is not UTF-8: {error}. Convert the questions with iconv."
+            ) from error
         return
     import readline  # noqa: F401 - gives `input` a history and arrow keys
 

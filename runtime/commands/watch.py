@@ -82,7 +82,7 @@ def watch(
     options: WatchOptions | str,
     show: Callable[[dict[str, Any]], None],
     control: Iterable[str] | None = None,
-) -> None:
+) -> int:
     """Watch a source, or several, until all have ended or the process is told to stop.
 
     Args:
@@ -94,6 +94,9 @@ def watch(
         show: called with each answer, stall and, last, the summary.
         control: lines that steer the loop while it runs: ``ask QUESTION``, ``pause``, ``resume``
             and ``stop``.
+
+    Returns:
+        How many answers could not be recorded, though the disk was not too slow for them.
 
     Raises:
         FoveateError: anything the user can fix.
@@ -136,6 +139,7 @@ def watch(
         if recording is not None:
             recording.close()
         show(summary_of(loop, count, recording, controller))
+    return 0 if recording is None else recording.failures
 
 
 def _open(source: str | FrameSource, view: SourceOptions | None) -> FrameSource:
@@ -228,7 +232,9 @@ def main(
     ] = False,
     metrics_port: Annotated[
         int | None,
-        typer.Option(min=0, help="Serve Prometheus text on this port of 127.0.0.1; 0: any."),
+        typer.Option(
+            min=0, max=65_535, help="Serve Prometheus text on this port of 127.0.0.1; 0: any."
+        ),
     ] = None,
     status: Annotated[
         bool, typer.Option("--status", help="Keep one line on stderr that says how it goes.")
@@ -239,12 +245,13 @@ def main(
     budget: GoalOptions,
     model: ModelOptions,
     generation: GenerationOptions = SHORT_ANSWERS,
-) -> None:
+) -> int:
     """Watch cameras and answer about what they see, again and again.
 
     One JSON line on stdout per answer; the last line, `"event": "end"`, counts what became of every
     frame. Only the newest frame is answered about: `age_ms` is how old it was when the answer
-    began. Ctrl-C or SIGTERM ends it in order.
+    began. Ctrl-C or SIGTERM ends it in order. The exit code is 1 when `--record` lost an answer for
+    another reason than a slow disk; the last line counts them.
     """
     piped = [source for source in sources if source == "-" or source.startswith("raw:")]
     if len(piped) + control > 1:
@@ -252,6 +259,9 @@ def main(
             f"Standard input cannot hold {' and '.join(piped)}{' and commands' if control else ''} "
             "at once. Leave --control out, or give another source."
         )
+    from runtime.camera.steering import lines_of
+    from runtime.frames.stdin import standard_input
+
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     options = WatchOptions(
         camera=view.camera(ask, every_frame),
@@ -265,7 +275,8 @@ def main(
         record=record,
         answers=answers,
     )
-    watch(bundle, sources, options, _print_line, sys.stdin if control else None)
+    commands = lines_of(standard_input()) if control else None
+    return int(watch(bundle, sources, options, _print_line, commands) > 0)
 
 
 def _print_line(document: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -61,7 +62,7 @@ def _open_reader(spec: str, topic: str | None) -> Reader:
     if device.isdecimal() or device.startswith("/dev/video"):
         path = f"/dev/video{device}" if device.isdecimal() else device
         return open_v4l2_camera(path, dict(parse_qsl(query)))
-    return _open_path(Path(spec).expanduser(), topic)
+    return _open_path(spec, topic)
 
 
 def _pipeline(spec: str) -> str | None:
@@ -79,9 +80,21 @@ def _pipeline(spec: str) -> str | None:
     return pipeline_from_preset(head, values)
 
 
-def _open_path(path: Path, topic: str | None) -> Reader:
-    if not path.exists():
-        raise SourceError(f"{path}: there is no such file or device. A source is one of:\n{KINDS}")
+def _open_path(spec: str, topic: str | None) -> Reader:
+    try:
+        path = Path(spec).expanduser()
+        mode = path.stat().st_mode
+    except (OSError, ValueError, RuntimeError) as error:  # no such file, name or home
+        raise SourceError(
+            f"{spec:.300}: there is no such file or device ({getattr(error, 'strerror', error)}). "
+            f"A source is one of:\n{KINDS}"
+        ) from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise SourceError(
+            f"{path} is a pipe, a socket or a device, expected a file or a folder. What another "
+            "program writes can be piped into a source named -, and cameras are /dev/video0 and "
+            "so on."
+        )
     if not os.access(path, os.R_OK):
         raise SourceError(f"{path} may not be read by this user. Change its permissions.")
     if is_bag(path):

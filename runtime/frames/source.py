@@ -1,7 +1,7 @@
 """A source of frames: one reader with a rotation, a crop and a frame rate.
 
 What cannot be read is counted in `FrameSource.errors` and skipped, so one bad packet does not end
-the source.
+the source. An unexpected exception of a decoder or a driver becomes such a count here.
 """
 
 from __future__ import annotations
@@ -121,16 +121,21 @@ class FrameSource(AbstractContextManager["FrameSource"]):
 
     def undecoded(self) -> Iterator[Callable[[], Frame | None]]:
         """Yield for each frame a way to get it; None, and counted, if it cannot be decoded."""
-        for capture in self._reader.captures(self.errors):
-            if self._clock.wants(capture.timestamp_ns):
-                yield partial(self._decode, capture)
+        try:
+            for capture in self._reader.captures(self.errors):
+                if self._clock.wants(capture.timestamp_ns):
+                    yield partial(self._decode, capture)
+        except Exception as error:  # whatever a driver or a library raises costs this source alone
+            self.errors.count("source failed", repr(error))
 
     def _decode(self, capture: Capture) -> Frame | None:
         try:
             return Frame(self._view(capture.image()), capture.timestamp_ns, self.name)
         except (SourceError, PictureError) as error:
             self.errors.count("undecodable", error)
-            return None
+        except Exception as error:  # a decoder's; the next frame may be whole
+            self.errors.count("undecodable", repr(error))
+        return None
 
     def _view(self, image: Pixels) -> Pixels:
         if self._options.crop is not None:
