@@ -64,9 +64,17 @@ VerifyOption = Annotated[
 
 def run(main: Main, examples: Sequence[str] = ()) -> None:
     """Run ``main`` as this process's command and exit."""
+    run_app(lambda: make_app(main, examples))
+
+
+def run_app(make: Callable[[], typer.Typer], name: str | None = None) -> None:
+    """Run what ``make`` returns as this process's command, called ``name``, and exit."""
     tell_of_threads()
     try:
-        make_app(main, examples)()
+        make()(prog_name=name)
+    except FoveateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except Exception as error:  # before or after main: while options are read, or help is shown
         sys.exit(tell_of_defect(error))
 

@@ -14,7 +14,7 @@ from importlib import import_module
 import typer
 
 from engines import cli
-from engines.errors import FoveateError, OptionError
+from engines.errors import OptionError
 
 WAY: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "1. Choose a device": {
@@ -52,12 +52,7 @@ _EXAMPLES = (
 
 def main() -> None:
     """Run the command that was asked for, and exit."""
-    try:
-        app = make_app(_asked_for(sys.argv[1:], os.environ))
-    except FoveateError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    app(prog_name="foveate")
+    cli.run_app(lambda: make_app(_asked_for(sys.argv[1:], os.environ)), "foveate")
 
 
 def make_app(wanted: str | None) -> typer.Typer:
