@@ -146,9 +146,9 @@ def _explained(
     except Exception as refusal:
         if is_disk_full(refusal):
             raise error(_full_disk_message(destination, expected_bytes)) from refusal
-        if isinstance(
-            refusal, PermissionError | NotADirectoryError | FileExistsError
-        ) or _refused(refusal):
+        if isinstance(refusal, PermissionError | NotADirectoryError | FileExistsError) or _refused(
+            refusal
+        ):
             raise error(
                 f"{destination} cannot be written: {refusal}. Choose a folder you may write to."
             ) from refusal
