@@ -51,46 +51,14 @@ _LEFT_OUT_FILTERS = (
     *("sum", "urlize", "wordwrap", "xmlattr"),
 )
 _MULTIPLYING = {"indent", "join", "replace", "tojson"}
-_TEXT_METHODS = frozenset(
-    [
-        "strip",
-        "lstrip",
-        "rstrip",
-        "split",
-        "rsplit",
-        "splitlines",
-        "partition",
-        "rpartition",
-        "startswith",
-        "endswith",
-        "lower",
-        "upper",
-        "title",
-        "capitalize",
-        "casefold",
-        "swapcase",
-        "replace",
-        "join",
-        "find",
-        "rfind",
-        "index",
-        "rindex",
-        "count",
-        "isdigit",
-        "isalpha",
-        "isalnum",
-        "isnumeric",
-        "isdecimal",
-        "isspace",
-        "isupper",
-        "islower",
-        "istitle",
-        "removeprefix",
-        "removesuffix",
-        "format",
-        "format_map",
-    ]
-)
+_TEXT_METHODS = {
+    *("strip", "lstrip", "rstrip", "split", "rsplit", "splitlines", "partition", "rpartition"),
+    *("startswith", "endswith", "find", "rfind", "index", "rindex", "count"),
+    *("lower", "upper", "title", "capitalize", "casefold", "swapcase"),
+    *("replace", "join", "removeprefix", "removesuffix", "format", "format_map"),
+    *("isdigit", "isalpha", "isalnum", "isnumeric", "isdecimal", "isspace"),
+    *("isupper", "islower", "istitle"),
+}
 _LISTS = (list, tuple, set, frozenset, range, KeysView, ValuesView, ItemsView)
 _WIDE_PERCENT = re.compile(r"%[^%a-zA-Z]*(\*|\d{4,})")
 _WIDE_FORMAT = re.compile(r"\d{4,}|\{[^{}]+\{")

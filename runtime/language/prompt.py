@@ -20,10 +20,9 @@ from engines.bundle import Bundle
 from engines.errors import BundleError, OptionError
 from engines.manifest import Prompt
 from runtime.language.parts import Embeddings, Part, TokenIds
+from runtime.language.tokenizer_file import open_tokenizer, without_panic
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     from runtime.language.chat_template import ChatTemplate
 
 _BREAK = "\ue000"
@@ -79,7 +78,7 @@ class PromptWriter:
 
     def _open(self, prompt: Prompt, source: Path) -> None:
         self._prompt, self._source = prompt, source
-        self.tokenizer = _load_tokenizer(source.parent / self._prompt.tokenizer)
+        self.tokenizer = open_tokenizer(source.parent / self._prompt.tokenizer, BundleError)
         self.image_token_id = self._prompt.image_token_id
         self.stop_token_ids = self._prompt.stop_token_ids
         known = self.tokenizer.token_to_id(self._prompt.image_token)
@@ -123,7 +122,7 @@ class PromptWriter:
         special = not (bos and text.startswith(bos))
         ids: list[int] = []
         for piece in text.split(_BREAK):
-            ids += self.tokenizer.encode(piece, add_special_tokens=special and not ids).ids
+            ids += self._encode(piece, special and not ids)
         wanted, found = sum(turn.images for turn in turns), ids.count(self.image_token_id)
         if found != wanted:
             raise OptionError(
@@ -132,6 +131,15 @@ class PromptWriter:
                 "there."
             )
         return np.array(ids, np.int64)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        return without_panic(
+            lambda: self.tokenizer.encode(text, add_special_tokens=special).ids,
+            lambda problem: BundleError(
+                f"{self._source.parent / self._prompt.tokenizer} cannot split a text of "
+                f"{len(text):,} characters ({problem}). Build the bundle again."
+            ),
+        )
 
     def parts(
         self, turns: Sequence[Turn], pictures: Sequence[Embeddings], answer: bool = True
@@ -217,18 +225,3 @@ def interleave(ids: TokenIds, image_token_id: int, pictures: Sequence[Embeddings
         parts += [ids[start:place], picture]
         start = place + 1
     return [part for part in [*parts, ids[start:]] if len(part)]
-
-
-def _load_tokenizer(file: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer: Tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the Rust library raises bare Exception
-        raise BundleError(
-            f"{file} cannot be read as a tokenizer ({error}). Build the bundle again; if that does "
-            "not help, update the tokenizers package."
-        ) from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer

@@ -121,18 +121,22 @@ REAL = {
     "filters": "{{ messages|map(attribute='role')|join(', ') }}{{ messages|tojson(indent=2) }}"
     "{{ messages|selectattr('role', 'equalto', 'user')|list|length }}{{ 'a b '|trim|upper }}"
     "{{ {'b': 1, 'a': 2}|dictsort }}{{ [3, 1]|sort|first }}{{ none|default('d') }}",
-    "methods": "{{ 'a,b'.split(',') }}{{ ' x '.strip() }}{{ messages[0].content.replace('b', 'c') }}"
+    "methods": "{{ 'a,b'.split(',') }}{{ ' x '.strip() }}"
+    "{{ messages[0].content.replace('b', 'c') }}"
     "{% for k, v in messages[0].items() %}{{ k }}={{ v }} {% endfor %}{{ '{:02d}'.format(7) }}",
     "macros": "{% macro told(m) %}<{{ m.role }}>{{ caller() if caller else '' }}{% endmacro %}"
     "{% for m in messages %}{{ told(m) }}{% endfor %}"
     "{% call told(messages[0]) %}inside{% endcall %}",
-    "tests": "{{ x is defined }}{{ messages is iterable }}{{ 'a' is string }}{{ 4 is divisibleby 2 }}"
+    "tests": "{{ x is defined }}{{ messages is iterable }}{{ 'a' is string }}"
+    "{{ 4 is divisibleby 2 }}"
     "{{ messages[0].role in ['system', 'user'] }}{{ 3 > 2 >= 2 != 1 }}{{ 'a' not in 'bcd' }}",
     "concatenation": "{{ 'a' ~ 1 ~ none ~ [1] }}{{ '%s-%d' % ('a', 3) }}{{ 'ab' * 2 }}{{ 7 // 2 }}",
-    "blocks": "{% set x %}hello {{ messages|length }}{% endset %}{{ x }}{% filter upper %}b{% endfilter %}"
+    "blocks": "{% set x %}hello {{ messages|length }}{% endset %}{{ x }}"
+    "{% filter upper %}b{% endfilter %}"
     "{% generation %}words{% endgeneration %}{% for i in range(9) %}{% if i == 3 %}{% break %}"
     "{% endif %}{{ i }}{% endfor %}",
-    "spaces": "{%- for m in messages -%}\n  {{- m.role -}}\n{%- endfor %}\n\n  {% if true %}\n  a\n  {% endif %}\n",
+    "spaces": "{%- for m in messages -%}\n  {{- m.role -}}\n{%- endfor %}\n"
+    "\n  {% if true %}\n  a\n  {% endif %}\n",
 }
 
 

@@ -92,7 +92,7 @@ def test_a_graph_without_our_outputs(bundle: Bundle, tmp_path: Path) -> None:
         (
             "visual_tokens",
             lambda a: a[:, :1],
-            r"visual_tokens is \[1, 1, 3\], expected \[1, 2, 3\]",
+            r"is \[1, 1, 3\], expected \[1, 2, 3\]",
         ),
         ("valid_count", lambda a: a - 3, "valid_count goes from -1 to -1, expected 0 to 2"),
         ("valid_count", lambda a: a + 1, "valid_count goes from 3 to 3"),
