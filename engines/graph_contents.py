@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from engines.bundle import Bundle
-from engines.errors import BundleError
+from engines.errors import BundleError, EngineError
 
 ONNX_DOMAINS = ("", "ai.onnx")
 MICROSOFT_DOMAIN = "com.microsoft"
@@ -62,16 +62,17 @@ def check_graph_contents(
         domains: where its operators may come from.
 
     Raises:
-        BundleError: the file is no ONNX graph, or holds something else.
+        BundleError: the graph holds something else.
+        EngineError: the file is no ONNX graph.
     """
     path = bundle.path(file)
     try:
         with path.open("rb") as stream:
             found = _read(memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)))
     except (OSError, ValueError, IndexError, RecursionError) as error:
-        raise BundleError(
-            f"{path} is not an ONNX graph ({error}). Build the bundle again with "
-            "`python -m export.build`."
+        raise EngineError(
+            f"{path} is not a graph that ONNX Runtime or another engine can load: {error}. The "
+            "file is damaged. Copy it again, or build the bundle again."
         ) from error
     problems = [
         f"the operator {f'{domain}.' if domain else ''}{name}"

@@ -191,7 +191,7 @@ def manifest_from_json(text: str | bytes, source: str) -> Manifest:
     try:
         manifest = Manifest.model_validate(document)
     except ValidationError as error:
-        raise _schema_error(source, _problems(error)) from None
+        raise _schema_error(source, list_problems(error)) from None
     if problems := _reference_problems(manifest):
         raise _schema_error(source, problems)
     return manifest
@@ -246,7 +246,8 @@ def _schema_error(source: str, problems: list[str]) -> BundleError:
     )
 
 
-def _problems(error: ValidationError) -> list[str]:
+def list_problems(error: ValidationError) -> list[str]:
+    """Return pydantic's findings in plain words: field, what it is, what was expected."""
     # pydantic also calls a list too short when its items are wrong: that would tell it twice.
     return [
         _told(problem)

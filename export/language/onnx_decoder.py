@@ -21,11 +21,11 @@ from typing import Any, Literal
 import onnx
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
 
 from engines.errors import CheckpointError, OptionError
 from engines.manifest import LanguageModel, LlmPrecision, Prompt, Text
 from export.checkpoint.llava import Checkpoint
+from export.checkpoint.processor import load_tokenizer
 from export.language.causal_lm import head_size, read_limits, write_causal_lm
 
 GRAPH_FILE = "llm/ort/model.onnx"
@@ -115,7 +115,7 @@ def write_embeddings(checkpoint: Checkpoint, root: Path) -> Text:
 
 def write_tokenizer(checkpoint: Checkpoint, root: Path) -> None:
     """Write the tokenizer as transformers sets it up, which its own file alone may not say."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.root, local_files_only=True)
+    tokenizer: Any = load_tokenizer(checkpoint.root)
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()

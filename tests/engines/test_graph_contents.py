@@ -11,7 +11,7 @@ import onnx.parser
 import pytest
 
 from engines.bundle import Bundle, open_bundle, write_bundle
-from engines.errors import BundleError
+from engines.errors import BundleError, EngineError
 from engines.graph_contents import MICROSOFT_DOMAIN, ONNX_DOMAINS, check_graph_contents
 from engines.manifest import Manifest
 from engines.open_session import open_session
@@ -126,4 +126,5 @@ def test_weights_beside_the_graph_pass(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 40, b"vision.onnx", b"\x3a\xff\xff\x03abc"])
 def test_what_is_no_graph_is_told(tmp_path: Path, content: bytes) -> None:
-    assert "is not an ONNX graph" in refusal(bundle_of(tmp_path, content))
+    with pytest.raises(EngineError, match="is not a graph that ONNX Runtime or another engine"):
+        open_session(bundle_of(tmp_path, content), engine="ort")
