@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,8 @@ from engines.manifest import (
     Manifest,
     Preprocessing,
     VisionGraph,
+    checksum_of,
+    json_from_manifest,
     manifest_from_json,
 )
 from engines.publishing import recover
@@ -128,10 +131,11 @@ def open_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
     """
     root = Path(path)
     recover(root)
-    manifest = manifest_from_json(_manifest_text(root), str(root / MANIFEST_NAME))
+    text = _manifest_text(root)
+    manifest = manifest_from_json(text, str(root / MANIFEST_NAME))
     problems = _file_problems(root, manifest.files)
     if verify and not problems:
-        problems = _digest_problems(root, manifest.files)
+        problems = _manifest_problems(manifest, text) + _digest_problems(root, manifest.files)
     if problems:
         count = "1 file" if len(problems) == 1 else f"{len(problems)} files"
         more = "; and more" if len(problems) > _MOST_TOLD else ""
@@ -187,6 +191,13 @@ def _file_problems(root: Path, files: dict[str, FileRecord]) -> list[str]:
             problems.append(f"{name} has {found:,} bytes, expected {record.bytes:,}")
     extra = sorted(set(_files_below(root)) - set(files) - {MANIFEST_NAME})
     return problems + [f"{name} was added after the build (delete it)" for name in extra]
+
+
+def _manifest_problems(manifest: Manifest, text: bytes) -> list[str]:
+    found = checksum_of(json.loads(text))
+    if manifest.checksum in (None, found):
+        return []
+    return [f"{MANIFEST_NAME} was changed: its checksum is {manifest.checksum}, expected {found}"]
 
 
 def _digest_problems(root: Path, files: dict[str, FileRecord]) -> list[str]:
@@ -292,9 +303,9 @@ def write_bundle(
         if problems := _file_problems(staging, files):
             raise BundleError(f"{goal} was not written: {'; '.join(problems)}.")
         manifest = draft.manifest.model_copy(update={"files": files})
-        text = manifest.model_dump_json(indent=2)
+        text = json_from_manifest(manifest)
         manifest_from_json(text, str(goal / MANIFEST_NAME))
-        (staging / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+        (staging / MANIFEST_NAME).write_text(text, encoding="utf-8")
 
 
 def refuse_occupied(goal: Path, overwrite: bool) -> None:

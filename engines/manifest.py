@@ -6,6 +6,7 @@ needs nothing that is not named here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
@@ -163,6 +164,23 @@ class Manifest(_Record):
     calibration_digest: Sha256 | None = None
     files: dict[RelativePath, FileRecord] = {}
     """Every file of the bundle but `bundle.json` itself; `write_bundle` fills it in."""
+    checksum: Sha256 | None = None
+    """SHA-256 of all the rest of this file, so that a bit that flips in it is noticed; see
+    `checksum_of`. Older bundles have none."""
+
+
+def checksum_of(document: dict[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's JSON object, its own checksum and its layout aside."""
+    rest = {name: value for name, value in document.items() if name != "checksum"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def json_from_manifest(manifest: Manifest) -> str:
+    """Write a manifest as JSON, with its checksum."""
+    document = manifest.model_dump(mode="json", exclude={"checksum"})
+    document["checksum"] = checksum_of(document)
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
 def manifest_from_json(text: str | bytes, source: str) -> Manifest:

@@ -9,7 +9,7 @@ import pytest
 
 from engines.errors import BundleError, OptionError
 from runtime.language.chat_template import ChatTemplate
-from tests.faults.limits import bounded
+from tests.faults.trial import bounded
 
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
