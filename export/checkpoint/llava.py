@@ -39,6 +39,7 @@ from transformers.utils import logging
 
 from engines.errors import CheckpointError
 from engines.manifest import Preprocessing, Prompt
+from export.checkpoint.original_layout import is_original
 from export.checkpoint.processor import (
     list_tokenizer_files,
     read_chat_template,
@@ -246,7 +247,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     """
     root = Path(source)
     if not root.is_dir():
-        root = _download(str(source), revision)
+        root = download_checkpoint(str(source), revision)
     config = _read_config(root)
     vision, text, layer = _read_parts(root / "config.json", config)
     problems: list[str] = []
@@ -276,12 +277,13 @@ def _read_config(root: Path) -> LlavaConfig:
         )
     fields = read_json(file)
     kind = fields.get("model_type")
-    if kind != "llava":
+    if kind != "llava" or is_original(fields):
         raise CheckpointError(
             f"{file}: model_type is {kind!r}, and Foveate exports 'llava' "
             "(LlavaForConditionalGeneration, LLaVA-1.5 and its kin in the transformers format). "
-            "For a checkpoint in LLaVA's original format use its conversion, for example "
-            "llava-hf/llava-1.5-7b-hf."
+            "A checkpoint in LLaVA's original format is converted once: "
+            f"`python -m export.convert_checkpoint {root} {root}-converted`; many are on the hub "
+            "already, such as llava-hf/llava-1.5-7b-hf."
         )
     if "quantization_config" in fields:
         raise CheckpointError(
@@ -358,7 +360,12 @@ def _causal_lm(config: PretrainedConfig) -> type[PreTrainedModel]:
     return architecture
 
 
-def _download(name: str, revision: str | None) -> Path:
+def download_checkpoint(name: str, revision: str | None) -> Path:
+    """Download the files of a Hugging Face repository that Foveate reads.
+
+    Raises:
+        CheckpointError: not a repository's name, or it cannot be reached.
+    """
     if not _HUB_NAME.match(name):
         raise CheckpointError(
             f"{name}: no such directory, and not the name of a Hugging Face repository either "

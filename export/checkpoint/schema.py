@@ -43,10 +43,15 @@ TokenIds = Annotated[list[TokenId], BeforeValidator(_as_list)]
 """One id, or several."""
 
 
-def _checked_shard_name(name: str) -> str:
+def _checked_file_name(name: str) -> str:
     parts = name.split("/")
     if any(part in {"", ".", ".."} for part in parts) or "\\" in name or not name.isprintable():
         raise ValueError("is not the name of a file in the checkpoint's directory")
+    return name
+
+
+def _checked_shard_name(name: str) -> str:
+    _checked_file_name(name)
     if not name.endswith(".safetensors"):
         raise ValueError("is not a .safetensors file")
     return name
@@ -136,6 +141,12 @@ class IndexFile(CheckpointFile):
     """`model.safetensors.index.json`."""
 
     weight_map: dict[str, Annotated[str, AfterValidator(_checked_shard_name)]] = Field(min_length=1)
+
+
+class PickledIndexFile(CheckpointFile):
+    """`pytorch_model.bin.index.json`; an index of safetensors is one too."""
+
+    weight_map: dict[str, Annotated[str, AfterValidator(_checked_file_name)]] = Field(min_length=1)
 
 
 def read_text(file: Path) -> str:

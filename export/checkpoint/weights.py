@@ -58,6 +58,11 @@ def split_name(stored: str) -> tuple[Part, str] | None:
     return None
 
 
+def is_computed(stored: str) -> bool:
+    """Tell whether a stored tensor is one that every model computes for itself."""
+    return bool(_COMPUTED.search(stored))
+
+
 @dataclass(frozen=True)
 class LlavaWeights:
     """Where every tensor of a checkpoint lies.
@@ -139,7 +144,7 @@ def find_weights(root: Path) -> LlavaWeights:
     for file in _list_shards(root):
         for stored in _read_names(root / file):
             split = split_name(stored)
-            if _COMPUTED.search(stored):
+            if is_computed(stored):
                 continue
             if split is None:
                 strange.append(stored)
@@ -184,11 +189,9 @@ def _list_shards(root: Path) -> list[str]:
     if pickled:
         raise CheckpointError(
             f"{root}: the weights are pickled ({', '.join(pickled[:3])}), and unpickling a file "
-            f"runs whatever code is in it, so only safetensors is read. If you trust where it came "
-            f'from, convert it once: python -c "from transformers import '
-            f"LlavaForConditionalGeneration as L; L.from_pretrained({str(root)!r})"
-            f'.save_pretrained({str(root) + "-safetensors"!r})", copy the tokenizer and '
-            "processor files beside the result, and give that directory instead."
+            "can run whatever code is in it, so only safetensors is read. Convert it once, without "
+            f"running any: `python -m export.convert_checkpoint {root} {root}-safetensors`, and "
+            "give that directory instead."
         )
     raise CheckpointError(
         f"{root}: no weights found. Expected {SINGLE_FILE}, or shards with {INDEX_FILE}."

@@ -24,6 +24,8 @@ MOST_BYTES = 256 << 20
 _MOST_GROWTH = 64
 """A character may become so many; SentencePiece's own table makes 18 of one."""
 _MOST_PARTS = 64
+_MOST_ID = 2**24
+"""The Rust library fills all ids up to the largest when it writes a tokenizer."""
 
 
 def open_tokenizer(file: Path, error: type[FoveateError]) -> Tokenizer:
@@ -45,6 +47,8 @@ def open_tokenizer(file: Path, error: type[FoveateError]) -> Tokenizer:
         tokenizer: Tokenizer = Tokenizer.from_file(str(file))
         for part in (tokenizer.normalizer, tokenizer.decoder):
             _check_growth(part)
+        if (most := max(tokenizer.get_vocab().values(), default=0)) > _MOST_ID:
+            raise ValueError(f"it has the token id {most:,}, expected at most {_MOST_ID:,}")
         tokenizer.no_padding()
         tokenizer.no_truncation()
         _check_characters(tokenizer)

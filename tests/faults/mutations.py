@@ -16,7 +16,18 @@ from typing import Any
 SEEDS = Path(__file__).parent / "seeds"
 HOSTILE: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 1, 2, 7, 2**31, 2**63, 10**30, -0.5, 1e-320, 1e308),
-    *(float("nan"), float("inf"), "", "x", "../x", "/etc/passwd", "\ud800", "\x00", "{{", "9" * 5000),
+    *(
+        float("nan"),
+        float("inf"),
+        "",
+        "x",
+        "../x",
+        "/etc/passwd",
+        "\ud800",
+        "\x00",
+        "{{",
+        "9" * 5000,
+    ),
     *([], {}, [None], [[]], ["x"], [2**40] * 3, {"x": None}, {"": {"": ""}}, [0.1, 0.2, 0.3]),
 )
 DEEP = "deep"

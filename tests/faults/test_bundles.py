@@ -101,6 +101,10 @@ def test_bundles_with_right_hashes(bundle: Path, capsys: Any) -> None:
     names = [name for name in [*names, "bundle.json"] if name != "README.md"]
     contents = {name: (bundle / name).read_bytes() for name in names}
 
+    def reset() -> None:
+        for name, content in contents.items():
+            (bundle / name).write_bytes(content)
+
     def work(mutation: Mutation) -> None:
         try:
             damaged = mutation.apply(contents[mutation.file])
@@ -114,5 +118,5 @@ def test_bundles_with_right_hashes(bundle: Path, capsys: Any) -> None:
             (bundle / "bundle.json").write_bytes(contents["bundle.json"])
 
     drawn = draw_mutations(contents, seed=2, count=cases(1200))
-    outcome = try_all([*load_seeds("bundles"), *drawn], work)
+    outcome = try_all([*load_seeds("bundles"), *drawn], work, reset)
     outcome.check("bundles with right hashes", capsys)

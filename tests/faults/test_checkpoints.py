@@ -54,6 +54,10 @@ def test_damaged_checkpoints(checkpoint: Path, tmp_path: Path, capsys: Any) -> N
     contents = {file.name: file.read_bytes() for file in sorted(checkpoint.iterdir())}
     torch.set_num_threads(1)
 
+    def reset() -> None:
+        for name, content in contents.items():
+            (checkpoint / name).write_bytes(content)
+
     def work(mutation: Mutation) -> None:
         file = checkpoint / mutation.file
         file.write_bytes(mutation.apply(contents[mutation.file]))
@@ -63,6 +67,6 @@ def test_damaged_checkpoints(checkpoint: Path, tmp_path: Path, capsys: Any) -> N
             file.write_bytes(contents[mutation.file])
 
     drawn = draw_mutations(contents, seed=14, count=cases(1200))
-    outcome = try_all([*load_seeds("checkpoints"), *drawn], work)
+    outcome = try_all([*load_seeds("checkpoints"), *drawn], work, reset)
     outcome.check("checkpoints", capsys)
     assert outcome.refused > outcome.tried // 3

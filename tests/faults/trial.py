@@ -73,6 +73,7 @@ def bounded(seconds: float, memory_bytes: int) -> Iterator[None]:
 def try_all(
     cases: Sequence[Case],
     work: Callable[[Case], object],
+    reset: Callable[[], object] = lambda: None,
     *,
     seconds: float = 30,
     memory_bytes: int = 3 << 30,
@@ -82,12 +83,14 @@ def try_all(
     Args:
         cases: what to try; its `repr` is told when it fails.
         work: accepts a case, or raises a `FoveateError`.
+        reset: undoes what a case did that was cut short.
         seconds: for one case; afterwards Python is interrupted, and later the process killed.
         memory_bytes: what a case may take beyond what the process has already.
     """
     outcome = Outcome()
     start = 0
     while start < len(cases):
+        reset()
         start = _try_in_a_fork(cases, work, start, outcome, seconds, memory_bytes)
     return outcome
 
