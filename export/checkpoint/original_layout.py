@@ -99,7 +99,7 @@ def config_from_original(
     if projector != "mlp2x_gelu" or strategy not in _STRATEGIES:
         raise CheckpointError(
             f"{file}: mm_projector_type is {projector!r} and mm_vision_select_feature "
-            f"{strategy!r}; Foveate converts the projector of LLaVA-1.5, 'mlp2x_gelu', over 'patch' or "
+            f"{strategy!r}; Foveate converts LLaVA-1.5's projector, 'mlp2x_gelu', over 'patch' or "
             "'cls_patch'."
         )
     left_out = ("mm_", "tune_", "freeze_", "image_", "architectures", "auto_map", "use_mm_proj")

@@ -7,8 +7,10 @@ own, because it prints, edits the import path, and needs memory that must be ret
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,6 +38,8 @@ Progress = Callable[[int, int], None]
 """Called with the layers read so far and how many there are."""
 
 _LOG_LINES = 15
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,7 @@ def _run_builder(command: list[str], checkpoint: Checkpoint, progress: Progress 
         text=True,
         errors="replace",
         env={**os.environ, **offline},
+        preexec_fn=_end_with_parent if _LIBC is not None else None,  # noqa: PLW1509
     ) as process:
         try:
             for line in process.stdout or ():
@@ -191,6 +196,12 @@ def _run_builder(command: list[str], checkpoint: Checkpoint, progress: Progress 
             f"{', killed, perhaps for want of memory' if process.returncode < 0 else ''}). It said "
             f"at the end:\n{last}"
         )
+
+
+def _end_with_parent() -> None:
+    """Let the kernel kill this process when the one that started it ends, however it ends."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _fix_head_size(graph: Path, checkpoint: Checkpoint) -> None:

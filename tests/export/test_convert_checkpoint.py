@@ -88,9 +88,7 @@ def write_original(
     (source / "config.json").write_text(json.dumps(fields))
     vision = model.config.vision_config.to_dict()
     (clip / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision}))
-    (clip / "preprocessor_config.json").write_bytes(
-        (base / "preprocessor_config.json").read_bytes()
-    )
+    shutil.copy(base / "preprocessor_config.json", clip)
     tiny_tokenizer().save_pretrained(source)
     (root / "template.jinja").write_text(TEMPLATE)
     return source
