@@ -23,13 +23,13 @@ from PIL import Image
 
 from engines.bundle import Bundle, open_bundle, write_bundle
 from engines.errors import BundleError, FoveateError
-from engines.manifest import Manifest
 from engines.staging import staged_file
-from tests.faults.scale import cases
+from tests.faults.scale import FULL, cases
 from tests.photographs import load_photographs
-from tests.tiny_bundle import tiny_manifest, tiny_vision_graph, write_tiny_bundle
+from tests.tiny_bundle import write_tiny_bundle
 
 KILLS = 30
+in_full = pytest.mark.skipif(not FULL, reason="takes minutes; run by `make test-faults`")
 Command = list[str]
 
 
@@ -98,6 +98,7 @@ def build_command(checkpoint: Path, out: Path, *more: str) -> Command:
     return [*command, "--llm-precision", "fp32", "--overwrite", *more]
 
 
+@in_full
 def test_build(language_checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "bundle"
     kill_often(build_command(language_checkpoint, out), lambda: _check_bundle(out), capsys, "build")
@@ -148,19 +149,23 @@ def _children(parent: int) -> list[int]:
         return []
 
 
+@in_full
 def test_calibrate(fp32_bundle: Path, frames: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "int8"
     command = ["calibration.calibrate", str(fp32_bundle), "--frames", str(frames)]
-    command += ["--out", str(out), "--gate", "0", "--overwrite"]
+    command += ["--out", str(out), "--gate", "overlap=0,cosine=0", "--overwrite"]
     kill_often(command, lambda: _check_bundle(out), capsys, "calibrate")
     assert names_in(tmp_path) == ["int8"]
 
 
+@in_full
 @pytest.mark.trt
-def test_engine_build(
-    language_checkpoint: Path, tmp_path: Path, capsys: Any, compiler: None
-) -> None:
+def test_engine_build(language_checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+    from engines.trt.compiler_cache import add_compiler_to_path
     from engines.trt.plan import read_record
+
+    if not add_compiler_to_path():
+        pytest.skip("NVIDIA's compiler is not installed: python -m engines.install_trt_rtx")
 
     out = tmp_path / "bundle"
     run(build_command(language_checkpoint, out, "--target", "rtx-4090", "--precision", "fp16"))
@@ -177,6 +182,7 @@ def test_engine_build(
     assert not [name for name in names_in(out / "local") if ".partial" in name]
 
 
+@in_full
 def test_record(language_bundle: Bundle, frames: Path, tmp_path: Path, capsys: Any) -> None:
     folder = tmp_path / "recording"
     command = ["runtime.watch", str(language_bundle.root), str(frames), "--ask", "What is it?"]
@@ -196,6 +202,7 @@ def test_record(language_bundle: Bundle, frames: Path, tmp_path: Path, capsys: A
     assert not [name for name in names_in(folder) if ".partial" in name]
 
 
+@in_full
 def test_two_builders_at_once(language_checkpoint: Path, tmp_path: Path) -> None:
     """One writes; the other ends with a clear error, with --overwrite too."""
     out = tmp_path / "bundle"
@@ -270,21 +277,3 @@ def test_a_read_only_disk_is_told(small_disk: Callable[[str], Path]) -> None:
     with pytest.raises(FoveateError, match="cannot be written"), staged_file(place / "a.jpg"):
         pytest.fail("the block must not run")
     assert open_bundle(goal).manifest.model == "tiny"
-
-
-def test_a_disk_that_becomes_read_only_is_told(small_disk: Callable[[str], Path]) -> None:
-    place = small_disk("rw")
-    goal = write_tiny_bundle(place / "tiny")
-    with (
-        pytest.raises(BundleError, match="cannot be written"),
-        write_bundle(goal, overwrite=True) as draft,
-    ):
-        draft.path("vision.onnx").write_bytes(tiny_vision_graph())
-        for name in ("embeddings.safetensors", "tokenizer.json", "decoder/model.onnx"):
-            draft.path(name).write_text(name)
-        draft.describe(Manifest.model_validate(tiny_manifest()))
-        small_disk("ro")
-    assert open_bundle(goal).manifest.model == "tiny"
-    small_disk("rw")
-    write_tiny_bundle(goal, overwrite=True)
-    assert names_in(place) == ["tiny"]
