@@ -190,8 +190,10 @@ class _Counted(ImmutableSandboxedEnvironment):
             "strftime_now": self._strftime_now,
             "range": _bounded_range,
         }
-        self.filters = {name: self._metered(name, one) for name, one in self.filters.items()}
-        self.tests = {name: self._metered(name, one) for name, one in self.tests.items()}
+        filters: dict[str, Any] = dict(self.filters)
+        tests: dict[str, Any] = dict(self.tests)
+        self.filters = {name: self._metered(name, one) for name, one in filters.items()}
+        self.tests = {name: self._metered(name, one) for name, one in tests.items()}
         self.filters |= {
             "counted turns": self._turns,
             "counted": self._charged,
@@ -266,7 +268,7 @@ class _Counted(ImmutableSandboxedEnvironment):
         self.meter.charge(made)
         return made
 
-    def call(self, context: Any, work: Any, *arguments: Any, **named: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, work: Any, *arguments: Any, **named: Any) -> Any:
         self.meter.step(self.weight if isinstance(work, Macro) else 1)
         given = [self._drained(one) for one in arguments]
         owner = getattr(work, "__self__", None)
@@ -351,7 +353,7 @@ class _Counting(NodeTransformer):
         return _through("counted text", nodes.List(node.nodes, lineno=node.lineno))
 
 
-def _through(name: str, node: nodes.Expr, *arguments: nodes.Expr) -> nodes.Filter:
+def _through(name: str, node: Any, *arguments: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(node, name, list(arguments), [], None, None, lineno=node.lineno)
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,7 +155,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
             EngineError: a wrong shape, a number that is none, or an index out of range.
         """
         count, patches = self.graph.reducer.tokens, self.graph.patch_rows * self.graph.patch_columns
-        arrays = (seen.tokens, seen.valid, seen.origin, seen.assignment)
+        arrays: tuple[NDArray[Any], ...] = (seen.tokens, seen.valid, seen.origin, seen.assignment)
         width = self.bundle.manifest.text.hidden_size
         expected = ((batch, count, width), (batch,), (batch, count), (batch, patches))
         problems = [
