@@ -23,7 +23,8 @@ from torch import Tensor
 from engines.errors import CheckpointError
 from engines.staging import staged_directory
 from export.checkpoint.changes import Changes, Key, read_changes, read_tensors
-from export.checkpoint.llava import download_checkpoint, open_checkpoint
+from export.checkpoint.download import download_checkpoint
+from export.checkpoint.llava import open_checkpoint
 from export.checkpoint.original_layout import (
     VICUNA_TEMPLATE,
     config_from_original,

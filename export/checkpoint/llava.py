@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-)
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
@@ -39,6 +32,7 @@ from transformers.utils import logging
 
 from engines.errors import CheckpointError
 from engines.manifest import Preprocessing, Prompt
+from export.checkpoint.download import download_checkpoint
 from export.checkpoint.original_layout import is_original
 from export.checkpoint.processor import (
     list_tokenizer_files,
@@ -54,8 +48,6 @@ ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 _EMBEDDINGS = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
-_DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
-_HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 @dataclass(frozen=True)
@@ -358,29 +350,6 @@ def _causal_lm(config: PretrainedConfig) -> type[PreTrainedModel]:
     mapped: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     architecture: type[PreTrainedModel] = mapped[0] if isinstance(mapped, tuple) else mapped
     return architecture
-
-
-def download_checkpoint(name: str, revision: str | None) -> Path:
-    """Download the files of a Hugging Face repository that Foveate reads.
-
-    Raises:
-        CheckpointError: not a repository's name, or it cannot be reached.
-    """
-    if not _HUB_NAME.match(name):
-        raise CheckpointError(
-            f"{name}: no such directory, and not the name of a Hugging Face repository either "
-            "(owner/name). Give the checkpoint's directory."
-        )
-    try:
-        root = snapshot_download(name, revision=revision, allow_patterns=list(_DOWNLOADED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"{name}: no such directory, and it cannot be downloaded from Hugging Face either "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name, the network "
-            "and, for a gated repository, `hf auth login`; or download it elsewhere and give the "
-            "directory."
-        ) from error
-    return Path(root)
 
 
 def _fill(

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from engines.errors import CheckpointError
-from export.checkpoint import llava as checkpoint_module
+from export.checkpoint import download as checkpoint_module
 from export.checkpoint.llava import open_checkpoint
 
 Make = Callable[..., Path]
