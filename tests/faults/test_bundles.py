@@ -17,7 +17,7 @@ from engines.errors import FoveateError
 from engines.manifest import manifest_from_json
 from runtime.language.generate import GenerationOptions
 from runtime.model import open_model
-from tests.faults.mutations import Mutation, draw_mutations, load_seeds
+from tests.faults.file_mutations import Mutation, draw_mutations, load_seeds
 from tests.faults.scale import FULL, cases
 from tests.faults.trial import try_all
 from tests.tiny_bundle import write_tiny_bundle

@@ -11,7 +11,7 @@ import torch
 from export.checkpoint.accuracy_table import AccuracyTable
 from export.checkpoint.llava import open_checkpoint
 from export.language.onnx_decoder import write_tokenizer
-from tests.faults.mutations import Mutation, draw_mutations, load_seeds
+from tests.faults.file_mutations import Mutation, draw_mutations, load_seeds
 from tests.faults.scale import cases
 from tests.faults.trial import try_all
 from tests.tiny_language import tiny_llava, write_checkpoint
