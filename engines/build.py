@@ -21,6 +21,7 @@ from engines.bundle import Bundle, open_bundle
 from engines.device_facts import read_memory
 from engines.errors import EngineError, OptionError
 from engines.gpu import find_gpu
+from engines.graph_contents import check_graph_contents
 from engines.manifest import VisionGraph
 from engines.targets import Target, find_target
 from engines.trt.batch_profile import ONE_IMAGE, BatchRange, parse_batch, shape_ranges
@@ -118,6 +119,7 @@ def prepare_plan(
         EngineError: a plan is there that is damaged or does not fit and ``rebuild`` was not asked
             for, or it cannot be built here.
         OptionError: the target has no plans, or does not take the graph's precision.
+        BundleError: the graph holds what our exporters never write.
     """
     _check_target(bundle, graph, target)
     options = PlanTask(
@@ -135,6 +137,7 @@ def prepare_plan(
         if is_signed_here(record):
             return PlanOutcome("current", options.plan, record)
         return PlanOutcome("adopted", options.plan, adopt_plan(options.plan))
+    check_graph_contents(bundle, graph.file)
     result = build_plan(options, on_progress)
     return PlanOutcome("built", result.plan, result.record)
 

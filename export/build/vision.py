@@ -1,7 +1,7 @@
 """Export the vision graphs of a bundle, in the precision of the plan.
 
 FP32 and FP16 graphs are written as they are traced. For INT8 the graphs are first written in FP32
-beside the bundle, and `calibration.int8.graphs` makes the bundle's graphs from them.
+to a folder of their own, and `calibration.int8.graphs` makes the bundle's graphs from them.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def export_vision(
     """
     if plan.precision in ("fp32", "fp16"):
         return Vision(_export_graphs(plan, plan.precision, draft.root, step))
-    beside = options.out.parent
-    with TemporaryDirectory(dir=beside, prefix=f"{options.out.name}.fp32-") as folder:
+    # Inside the draft, so that it goes with it should the process be killed.
+    with TemporaryDirectory(dir=draft.root, prefix=".fp32-") as folder:
         exact = _export_graphs(plan, "fp32", Path(folder), step)
         task = Int8Task(
             sources={graph.file: Path(folder) / graph.file for graph in exact},
