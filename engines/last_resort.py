@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from urllib.parse import quote
 
-from engines import __version__
+from engines.version import __version__
 
 EXIT_CODE = 70
 """What a command ends with: EX_SOFTWARE of sysexits.h."""

@@ -134,7 +134,8 @@ def recover(destination: Path) -> None:
     Does nothing where there is nothing to bring back, or where the process is still at it.
     """
     destination = Path(os.path.realpath(destination))
-    if destination.exists() or not _retired_path(destination).is_dir():
+    # os.path says no of a name that no file can have, where pathlib raises.
+    if os.path.exists(destination) or not os.path.isdir(_retired_path(destination)):  # noqa: PTH110, PTH112
         return
     try:
         handle = _locked(_lock_path(destination))
