@@ -150,7 +150,7 @@ class Checkpoint:
 
         It copies shard by shard, so memory holds one shard at a time.
         """
-        directory.mkdir(parents=True, exist_ok=True)
+        self.write_language_config(directory)
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(self.weights.read_by_shard(Part.LANGUAGE_MODEL), start=1):
             name = f"model-{number:05d}.safetensors"
@@ -158,6 +158,10 @@ class Checkpoint:
             weight_map |= dict.fromkeys(shard, name)
         index = {"metadata": {}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=1), "utf-8")
+
+    def write_language_config(self, directory: Path) -> None:
+        """Write the plain causal LM's configuration and tokenizer, without its weights."""
+        directory.mkdir(parents=True, exist_ok=True)
         self._plain_text_config().save_pretrained(directory)
         copied = [*self.tokenizer_files(), self.root / "generation_config.json"]
         for file in filter(Path.is_file, copied):

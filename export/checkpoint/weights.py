@@ -7,6 +7,7 @@ safetensors files are read, because unpickling a download would run whatever cod
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,14 @@ from engines.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8} | {
+    "I64": 64,
+    "I32": 32,
+    "I16": 16,
+    "I8": 8,
+    "U8": 8,
+    "BOOL": 8,
+}
 _GIT_LFS_POINTER = b"version https://git-lfs"
 
 
@@ -69,6 +78,25 @@ class LlavaWeights:
         """Return the plain names of a part's tensors."""
         return [name for owner, name in self.location if owner is part]
 
+    def shapes(self, part: Part) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each of a part's tensors; reads headers only."""
+        return {name: shape for name, (shape, _) in self._describe(part)}
+
+    def sizes(self, part: Part) -> dict[str, int]:
+        """Return the bytes of each of a part's tensors as stored; reads headers only."""
+        return {
+            name: math.prod(shape) * _DTYPE_BITS[dtype] // 8
+            for name, (shape, dtype) in self._describe(part)
+        }
+
+    def _describe(self, part: Part) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
+        """Yield the name, shape and safetensors dtype of each tensor of a part."""
+        for file, names in self._by_file(part, None).items():
+            with safe_open(self.root / file, framework="pt") as shard:
+                for name, stored in names:
+                    piece = shard.get_slice(stored)
+                    yield name, (tuple(piece.get_shape()), str(piece.get_dtype()))
+
     def read(self, part: Part, only: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Return a part's tensors, or those named in `only`, in their stored dtype."""
         wanted = None if only is None else set(only)
@@ -82,14 +110,27 @@ class LlavaWeights:
         self, part: Part, only: Iterable[str] | None = None
     ) -> Iterator[dict[str, Tensor]]:
         """Yield a part's tensors file by file, so that one file's worth is in memory at a time."""
+        by_file = self._by_file(part, only)
+        for file in sorted(by_file):
+            with safe_open(self.root / file, framework="pt") as shard:
+                yield {name: shard.get_tensor(stored) for name, stored in by_file[file]}
+
+    def read_one_by_one(self, part: Part) -> Iterator[tuple[str, Tensor]]:
+        """Yield a part's tensors in the order of `read_by_shard`, one in memory at a time."""
+        by_file = self._by_file(part, None)
+        for file in sorted(by_file):
+            for name, stored in by_file[file]:
+                with safe_open(self.root / file, framework="pt") as shard:
+                    yield name, shard.get_tensor(stored)
+
+    def _by_file(self, part: Part, only: Iterable[str] | None) -> dict[str, list[tuple[str, str]]]:
+        """Return file -> (plain name, stored name) of a part's tensors, or of those in `only`."""
         wanted = None if only is None else set(only)
         by_file: dict[str, list[tuple[str, str]]] = {}
         for (owner, name), (file, stored) in self.location.items():
             if owner is part and (wanted is None or name in wanted):
                 by_file.setdefault(file, []).append((name, stored))
-        for file in sorted(by_file):
-            with safe_open(self.root / file, framework="pt") as shard:
-                yield {name: shard.get_tensor(stored) for name, stored in by_file[file]}
+        return by_file
 
 
 def find_weights(root: Path) -> LlavaWeights:

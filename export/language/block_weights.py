@@ -1,0 +1,199 @@
+"""The matrices of an ONNX decoder, quantized one by one, each when it is written.
+
+Enters: a decoder's graph as onnxruntime-genai builds it, its weights not computed yet. Leaves: the
+same graph with `MatMulNBits` in place of `MatMul`, and for each tensor of the file a way to compute
+it. What is computed, ONNX Runtime's own block quantizer computes, so the numbers are those of
+quantizing the graph whole; only the whole is never in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from onnx_ir.tensor_adapters import TorchTensor
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    DefaultWeightOnlyQuantizer,
+)
+from torch import Tensor
+
+from export.language.deferred_weights import DeferredTensor
+
+Array = NDArray[Any]
+
+_DOMAIN = "com.microsoft"
+_OPSET, _IR_VERSION = 21, 10
+"""What ONNX Runtime's quantizer raises a graph to."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How weights are quantized: the fields of a `MatMulNBits` node.
+
+    Attributes:
+        bits: of a weight.
+        size: how many weights share a scale.
+        symmetric: no zero points.
+        accuracy_level: 4 lets the kernel compute in INT8; 0 leaves the attribute out.
+    """
+
+    bits: int
+    size: int
+    symmetric: bool
+    accuracy_level: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors that are computed together, in the order of the file.
+
+    Attributes:
+        values: of the graph.
+        compute: returns their arrays.
+    """
+
+    values: tuple[ir.Value, ...]
+    compute: Callable[[], Sequence[Array]]
+
+    @property
+    def nbytes(self) -> int:
+        """What they take in the file."""
+        return sum(bytes_of(value) for value in self.values)
+
+
+def bytes_of(value: ir.Value) -> int:
+    """Return the bytes of an initializer, from its shape and dtype."""
+    tensor = value.const_value
+    if tensor is None:
+        raise TypeError(f"{value.name} is not an initializer")
+    return int(tensor.nbytes)
+
+
+def quantize_matrices(model: ir.Model, blocks: Blocks, excluded: Sequence[str] = ()) -> list[Piece]:
+    """Put `MatMulNBits` in place of every `MatMul` with a constant matrix.
+
+    Args:
+        model: the graph; it is changed.
+        blocks: how to quantize.
+        excluded: names of nodes that stay as they are.
+
+    Returns:
+        All initializers of the graph, in the order in which to write them.
+    """
+    pieces = {}
+    for node in list(model.graph):
+        matrix = node.inputs[1] if node.op_type == "MatMul" else None
+        if matrix is None or matrix.const_value is None or node.name in excluded:
+            continue
+        piece = _quantized(matrix, blocks)
+        pieces[piece.values[0].name] = piece
+        _replace_node(model.graph, node, piece.values, blocks)
+        if not matrix.uses():
+            del model.graph.initializers[str(matrix.name)]
+    model.opset_imports.setdefault(_DOMAIN, 1)
+    model.opset_imports[""] = max(model.opset_imports[""], _OPSET)
+    model.ir_version = max(model.ir_version, _IR_VERSION)
+    return list(_in_order(model.graph, pieces))
+
+
+def plain_pieces(graph: ir.Graph) -> list[Piece]:
+    """Return the initializers of a graph that stays in floating point."""
+    return list(_in_order(graph, {}))
+
+
+def _in_order(graph: ir.Graph, quantized: dict[str | None, Piece]) -> Iterator[Piece]:
+    made = {value.name for piece in quantized.values() for value in piece.values}
+    for name, value in graph.initializers.items():
+        if name in quantized:
+            yield quantized[name]
+        elif name not in made:
+            yield Piece((value,), _plain(value))
+
+
+def _plain(value: ir.Value) -> Callable[[], list[Array]]:
+    return lambda: [array_of(value)]
+
+
+def array_of(value: ir.Value) -> Array:
+    """Return the values of an initializer, contiguous; deferred ones are computed."""
+    tensor: Any = value.const_value
+    if isinstance(tensor, ir.LazyTensor):
+        tensor = tensor.raw()
+    raw = tensor.raw if isinstance(tensor, TorchTensor) else None
+    if isinstance(raw, DeferredTensor):
+        raw = raw.compute()
+    if isinstance(raw, Tensor):
+        with torch.no_grad():
+            return np.ascontiguousarray(raw.contiguous().numpy())
+    return np.ascontiguousarray(tensor.numpy())
+
+
+def _quantized(matrix: ir.Value, blocks: Blocks) -> Piece:
+    shape = matrix.const_value.shape if matrix.const_value is not None else ()
+    rows, columns = (int(size) for size in shape)
+    count = -(-rows // blocks.size)
+    per_byte = 8 // blocks.bits
+    dtype = matrix.const_value.dtype if matrix.const_value is not None else ir.DataType.FLOAT
+    name = matrix.name
+    values = [
+        _promised(f"{name}_Q{blocks.bits}", ir.DataType.UINT8,
+                  (columns, count, blocks.size // per_byte)),
+        _promised(f"{name}_scales", dtype, (columns, count)),
+    ]  # fmt: skip
+    if not blocks.symmetric:
+        zero_points = (columns, -(-count // per_byte))
+        values.append(_promised(f"{name}_zero_points", ir.DataType.UINT8, zero_points))
+    quantizer = DefaultWeightOnlyQuantizer(
+        DefaultWeightOnlyQuantConfig(
+            block_size=blocks.size,
+            is_symmetric=blocks.symmetric,
+            accuracy_level=blocks.accuracy_level,
+            bits=blocks.bits,
+        )
+    )
+    return Piece(
+        tuple(values), lambda: quantizer.qbits_block_quant(array_of(matrix))[: len(values)]
+    )
+
+
+def _promised(name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
+    """Return an initializer whose array only its `Piece` computes."""
+
+    def refuse() -> ir.TensorProtocol:
+        raise RuntimeError(f"{name} is computed when the file is written, not before")
+
+    tensor = ir.LazyTensor(refuse, dtype=dtype, shape=ir.Shape(shape), name=name)
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
+
+
+def _replace_node(
+    graph: ir.Graph, node: ir.Node, values: Sequence[ir.Value], blocks: Blocks
+) -> None:
+    for value in values:
+        graph.register_initializer(value)
+    columns, rows = int(values[0].shape[0]), int(node.inputs[1].const_value.shape[0])  # type: ignore
+    attributes = {"K": rows, "N": columns, "bits": blocks.bits, "block_size": blocks.size}
+    if blocks.accuracy_level:
+        attributes["accuracy_level"] = blocks.accuracy_level
+    old = node.outputs[0]
+    new = ir.node(
+        "MatMulNBits",
+        [node.inputs[0], *values],
+        attributes,
+        domain=_DOMAIN,
+        name=f"{node.name}_Q{blocks.bits}",
+    )
+    made = new.outputs[0]
+    made.name, made.type, made.shape = old.name, old.type, old.shape
+    graph.insert_before(node, new)
+    for index, output in enumerate(graph.outputs):
+        if output is old:
+            graph.outputs[index] = made
+    old.replace_all_uses_with(made)
+    graph.remove(node, safe=True)
