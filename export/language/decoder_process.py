@@ -146,7 +146,7 @@ def _blocks(built: Any) -> Any:
 if __name__ == "__main__":
     from engines.errors import CheckpointError
 
-    task: DecoderTask = pickle.load(sys.stdin.buffer)  # from our own parent, not from a file
+    task: DecoderTask = pickle.load(sys.stdin.buffer)  # noqa: S301, of our own parent
     try:
         build_decoder(task)
     except CheckpointError as error:
