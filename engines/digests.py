@@ -81,7 +81,7 @@ def _state(file: Path) -> _State:
 
 
 def _read(file: Path) -> dict[str, tuple[_State, str]]:
-    """Return what was noted; nothing where the notes are missing or damaged: they are only notes."""
+    """Return what was noted; nothing where the notes are missing or damaged."""
     try:
         found = json.loads(file.read_text("utf-8"))
         return {
@@ -93,9 +93,9 @@ def _read(file: Path) -> dict[str, tuple[_State, str]]:
 
 
 def _write(file: Path, noted: dict[str, tuple[_State, str]]) -> None:
-    with suppress(FoveateError):  # a bundle that may only be read is hashed each time
-        with staged_file(file) as staged:
-            staged.write_text(json.dumps(noted, indent=1), "utf-8")
+    # A bundle that may only be read is hashed each time.
+    with suppress(FoveateError), staged_file(file) as staged:
+        staged.write_text(json.dumps(noted, indent=1), "utf-8")
 
 
 def _sha256(path: Path) -> str:

@@ -7,6 +7,8 @@ removed when the block fails, so a reader never sees a half-written result.
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -72,15 +74,48 @@ def staged_directory(
         free_bytes = shutil.disk_usage(destination.parent).free
         if expected_bytes is not None and free_bytes < expected_bytes:
             raise error(_full_disk_message(destination, expected_bytes))
-        staged = Path(
-            tempfile.mkdtemp(prefix=f"{destination.name}.partial-", dir=destination.parent)
-        )
-        try:
+        with scratch_directory(destination, "partial") as staged:
             yield staged
             staged.chmod(0o777 & ~_umask())
             _swap(staged, destination)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextmanager
+def scratch_directory(destination: Path, kind: str) -> Iterator[Path]:
+    """Give a new directory beside ``destination`` that is gone when the block ends.
+
+    A process that is killed cannot remove its own, so the next one removes it: a directory of this
+    name that no living process holds locked.
+
+    Args:
+        destination: what is being made.
+        kind: what the directory is for; in its name, which begins with the destination's.
+    """
+    prefix = f"{destination.name}.{kind}-"
+    for left in destination.parent.glob(f"{glob.escape(prefix)}*"):
+        _remove_if_abandoned(left)
+    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
+    lock = os.open(scratch, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_if_abandoned(folder: Path) -> None:
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        return  # another process is writing it now
+    finally:
+        os.close(lock)
 
 
 def _swap(staged: Path, destination: Path) -> None:

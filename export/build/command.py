@@ -23,6 +23,7 @@ from engines import cli
 from engines.errors import GateError
 from engines.manifest import Precision
 from engines.progress_bar import show_progress
+from engines.termination import end_in_order
 from export.build.plan import BuildOptions, BuildPlan, plan_build
 from export.build.steps import BuildReport, build_bundle
 from export.options import DecoderFlags, ModelOption, ReducerFlags
@@ -85,7 +86,7 @@ def main(
         _tell_plan(plan_build(options), options, as_json)
         return 0
     try:
-        with show_progress() as progress:
+        with end_in_order(), show_progress() as progress:
             report = build_bundle(options, progress)
     except GateError as error:
         return tell_missed_gate(error, as_json)
@@ -113,6 +114,12 @@ def _tell_plan(plan: BuildPlan, options: BuildOptions, as_json: bool) -> None:
                 "patches": plan.patches,
                 "vision": graphs,
                 "bundle": str(options.out),
+                "needs": {
+                    "memory_bytes": plan.cost.memory_bytes,
+                    "disk_bytes": plan.cost.disk_bytes,
+                    "bundle_bytes": plan.cost.bundle_bytes,
+                    "seconds": round(plan.cost.seconds),
+                },
             }
         )
         return
@@ -127,6 +134,7 @@ def _tell_plan(plan: BuildPlan, options: BuildOptions, as_json: bool) -> None:
     for backend in options.decoders.backends:
         print(f"  decoder       {options.decoders.precision_of(backend)}, {backend}")
     print(f"  into          {options.out}")
+    print(f"  needs         {plan.cost.describe()}")
 
 
 def _tell_report(report: BuildReport, as_json: bool) -> None:
@@ -135,6 +143,7 @@ def _tell_report(report: BuildReport, as_json: bool) -> None:
             "bundle": str(report.bundle),
             "bytes": report.bytes,
             "seconds": report.seconds,
+            "total_seconds": report.total_seconds,
             "notes": report.notes,
         }
         if report.int8 is not None:
@@ -144,7 +153,7 @@ def _tell_report(report: BuildReport, as_json: bool) -> None:
     for name, size in report.bytes.items():
         print(f"  {size / 1e6:10.2f} MB  {name}")
     total = sum(report.bytes.values()) / 1e6
-    print(f"  {total:10.2f} MB  {report.bundle} in {sum(report.seconds.values()):.0f} s")
+    print(f"  {total:10.2f} MB  {report.bundle} in {report.total_seconds:.0f} s")
     if report.int8 is not None:
         print_searches(report.int8)
         print("\n".join(lines_from_frames(report.frames) + lines_from_int8(report.int8)))

@@ -16,6 +16,7 @@ from engines.bundle import refuse_occupied
 from engines.errors import OptionError
 from engines.manifest import Precision
 from engines.targets import Target, find_target
+from export.build.cost import BuildCost, predict_cost, refuse_what_cannot_fit
 from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.language.language_models import DecoderOptions, check_language_models
 from export.reducers import USUAL_BUDGETS, Budget, Reducer, make_reducer, reducer_for_budget
@@ -67,6 +68,7 @@ class BuildPlan:
         precision: of the vision graphs.
         reducers: a graph is built for each.
         opset: of the graphs.
+        cost: what it will take.
         record: the calibration to be used again, if one is.
     """
 
@@ -75,6 +77,7 @@ class BuildPlan:
     precision: Precision
     reducers: tuple[Reducer, ...]
     opset: int
+    cost: BuildCost
     record: Calibration | None = None
 
     @property
@@ -99,7 +102,9 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     reducers = tuple(
         _choose_reducer(options, budget, checkpoint) for budget in options.tokens or (None,)
     )
-    return BuildPlan(checkpoint, target, precision, reducers, opset, record)
+    cost = predict_cost(checkpoint.weights, precision, len(reducers), options.decoders)
+    refuse_what_cannot_fit(cost, options.out, options.decoders)
+    return BuildPlan(checkpoint, target, precision, reducers, opset, cost, record)
 
 
 def _choose_opset(given: int | None, precision: Precision, target: Target) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Protocol
 
 from calibration.frames.dataset import CalibrationSet
@@ -18,6 +17,7 @@ from calibration.int8.resume import ResumeFolder
 from engines.bundle import BundleDraft
 from engines.manifest import Precision, ReducerSpec, VisionGraph
 from engines.progress_bar import Progress
+from engines.staging import scratch_directory
 from export.build.plan import BuildOptions, BuildPlan
 from export.checkpoint.accuracy_table import AccuracyTable
 from export.reducers import Reducer
@@ -71,11 +71,10 @@ def export_vision(
     """
     if plan.precision in ("fp32", "fp16"):
         return Vision(_export_graphs(plan, plan.precision, draft.root, step))
-    beside = options.out.parent
-    with TemporaryDirectory(dir=beside, prefix=f"{options.out.name}.fp32-") as folder:
-        exact = _export_graphs(plan, "fp32", Path(folder), step)
+    with scratch_directory(options.out, "fp32") as folder:
+        exact = _export_graphs(plan, "fp32", folder, step)
         task = Int8Task(
-            sources={graph.file: Path(folder) / graph.file for graph in exact},
+            sources={graph.file: folder / graph.file for graph in exact},
             root=draft.root,
             precision=plan.precision,
             tensorrt=oldest_tensorrt(plan.target),

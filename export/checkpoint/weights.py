@@ -7,7 +7,6 @@ safetensors files are read, because unpickling a download would run whatever cod
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,14 +20,6 @@ from engines.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8} | {
-    "I64": 64,
-    "I32": 32,
-    "I16": 16,
-    "I8": 8,
-    "U8": 8,
-    "BOOL": 8,
-}
 _GIT_LFS_POINTER = b"version https://git-lfs"
 
 
@@ -79,23 +70,14 @@ class LlavaWeights:
         return [name for owner, name in self.location if owner is part]
 
     def shapes(self, part: Part) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each of a part's tensors; reads headers only."""
-        return {name: shape for name, (shape, _) in self._describe(part)}
-
-    def sizes(self, part: Part) -> dict[str, int]:
-        """Return the bytes of each of a part's tensors as stored; reads headers only."""
-        return {
-            name: math.prod(shape) * _DTYPE_BITS[dtype] // 8
-            for name, (shape, dtype) in self._describe(part)
-        }
-
-    def _describe(self, part: Part) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
-        """Yield the name, shape and safetensors dtype of each tensor of a part."""
-        for file, names in self._by_file(part, None).items():
+        """Return each tensor's shape, in the order of `read_one_by_one`; reads headers only."""
+        found: dict[str, tuple[int, ...]] = {}
+        by_file = self._by_file(part, None)
+        for file in sorted(by_file):
             with safe_open(self.root / file, framework="pt") as shard:
-                for name, stored in names:
-                    piece = shard.get_slice(stored)
-                    yield name, (tuple(piece.get_shape()), str(piece.get_dtype()))
+                for name, stored in by_file[file]:
+                    found[name] = tuple(shard.get_slice(stored).get_shape())
+        return found
 
     def read(self, part: Part, only: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Return a part's tensors, or those named in `only`, in their stored dtype."""

@@ -10,6 +10,7 @@ from typing import Literal
 
 from engines.errors import CheckpointError, OptionError
 from engines.manifest import LanguageModel, LlmPrecision, Prompt, Text
+from engines.progress_bar import Progress
 from export.checkpoint.llava import Checkpoint
 from export.language.gguf_decoder import read_gguf_limits
 from export.language.gguf_quantize import GgufPrecision, export_gguf
@@ -19,6 +20,7 @@ from export.language.onnx_decoder import (
     write_embeddings,
     write_tokenizer,
 )
+from runtime.backends.llama_library import load_llama_library
 
 DecoderBackend = Literal["ort", "llamacpp"]
 
@@ -69,6 +71,7 @@ def check_language_models(checkpoint: Checkpoint, options: DecoderOptions) -> No
 
     Raises:
         OptionError: no backend, one twice, or llama-cpp-python is needed and missing.
+        BackendError: llama-cpp-python is installed and does not load.
         CheckpointError: llama.cpp cannot run this language model.
     """
     backends = options.backends
@@ -85,19 +88,22 @@ def check_language_models(checkpoint: Checkpoint, options: DecoderOptions) -> No
             f"{'; '.join(problems)}. Build with --llm-backend ort."
         )
     precision = options.chosen_gguf_precision
-    if precision not in ("f16", "f32") and find_spec("llama_cpp") is None:
+    if precision in ("f16", "f32"):
+        return
+    if find_spec("llama_cpp") is None:
         raise OptionError(
             f"Quantizing a GGUF file to {precision} needs llama-cpp-python, which is not "
             'installed. Install it with `pip install "foveate[llamacpp]"`, or build with '
             "--gguf-precision f16."
         )
+    load_llama_library()  # quantizing comes last, so what is missing is told now
 
 
 def export_language_models(
     checkpoint: Checkpoint,
     root: Path,
     options: DecoderOptions,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = lambda line, done: None,
 ) -> LanguageModels:
     """Write the language half of a bundle.
 
@@ -105,7 +111,7 @@ def export_language_models(
         checkpoint: an opened LLaVA checkpoint.
         root: the bundle's directory, while it is being written.
         options: which decoders.
-        progress: called with the ONNX decoder's layers read so far and how many there are.
+        progress: told of each decoder's bytes as they are written.
 
     Raises:
         FoveateError: a language model that one of the backends cannot run.
@@ -114,15 +120,31 @@ def export_language_models(
     written: dict[DecoderBackend, LanguageModel] = {}
     notes: Sequence[str] = ()
     if "ort" in options.backends:
-        language = export_language(checkpoint, root, options.precision, progress=progress)
+        told = _tell_bytes(progress, "Decoder for ort", options.backends.index("ort"), options)
+        language = export_language(checkpoint, root, options.precision, progress=told)
         written["ort"], text, prompt = language.model, language.text, language.prompt
     else:
         text = write_embeddings(checkpoint, root)
         write_tokenizer(checkpoint, root)
         prompt = checkpoint.prompt(TOKENIZER_FILE)
     if "llamacpp" in options.backends:
-        gguf = export_gguf(checkpoint, root, options.chosen_gguf_precision)
+        index = options.backends.index("llamacpp")
+        told = _tell_bytes(progress, "Decoder for llamacpp", index, options)
+        gguf = export_gguf(checkpoint, root, options.chosen_gguf_precision, told)
         written["llamacpp"] = gguf.model
         notes = [note for note in (gguf.describe_fallbacks(),) if note]
     models = tuple(written[backend] for backend in options.backends)
     return LanguageModels(models, text, prompt, tuple(notes))
+
+
+def _tell_bytes(
+    progress: Progress, name: str, index: int, options: DecoderOptions
+) -> Callable[[int, int], None]:
+    """Return what tells the bytes of one decoder as a share of all of them."""
+
+    def tell(done: int, total: int) -> None:
+        share = done / total if total else 1.0
+        line = f"{name}: {done / 1e9:.2f} of {total / 1e9:.2f} GB"
+        progress(line, (index + share) / len(options.backends))
+
+    return tell

@@ -88,9 +88,7 @@ def test_a_file_that_has_just_changed_is_not_noted(
     assert not (root / "local").exists()
 
 
-def test_a_changed_bundle_is_refused_after_it_was_opened(
-    tmp_path: Path, hashed: list[str]
-) -> None:
+def test_a_changed_bundle_is_refused_after_it_was_opened(tmp_path: Path, hashed: list[str]) -> None:
     root = write_small_bundle(tmp_path / "bundle")
     open_bundle(root)
     open_bundle(root)

@@ -69,7 +69,9 @@ def write_random_llava(root: Path, size: Size = "7b", layers: int | None = None)
 
 
 def _config(size: Size, layers: int | None) -> LlavaConfig:
-    fields: dict[str, int] = _SIZES[size] | ({} if layers is None else {"num_hidden_layers": layers})
+    fields: dict[str, int] = _SIZES[size] | (
+        {} if layers is None else {"num_hidden_layers": layers}
+    )
     text = LlamaConfig(vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5, **fields)
     vision = CLIPVisionConfig(
         hidden_size=1024,
