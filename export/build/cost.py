@@ -47,6 +47,8 @@ _CORE_SECONDS_PER_GIGAWEIGHT: Mapping[str, float] = {
     "f32": 15,
 }
 _GRAPH_CORE_SECONDS_PER_GIGAWEIGHT = 60
+_GRAPH_S, _DECODER_S = 5, 8
+"""What the smallest takes."""
 _HASHING_S_PER_GB = 5
 _STARTING_S = 10
 _MOST_CORES = 4
@@ -149,7 +151,7 @@ def _vision_cost(weights: int, precision: Precision, graphs: int) -> StepCost:
         int(_PROCESS_BYTES + exact * (_INT8_COPIES if quantized else _TOWER_COPIES)),
         exact if quantized else 0,
         stays,
-        graphs * weights / _GB * _GRAPH_CORE_SECONDS_PER_GIGAWEIGHT,
+        graphs * (_GRAPH_S + weights / _GB * _GRAPH_CORE_SECONDS_PER_GIGAWEIGHT),
     )
 
 
@@ -166,7 +168,7 @@ def _decoder_cost(
         int(_PROCESS_BYTES * 2 + largest * _BYTES_IN_WORK * (_DECODER_WORKERS if quantized else 1)),
         2 * count if backend == "llamacpp" and quantized else 0,
         int(written * _BYTES_PER_WEIGHT[precision]),
-        written / _GB * _CORE_SECONDS_PER_GIGAWEIGHT[precision] / cores,
+        _DECODER_S + written / _GB * _CORE_SECONDS_PER_GIGAWEIGHT[precision] / cores,
     )
 
 

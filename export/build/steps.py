@@ -23,6 +23,7 @@ from engines.trt.on_device import write_device_files
 from export.build.plan import USUAL_OPSET, BuildOptions, BuildPlan, plan_build
 from export.build.stopwatch import Steps
 from export.build.vision import export_vision
+from export.kept_parts import KeptParts
 from export.language.language_models import export_language_models
 
 _TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
@@ -71,12 +72,16 @@ def build_bundle(
             preprocessing = plan.checkpoint.preprocessing
             patch_pixels = preprocessing.height // plan.checkpoint.patch_side
             frames = collect(options.int8, preprocessing, patch_pixels, part)
-    unfinished = ResumeFolder(options.out)
-    with unfinished.kept(), write_bundle(options.out, overwrite=options.overwrite) as draft:
-        vision = export_vision(plan, options, frames, draft, steps.step)
+    unfinished, kept = ResumeFolder(options.out), KeptParts(options.out, plan.checkpoint)
+    with (
+        unfinished.kept(),
+        kept.until_done(),
+        write_bundle(options.out, overwrite=options.overwrite) as draft,
+    ):
+        vision = export_vision(plan, options, frames, draft, kept, steps.step)
         with steps.step("language_model", "Language model") as part:
             language = export_language_models(
-                plan.checkpoint, draft.root, options.decoders, progress=part
+                plan.checkpoint, draft.root, options.decoders, kept, progress=part
             )
         write_device_files(draft.root, vision.graphs, plan.target)
         draft.describe(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,11 +12,12 @@ from engines.errors import CheckpointError, OptionError
 from engines.manifest import LanguageModel, LlmPrecision, Prompt, Text
 from engines.progress_bar import Progress
 from export.checkpoint.llava import Checkpoint
+from export.kept_parts import KeptParts
 from export.language.gguf_decoder import read_gguf_limits
 from export.language.gguf_quantize import GgufPrecision, export_gguf
 from export.language.onnx_decoder import (
     TOKENIZER_FILE,
-    export_language,
+    export_decoder,
     write_embeddings,
     write_tokenizer,
 )
@@ -103,6 +104,7 @@ def export_language_models(
     checkpoint: Checkpoint,
     root: Path,
     options: DecoderOptions,
+    kept: KeptParts,
     progress: Progress = lambda line, done: None,
 ) -> LanguageModels:
     """Write the language half of a bundle.
@@ -111,40 +113,57 @@ def export_language_models(
         checkpoint: an opened LLaVA checkpoint.
         root: the bundle's directory, while it is being written.
         options: which decoders.
+        kept: decoders of a build that did not come to its end.
         progress: told of each decoder's bytes as they are written.
 
     Raises:
         FoveateError: a language model that one of the backends cannot run.
     """
     check_language_models(checkpoint, options)
+    notes: list[str] = []
     written: dict[DecoderBackend, LanguageModel] = {}
-    notes: Sequence[str] = ()
-    if "ort" in options.backends:
-        told = _tell_bytes(progress, "Decoder for ort", options.backends.index("ort"), options)
-        language = export_language(checkpoint, root, options.precision, progress=told)
-        written["ort"], text, prompt = language.model, language.text, language.prompt
-    else:
-        text = write_embeddings(checkpoint, root)
-        write_tokenizer(checkpoint, root)
-        prompt = checkpoint.prompt(TOKENIZER_FILE)
-    if "llamacpp" in options.backends:
-        index = options.backends.index("llamacpp")
-        told = _tell_bytes(progress, "Decoder for llamacpp", index, options)
-        gguf = export_gguf(checkpoint, root, options.chosen_gguf_precision, told)
-        written["llamacpp"] = gguf.model
-        notes = [note for note in (gguf.describe_fallbacks(),) if note]
+    for index, backend in enumerate(options.backends):
+        part = f"decoder_{backend}"
+        made_with = {"precision": options.precision_of(backend)}
+        found = kept.restore(part, made_with, root)
+        if found is None:
+            told = _tell_bytes(progress, f"Decoder for {backend}", index, len(options.backends))
+            model, said = _export_decoder(checkpoint, root, backend, options, told)
+            folder = (root / model.file).parent
+            files = [f.relative_to(root).as_posix() for f in folder.iterdir() if f.is_file()]
+            kept.keep(part, made_with, root, files, [model.model_dump(mode="json"), said])
+        else:
+            model, said = LanguageModel.model_validate(found[0]), found[1]
+        written[backend] = model
+        notes += [said] if said else []
+    text = write_embeddings(checkpoint, root)
+    write_tokenizer(checkpoint, root)
+    prompt = checkpoint.prompt(TOKENIZER_FILE)
     models = tuple(written[backend] for backend in options.backends)
     return LanguageModels(models, text, prompt, tuple(notes))
 
 
+def _export_decoder(
+    checkpoint: Checkpoint,
+    root: Path,
+    backend: DecoderBackend,
+    options: DecoderOptions,
+    told: Callable[[int, int], None],
+) -> tuple[LanguageModel, str]:
+    """Write one decoder and return what the manifest and the notes say of it."""
+    if backend == "ort":
+        return export_decoder(checkpoint, root, options.precision, progress=told), ""
+    gguf = export_gguf(checkpoint, root, options.chosen_gguf_precision, told)
+    return gguf.model, gguf.describe_fallbacks()
+
+
 def _tell_bytes(
-    progress: Progress, name: str, index: int, options: DecoderOptions
+    progress: Progress, name: str, index: int, decoders: int
 ) -> Callable[[int, int], None]:
     """Return what tells the bytes of one decoder as a share of all of them."""
 
     def tell(done: int, total: int) -> None:
         share = done / total if total else 1.0
-        line = f"{name}: {done / 1e9:.2f} of {total / 1e9:.2f} GB"
-        progress(line, (index + share) / len(options.backends))
+        progress(f"{name}: {done / 1e9:.2f} of {total / 1e9:.2f} GB", (index + share) / decoders)
 
     return tell

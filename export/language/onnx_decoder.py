@@ -73,6 +73,26 @@ def export_language(
         CheckpointError: a language model that cannot be exported.
         OptionError: a precision that the device has no kernel for.
     """
+    model = export_decoder(checkpoint, root, precision, device=device, progress=progress)
+    text = write_embeddings(checkpoint, root)
+    write_tokenizer(checkpoint, root)
+    return Language(model, text, checkpoint.prompt(TOKENIZER_FILE))
+
+
+def export_decoder(
+    checkpoint: Checkpoint,
+    root: Path,
+    precision: LlmPrecision = "int4",
+    *,
+    device: Literal["cpu", "cuda"] = "cpu",
+    progress: Progress | None = None,
+) -> LanguageModel:
+    """Write the decoder alone, as `export_language` does.
+
+    Raises:
+        CheckpointError: a language model that cannot be exported.
+        OptionError: a precision that the device has no kernel for.
+    """
     config: Any = checkpoint.text_config
     problems = read_limits(config)
     if problems:
@@ -85,11 +105,8 @@ def export_language(
             "An fp32 decoder runs on the CPU only, because grouped-query attention has no float32 "
             "kernel on CUDA. Choose --llm-precision int4 for a GPU."
         )
-    text = write_embeddings(checkpoint, root)
-    write_tokenizer(checkpoint, root)
     write_decoder(checkpoint, root, precision, device=device, progress=progress)
-    model = LanguageModel(backend="ort", file=GRAPH_FILE, precision=precision)
-    return Language(model, text, checkpoint.prompt(TOKENIZER_FILE))
+    return LanguageModel(backend="ort", file=GRAPH_FILE, precision=precision)
 
 
 def write_embeddings(checkpoint: Checkpoint, root: Path) -> Text:
