@@ -19,6 +19,7 @@ from pathlib import Path
 from engines.errors import FoveateError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_RETIRED = ".old"
 _FULL_TEXTS = ("no space left", "disk quota exceeded", "file too large", "disk full")
 
 
@@ -93,7 +94,10 @@ def scratch_directory(destination: Path, kind: str) -> Iterator[Path]:
     """
     prefix = f"{destination.name}.{kind}-"
     for left in destination.parent.glob(f"{glob.escape(prefix)}*"):
-        _remove_if_abandoned(left)
+        if left.name.endswith(_RETIRED) and not destination.exists():
+            left.rename(destination)  # it was being replaced when the process was killed
+        else:
+            _remove_if_abandoned(left)
     scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
     lock = os.open(scratch, os.O_RDONLY)
     try:
@@ -123,7 +127,7 @@ def _swap(staged: Path, destination: Path) -> None:
     if not destination.exists():
         staged.rename(destination)
         return
-    retired = staged.with_name(f"{staged.name}.old")
+    retired = staged.with_name(f"{staged.name}{_RETIRED}")
     destination.rename(retired)
     try:
         staged.rename(destination)

@@ -129,7 +129,7 @@ class Checkpoint:
             CheckpointError: a tensor is missing or has another shape than the configuration says.
         """
         state = self.weights.read(Part.LANGUAGE_MODEL)
-        config = self._plain_text_config()
+        config = self.plain_text_config()
         architecture = _causal_lm(config)
         return _fill(self.root, architecture, config, state, dtype or state[_EMBEDDINGS].dtype)
 
@@ -162,12 +162,13 @@ class Checkpoint:
     def write_language_config(self, directory: Path) -> None:
         """Write the plain causal LM's configuration and tokenizer, without its weights."""
         directory.mkdir(parents=True, exist_ok=True)
-        self._plain_text_config().save_pretrained(directory)
+        self.plain_text_config().save_pretrained(directory)
         copied = [*self.tokenizer_files(), self.root / "generation_config.json"]
         for file in filter(Path.is_file, copied):
             shutil.copy2(file, directory / file.name)
 
-    def _plain_text_config(self) -> PretrainedConfig:
+    def plain_text_config(self) -> PretrainedConfig:
+        """Return the language model's configuration as a plain causal LM has it."""
         config = copy.deepcopy(self.text_config)
         config.architectures = [_causal_lm(config).__name__]
         config.dtype = self.embedding_table().dtype

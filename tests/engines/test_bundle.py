@@ -14,6 +14,7 @@ import pytest
 from engines.bundle import open_bundle, write_bundle
 from engines.errors import BundleError, FoveateError, OptionError
 from engines.manifest import Manifest
+from engines.staging import scratch_directory
 from tests.tiny_bundle import tiny_manifest, write_tiny_bundle
 
 
@@ -231,3 +232,26 @@ def test_a_place_that_cannot_be_a_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BundleError, match=r"cannot be written|is already there"):
         write_tiny_bundle(tmp_path / "file/tiny")
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(
+    tmp_path: Path,
+) -> None:
+    goal = tmp_path / "bundle"
+    killed = tmp_path / "bundle.partial-killed"
+    killed.mkdir()
+    (killed / "weights").write_bytes(b"1")
+    with scratch_directory(goal, "partial") as first:
+        assert not killed.exists()
+        with scratch_directory(goal, "partial") as second:
+            assert first.is_dir() and second.is_dir() and first != second
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_old_bundle_comes_back_if_it_was_being_replaced(tmp_path: Path) -> None:
+    """Killed between the two renames, a process leaves the old directory under another name."""
+    goal = tmp_path / "bundle"
+    (tmp_path / "bundle.partial-killed.old").mkdir()
+    (tmp_path / "bundle.partial-killed.old" / "weights").write_bytes(b"1")
+    with scratch_directory(goal, "partial"):
+        assert (goal / "weights").read_bytes() == b"1"
