@@ -166,7 +166,7 @@ def shape_from_config(path: Path) -> TransformerShape:
         ) from error
     text = config.get("text_config") or config
     usual = FAMILIES.get(text.get("model_type", ""))
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
     for key, field in _SIZES.items():
         given = text.get(key, None if usual is None else getattr(usual, field))
         if isinstance(given, int):

@@ -8,6 +8,7 @@ quantizing the graph whole; only the whole is never in memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,10 +70,8 @@ class Piece:
 
 def bytes_of(value: ir.Value) -> int:
     """Return the bytes of an initializer, from its shape and dtype."""
-    tensor = value.const_value
-    if tensor is None:
-        raise TypeError(f"{value.name} is not an initializer")
-    return int(tensor.nbytes)
+    shape, dtype = _described(value)
+    return math.prod(shape) * dtype.bitwidth // 8
 
 
 def quantize_matrices(model: ir.Model, blocks: Blocks, excluded: Sequence[str] = ()) -> list[Piece]:
@@ -93,7 +92,7 @@ def quantize_matrices(model: ir.Model, blocks: Blocks, excluded: Sequence[str] =
             continue
         piece = _quantized(matrix, blocks)
         pieces[piece.values[0].name] = piece
-        _replace_node(model.graph, node, piece.values, blocks)
+        _replace_node(model.graph, node, matrix, piece.values, blocks)
         if not matrix.uses():
             del model.graph.initializers[str(matrix.name)]
     model.opset_imports.setdefault(_DOMAIN, 1)
@@ -135,21 +134,19 @@ def array_of(value: ir.Value) -> Array:
 
 
 def _quantized(matrix: ir.Value, blocks: Blocks) -> Piece:
-    shape = matrix.const_value.shape if matrix.const_value is not None else ()
-    rows, columns = (int(size) for size in shape)
+    (rows, columns), dtype = _described(matrix)
     count = -(-rows // blocks.size)
     per_byte = 8 // blocks.bits
-    dtype = matrix.const_value.dtype if matrix.const_value is not None else ir.DataType.FLOAT
     name = matrix.name
+    packed = (columns, count, blocks.size // per_byte)
     values = [
-        _promised(f"{name}_Q{blocks.bits}", ir.DataType.UINT8,
-                  (columns, count, blocks.size // per_byte)),
+        _promised(f"{name}_Q{blocks.bits}", ir.DataType.UINT8, packed),
         _promised(f"{name}_scales", dtype, (columns, count)),
-    ]  # fmt: skip
+    ]
     if not blocks.symmetric:
         zero_points = (columns, -(-count // per_byte))
         values.append(_promised(f"{name}_zero_points", ir.DataType.UINT8, zero_points))
-    quantizer = DefaultWeightOnlyQuantizer(
+    quantizer: Any = DefaultWeightOnlyQuantizer(
         DefaultWeightOnlyQuantConfig(
             block_size=blocks.size,
             is_symmetric=blocks.symmetric,
@@ -160,6 +157,14 @@ def _quantized(matrix: ir.Value, blocks: Blocks) -> Piece:
     return Piece(
         tuple(values), lambda: quantizer.qbits_block_quant(array_of(matrix))[: len(values)]
     )
+
+
+def _described(value: ir.Value) -> tuple[tuple[int, ...], ir.DataType]:
+    """Return an initializer's shape and dtype."""
+    tensor = value.const_value
+    if tensor is None:
+        raise TypeError(f"{value.name} is not an initializer")
+    return tuple(int(str(size)) for size in tensor.shape), tensor.dtype
 
 
 def _promised(name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
@@ -173,11 +178,11 @@ def _promised(name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value
 
 
 def _replace_node(
-    graph: ir.Graph, node: ir.Node, values: Sequence[ir.Value], blocks: Blocks
+    graph: ir.Graph, node: ir.Node, matrix: ir.Value, values: Sequence[ir.Value], blocks: Blocks
 ) -> None:
+    (rows, columns), _ = _described(matrix)
     for value in values:
         graph.register_initializer(value)
-    columns, rows = int(values[0].shape[0]), int(node.inputs[1].const_value.shape[0])  # type: ignore
     attributes = {"K": rows, "N": columns, "bits": blocks.bits, "block_size": blocks.size}
     if blocks.accuracy_level:
         attributes["accuracy_level"] = blocks.accuracy_level

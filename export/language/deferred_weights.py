@@ -110,5 +110,5 @@ def _reader(read: Callable[[str], Tensor], name: str) -> Callable[[], Tensor]:
 def _replace(model: nn.Module, name: str, weight: DeferredTensor) -> None:
     """Put a deferred tensor where a parameter was; `isinstance(_, Parameter)` stays true."""
     path, _, attribute = name.rpartition(".")
-    weight._is_param = True  # type: ignore[attr-defined]
+    weight._is_param = True
     model.get_submodule(path)._parameters[attribute] = weight  # type: ignore[assignment]
