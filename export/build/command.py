@@ -61,8 +61,9 @@ def main(
 ) -> int:
     """Build a bundle: one vision graph (tower, reducer, projector) and a quantized decoder.
 
-    The bundle is written whole or not at all. What it needs of the checkpoint is read part by
-    part, so a 7B model needs memory for its largest part only.
+    The bundle is written whole or not at all. The checkpoint is read tensor by tensor; how much
+    memory, disk and time the build will take is told first (--dry-run), and what cannot fit is
+    refused. A build that was stopped goes on where it was, by the same command.
 
     `--precision int8` calibrates on your own frames (--frames): 128 distinct ones or more, by day
     and night if the robot works by day and night. Every eighth is held out; on these INT8 must keep

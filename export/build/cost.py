@@ -22,12 +22,12 @@ from export.language.language_models import DecoderBackend, DecoderOptions
 _GB = 1e9
 _PROCESS_BYTES = 1.2e9
 """PyTorch, transformers and ONNX Runtime, loaded."""
-_TOWER_COPIES = 3
+_TOWER_COPIES = 3.5
 """Of the tower in float32, while it is traced and written."""
 _INT8_COPIES = 5
 """Of it, while it is calibrated."""
-_DECODER_WORKERS = 3
-"""Matrices of the decoder in work at once: one on each core, and one being written."""
+_LARGEST_IN_WORK = 1.5
+"""Matrices of the decoder in work at once, in sizes of the largest, which is the head."""
 _BYTES_IN_WORK = 2 + 4 + 4 + 1
 """Of a weight that is being quantized: as stored, in float32, transposed, and the result."""
 _BYTES_PER_WEIGHT: Mapping[str, float] = {
@@ -39,7 +39,7 @@ _BYTES_PER_WEIGHT: Mapping[str, float] = {
     "f32": 4,
 }
 _CORE_SECONDS_PER_GIGAWEIGHT: Mapping[str, float] = {
-    "int4": 30,
+    "int4": 15,
     "fp32": 15,
     "q4_k_m": 130,
     "q8_0": 30,
@@ -165,7 +165,7 @@ def _decoder_cost(
     cores = min(os.cpu_count() or 1, _MOST_CORES)
     return StepCost(
         f"decoder_{backend}",
-        int(_PROCESS_BYTES * 2 + largest * _BYTES_IN_WORK * (_DECODER_WORKERS if quantized else 1)),
+        int(2 * _PROCESS_BYTES + largest * _BYTES_IN_WORK * _LARGEST_IN_WORK),
         2 * count if backend == "llamacpp" and quantized else 0,
         int(written * _BYTES_PER_WEIGHT[precision]),
         _DECODER_S + written / _GB * _CORE_SECONDS_PER_GIGAWEIGHT[precision] / cores,

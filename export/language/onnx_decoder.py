@@ -30,7 +30,7 @@ from engines.manifest import LanguageModel, LlmPrecision, Prompt, Text
 from export.checkpoint.llava import Checkpoint
 from export.language.causal_lm import head_size, read_limits, write_causal_lm
 from export.language.decoder_process import FAILED, PROGRESS, DecoderTask
-from export.language.release_memory import release_memory
+from export.release_memory import release_memory
 
 GRAPH_FILE = "llm/ort/model.onnx"
 EMBEDDINGS_FILE = "llm/embeddings.safetensors"

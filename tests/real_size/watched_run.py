@@ -75,14 +75,16 @@ def run_watched(module: str, *arguments: object, folder: Path) -> Measured:
 
 
 def _bytes_below(folder: Path) -> int:
-    total = 0
+    """Return what a directory takes on the disk; a file with two names counts once."""
+    files: dict[int, int] = {}
     for place, _, names in os.walk(folder):
         for name in names:
             try:
-                total += os.lstat(Path(place, name)).st_blocks * 512
+                found = os.lstat(Path(place, name))
             except OSError:  # gone since it was listed
                 continue
-    return total
+            files[found.st_ino] = found.st_blocks * 512
+    return sum(files.values())
 
 
 def _memory_of_tree(root: int) -> tuple[int, int]:
