@@ -1,9 +1,8 @@
-"""The SHA-256 of a bundle's files, and which of them this machine has hashed before.
+"""Compute the SHA-256 of a bundle's files, large ones once for each change.
 
-Enters: files. Leaves: digests. What took long to hash is noted in the bundle's `local/`, under what
-the file system says of the file: its size, its inode, and when it was last written and changed. A
-file that was replaced, edited, copied or moved from elsewhere differs in one of these (nobody can
-set the time of the last change), so it is hashed again.
+What took long is noted in the bundle's `local/`, under the file's size, inode and the times of its
+last write and last change. A file that was replaced, edited or copied differs in one of these
+(nobody can set the time of the last change), so it is hashed again.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How much memory this process may still take: of the machine, and of its container.
+"""Read how much memory this process may still take, of the machine and of its container.
 
-Enters: /proc and the control groups of Linux. Leaves: bytes, or None where the system does not say.
+Linux only: it reads /proc and the control groups. Elsewhere the answer is None.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Which language backends this Python can run, and what the others lack.
-
-Enters: nothing. Leaves: for each backend what is missing; the runtime says the same, later, when it
-is asked something.
-"""
+"""Find which language backends this Python cannot run, and which package is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Show the progress of long work as a bar on stderr."""
+"""Tell on stderr how far long work is: a bar, or lines where there is no screen.
+
+Lines come when another thing begins and every few seconds.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that is asked to end (SIGTERM) ends as one that is interrupted: it tidies up first."""
+"""Let a process that is asked to end (SIGTERM) remove what it was writing."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Parts of a bundle that were finished before a build failed or was stopped, kept for the next one.
+"""Keep finished parts of a bundle when a build fails or is stopped, for the next build.
 
-Enters: where the bundle is to be, and what is built. Leaves: a folder beside it, `NAME.unfinished`,
-from which the same command goes on; a part of another checkpoint, option or release is deleted
-instead. It is gone once there is a bundle.
+They lie in `NAME.unfinished` beside the bundle. A part of another checkpoint, option or release is
+deleted instead of used. The folder is removed when there is a bundle.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What this process does not need any more goes back to the system.
+"""Return memory that this process does not need any more to the system.
 
-Python and the C library keep freed memory for later use; before a second process starts that needs
-memory of its own, it is better returned.
+Python and the C library keep freed memory for later use. It is better returned before a second
+process starts that needs memory of its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a build will take: memory, disk and time, from the checkpoint's headers alone.
+"""Predict the memory, disk and time of a build from the checkpoint's headers alone.
 
-Enters: a `BuildPlan`'s parts. Leaves: a `BuildCost`, and a refusal where this machine has less,
-which names what would fit. The rates were measured on a LLaVA-1.5-7B (docs/real-size.md).
+A build that this machine has no room for is refused, and what would fit is named. The rates were
+measured on a LLaVA-1.5-7B (docs/real-size.md).
 """
 
 from __future__ import annotations

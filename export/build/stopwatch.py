@@ -1,8 +1,4 @@
-"""How long each step of a build takes, and how far the whole is.
-
-Enters: steps as they begin and end, and about how long each takes. Leaves: seconds, and a share of
-the whole that moves evenly.
-"""
+"""Measure how long each step of a build takes, and tell how far the whole is."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""The matrices of an ONNX decoder, quantized one by one, each when it is written.
+"""Quantize the matrices of an ONNX decoder one by one, each when it is written.
 
-Enters: a decoder's graph as onnxruntime-genai builds it, its weights not computed yet. Leaves: the
-same graph with `MatMulNBits` in place of `MatMul`, and for each tensor of the file a way to compute
-it. What is computed, ONNX Runtime's own block quantizer computes, so the numbers are those of
-quantizing the graph whole; only the whole is never in memory.
+`MatMulNBits` takes the place of `MatMul` in the graph at once; the weights are computed later, by
+ONNX Runtime's own block quantizer. The numbers are those of quantizing the graph whole, but the
+whole is never in memory.
 """
 
 from __future__ import annotations

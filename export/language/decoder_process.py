@@ -1,11 +1,8 @@
-"""The process of its own in which a decoder is built: `python -m export.language.decoder_process`.
+"""Build an ONNX decoder in a process of its own: `python -m export.language.decoder_process`.
 
-Enters, on stdin: a pickled `DecoderTask` of the process that started it. Leaves: `model.onnx` and
-`model.onnx.data`, and on stdout what onnxruntime-genai's model builder prints, and lines with the
-bytes written so far. The builder prints as it goes and edits the import path, hence the process.
-
-Three of the builder's steps are replaced, because it would hold a float32 copy of every weight: it
-gets weights that are read when they are written, and the quantizing and the writing are ours.
+It reads a pickled `DecoderTask` from stdin and prints what onnxruntime-genai's builder prints,
+and lines with the bytes written so far. The builder prints and edits the import path, hence the
+process. Three of its steps are replaced, because it would hold a float32 copy of every weight.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""A causal language model whose weights are read from the checkpoint only when they are written.
+"""Describe a causal language model whose weights are read only when they are written.
 
-Enters: the plain model's configuration, and where its tensors lie. Leaves: the module, its weights
-`DeferredTensor`: they have a shape and a dtype and remember how they come about (a transpose, three
-matrices in one), so a graph can be made of a 13B model without holding a byte of it.
+A weight is a `DeferredTensor`: it has a shape and a dtype and remembers how it comes about (a
+transpose, three matrices in one), so a graph can be made of a 13B model without reading it.
 """
 
 from __future__ import annotations

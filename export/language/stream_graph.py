@@ -1,7 +1,6 @@
-"""A graph and its weights go to disk, one tensor after the other, computed as they are written.
+"""Write a graph and its weights to disk, one tensor after the other.
 
-Enters: a graph and `Piece`s. Leaves: `model.onnx` and `model.onnx.data`. A few pieces are computed
-ahead, one on each core, so memory holds those and nothing else of the model.
+A few tensors are computed ahead, one on each core; memory holds those alone.
 """
 
 from __future__ import annotations

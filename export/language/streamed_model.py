@@ -1,8 +1,7 @@
-"""A language model that runs in float32 with one layer of it in memory.
+"""Run a language model in float32 with one of its layers in memory.
 
-Enters: an opened checkpoint. Leaves: transformers' model, whose layers read their weights when they
-are about to run and forget them afterwards. A 7B model takes 2 GB instead of 27, and each pass over
-it reads the checkpoint's files once.
+The layers of transformers' model read their weights when they are about to run and forget them
+afterwards. A 7B model takes about 2 GB instead of 27, and each pass reads the checkpoint once.
 """
 
 from __future__ import annotations

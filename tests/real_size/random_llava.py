@@ -1,7 +1,6 @@
-"""`python -m tests.real_size.random_llava DIR`: a LLaVA-1.5 of random weights, in its real size.
+"""Write a LLaVA-1.5 of random weights in its real size, tensor by tensor.
 
-Enters: a directory and which model, 7b or 13b. Leaves: a checkpoint with the shapes and the dtype
-(float16) of llava-hf/llava-1.5-7b-hf, in shards, written tensor by tensor. Its answers mean
+It has the shapes and the dtype (float16) of llava-hf/llava-1.5-7b-hf, in shards. Its answers mean
 nothing; memory, disk and time are those of the real one.
 """
 

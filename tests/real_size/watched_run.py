@@ -1,8 +1,4 @@
-"""Run a command and measure what it takes: time, memory of all its processes, room on the disk.
-
-Enters: a command line and a directory. Leaves: its output, seconds, the most bytes that its
-processes held at once, and the most that the directory grew by.
-"""
+"""Run a command and measure its time, the memory of all its processes, and its room on disk."""
 
 from __future__ import annotations
 
