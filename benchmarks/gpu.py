@@ -208,7 +208,7 @@ def tensorrt(precision: Precision) -> Callable[[Case], Step]:
     def prepare(case: Case) -> Step:
         from engines.manifest import TensorSpec
         from engines.trt.batch_profile import BatchRange
-        from engines.trt.builder import BuildOptions, build_plan
+        from engines.trt.builder import PlanTask, build_plan
         from engines.trt.cuda_memory import open_cuda_runtime
         from engines.trt.library import load_library_for
         from engines.trt.session import TrtSession
@@ -216,7 +216,7 @@ def tensorrt(precision: Precision) -> Callable[[Case], Step]:
         target = target_of_gpu(case.gpu)
         file = _onnx_file(case, precision)
         shape = ("batch", 3, case.side, case.side)
-        options = BuildOptions(
+        options = PlanTask(
             onnx=file,
             onnx_sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
             plan=file.with_suffix(".plan"),

@@ -29,7 +29,7 @@ from engines import cli
 from engines.errors import FoveateError
 from engines.manifest import Precision, TensorSpec
 from engines.targets import find_target
-from engines.trt.builder import BuildOptions, build_plan
+from engines.trt.builder import PlanTask, build_plan
 from engines.trt.library import load_library
 
 SIZES = {"small": "TINY", "clip-l-336": "CLIP_L_336"}
@@ -76,7 +76,7 @@ def build_one(file: Path, precision: Precision, sm: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         plan = Path(folder) / "vision.plan"
         try:
-            result = build_plan(BuildOptions(file, sha256, plan, target, precision, inputs))
+            result = build_plan(PlanTask(file, sha256, plan, target, precision, inputs))
         except FoveateError as error:
             return replace(row, problem=str(error))
     return replace(

@@ -50,12 +50,12 @@ def install(way: str, python: str, place: Path) -> Path:
 
 
 def import_seconds(python: Path) -> tuple[float, float]:
-    """Return the median time of `import runtime.ask`, by the clock and of the processor.
+    """Return the median time of `from runtime import ask`, by the clock and of the processor.
 
     The first of `REPEATS` + 1 processes writes the bytecode and is not counted.
     """
     probe = (
-        "import time; t, c = time.perf_counter(), time.process_time(); import runtime.ask; "
+        "import time; t, c = time.perf_counter(), time.process_time(); from runtime import ask; "
         "print(time.perf_counter() - t, time.process_time() - c)"
     )
     environment = {
@@ -115,7 +115,7 @@ def main(
     for result in results:
         print(
             f"{result['way']:6} Python {result['python']:8} {result['installed_mb']:6.1f} MB   "
-            f"import runtime.ask {result['import_s']:.3f} s "
+            f"from runtime import ask {result['import_s']:.3f} s "
             f"(processor {result['import_processor_s']:.3f} s)"
         )
 

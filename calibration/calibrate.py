@@ -14,7 +14,7 @@ import typer
 
 try:
     from calibration.int8.bundle import calibrate_bundle
-    from calibration.int8.options import Int8Flags, int8_precision
+    from calibration.int8.options import Int8Options, int8_precision
     from calibration.int8.report import (
         document_from_int8,
         lines_from_frames,
@@ -37,7 +37,7 @@ from engines.bundle import open_bundle
 from engines.errors import GateError
 from engines.progress_bar import show_progress
 
-_EXAMPLES = (
+EXAMPLES = (
     "`python -m calibration.calibrate build/pocket --frames drive.mp4 --out build/pocket-int8`",
     "`python -m calibration.calibrate B --frames log.mcap --topic /front --out B-int8`",
     "`python -m calibration.calibrate B --frames pictures/ --precision mixed --out B-mixed`",
@@ -48,7 +48,7 @@ _EXAMPLES = (
 def main(
     bundle: Annotated[Path, typer.Argument(help="An FP32 bundle that `export.build` wrote.")],
     out: Annotated[Path, typer.Option(help="Directory of the INT8 bundle.")],
-    flags: Int8Flags,
+    options: Int8Options,
     precision: Annotated[
         str,
         typer.Option(
@@ -59,7 +59,6 @@ def main(
     targets: Annotated[Path | None, typer.Option(help="TOML file of your own targets.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the bundle at --out.")] = False,
     verify: cli.VerifyOption = True,
-    threads: cli.ThreadsOption = None,
     as_json: cli.JsonOption = False,
 ) -> int:
     """Make an INT8 bundle from an FP32 one, calibrated on your own frames.
@@ -76,7 +75,7 @@ def main(
             result = calibrate_bundle(
                 opened,
                 out,
-                flags.options(threads),
+                options,
                 precision=int8_precision(precision),
                 overwrite=overwrite,
                 targets_file=targets,
@@ -99,4 +98,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.run(main, _EXAMPLES)
+    cli.run(main, EXAMPLES)

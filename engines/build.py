@@ -8,8 +8,8 @@ with both values named, and replaced with `--rebuild`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,12 +21,13 @@ from engines.bundle import Bundle, open_bundle
 from engines.device_facts import read_memory
 from engines.errors import EngineError, OptionError
 from engines.gpu import find_gpu
+from engines.graph_contents import check_graph_contents
 from engines.manifest import VisionGraph
 from engines.targets import Target, find_target
 from engines.trt.batch_profile import ONE_IMAGE, BatchRange, parse_batch, shape_ranges
 from engines.trt.build_memory import add_swap_command, predict_build_bytes
 from engines.trt.build_progress import ProgressCallback
-from engines.trt.builder import BuildOptions, build_plan, choose_gpu, layers_path, workspace_of
+from engines.trt.builder import PlanTask, build_plan, choose_gpu, layers_path, workspace_of
 from engines.trt.library import load_library_for
 from engines.trt.plan import (
     PlanRecord,
@@ -39,6 +40,12 @@ from engines.trt.plan import (
     read_checked,
     read_record,
     rebuild_hint,
+)
+
+EXAMPLES = (
+    "python -m engines.build build/rover",
+    "python -m engines.build build/rover --target rtx-4090 --batch 4",
+    "python -m engines.build build/rover --rebuild --json",
 )
 
 
@@ -61,6 +68,44 @@ class PlanOutcome:
     record: PlanRecord
 
 
+def build_engines(
+    bundle: Bundle | str | Path,
+    target: str | None = None,
+    request: PlanRequest = PlanRequest(),
+    *,
+    tokens: int | None = None,
+    targets_file: Path | None = None,
+    progress: Callable[[str], AbstractContextManager[ProgressCallback | None]] = (
+        lambda title: nullcontext()
+    ),
+    done: Callable[[PlanOutcome], None] = lambda outcome: None,
+) -> list[PlanOutcome]:
+    """Make sure that a bundle's vision graphs have their TensorRT plans.
+
+    Args:
+        bundle: from `open_bundle`, or its directory.
+        target: the device; left out, the one the bundle was exported for.
+        request: how to build.
+        tokens: one graph of several; left out, a plan for each.
+        targets_file: a TOML file of the user's own targets.
+        progress: opened around each plan with its title; gives what is told the phase.
+        done: told of each plan.
+
+    Raises:
+        EngineError, OptionError: as `prepare_plan`.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    graphs = opened.manifest.vision if tokens is None else (opened.vision(tokens),)
+    device = find_target(target or opened.manifest.target, targets_file)
+    _warn_of_memory(opened, graphs, device, request)
+    outcomes = []
+    for graph in graphs:
+        with progress(f"{graph.file} for {device.name}") as tell:
+            outcomes.append(prepare_plan(opened, graph, device, request, tell))
+        done(outcomes[-1])
+    return outcomes
+
+
 def prepare_plan(
     bundle: Bundle,
     graph: VisionGraph,
@@ -74,9 +119,10 @@ def prepare_plan(
         EngineError: a plan is there that is damaged or does not fit and ``rebuild`` was not asked
             for, or it cannot be built here.
         OptionError: the target has no plans, or does not take the graph's precision.
+        BundleError: the graph holds what our exporters never write.
     """
     _check_target(bundle, graph, target)
-    options = BuildOptions(
+    options = PlanTask(
         onnx=bundle.path(graph.file),
         onnx_sha256=bundle.manifest.files[graph.file].sha256,
         plan=plan_path(bundle, graph, target, request.batch.max),
@@ -91,6 +137,7 @@ def prepare_plan(
         if is_signed_here(record):
             return PlanOutcome("current", options.plan, record)
         return PlanOutcome("adopted", options.plan, adopt_plan(options.plan))
+    check_graph_contents(bundle, graph.file)
     result = build_plan(options, on_progress)
     return PlanOutcome("built", result.plan, result.record)
 
@@ -111,7 +158,7 @@ def _check_target(bundle: Bundle, graph: VisionGraph, target: Target) -> None:
         )
 
 
-def _check_existing(options: BuildOptions, *, trust: bool) -> PlanRecord:
+def _check_existing(options: PlanTask, *, trust: bool) -> PlanRecord:
     record = read_record(options.plan)
     gpu = choose_gpu(options.target, find_gpu())
     library = load_library_for(options.target)
@@ -179,17 +226,15 @@ def main(
 
     The precision is each graph's own. RTX targets are built ahead of time, without a GPU.
     """
-    opened = open_bundle(bundle)
-    graphs = opened.manifest.vision if tokens is None else (opened.vision(tokens),)
-    device = find_target(target or opened.manifest.target, targets)
-    request = PlanRequest(parse_batch(batch), workspace, rebuild, trust)
-    _warn_of_memory(opened, graphs, device, request)
-    outcomes = []
-    for graph in graphs:
-        with progress_on_stderr(f"{graph.file} for {device.name}") as progress:
-            outcomes.append(prepare_plan(opened, graph, device, request, progress))
-        if not as_json:
-            _print_outcome(outcomes[-1])
+    outcomes = build_engines(
+        bundle,
+        target,
+        PlanRequest(parse_batch(batch), workspace, rebuild, trust),
+        tokens=tokens,
+        targets_file=targets,
+        progress=progress_on_stderr,
+        done=_print_outcome if not as_json else lambda outcome: None,
+    )
     if as_json:
         cli.print_json({"plans": [_json_of(outcome) for outcome in outcomes]})
 
@@ -236,11 +281,4 @@ def _json_of(outcome: PlanOutcome) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(
-        main,
-        [
-            "python -m engines.build build/rover",
-            "python -m engines.build build/rover --target rtx-4090 --batch 4",
-            "python -m engines.build build/rover --rebuild --json",
-        ],
-    )
+    cli.run(main, EXAMPLES)

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,18 +18,24 @@ from engines.digests import digests_of, kept_digests_of
 from engines.errors import BundleError, OptionError
 from engines.manifest import (
     MANIFEST_NAME,
+    MOST_MANIFEST_BYTES,
     FileRecord,
     LanguageModel,
     Manifest,
     Preprocessing,
     VisionGraph,
+    checksum_of,
+    json_from_manifest,
     manifest_from_json,
 )
+from engines.publishing import recover
 from engines.staging import staged_directory
 
 LOCAL_DIRECTORY = "local"
 """Where a machine may keep what it made from the bundle (TensorRT plans); not part of the bundle,
 so not verified: what lies there carries its own checks."""
+_MOST_TOLD = 20
+"""Of many files that are wrong, so many are named."""
 
 
 @dataclass(frozen=True)
@@ -121,44 +129,57 @@ def open_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
             problems are listed.
     """
     root = Path(path)
-    manifest = manifest_from_json(_manifest_text(root), str(root / MANIFEST_NAME))
+    recover(root)
+    text = _manifest_text(root)
+    manifest = manifest_from_json(text, str(root / MANIFEST_NAME))
     problems = _file_problems(root, manifest.files)
     if verify and not problems:
-        problems = _digest_problems(root, manifest.files)
+        problems = _manifest_problems(manifest, text) + _digest_problems(root, manifest.files)
     if problems:
         count = "1 file" if len(problems) == 1 else f"{len(problems)} files"
+        more = "; and more" if len(problems) > _MOST_TOLD else ""
         raise BundleError(
-            f"{root} is not the bundle that was built, {count}: {'; '.join(problems)}. Copy it "
+            f"{root} is not the bundle that was built, {count}: "
+            f"{'; '.join(problems[:_MOST_TOLD])}{more}. Copy it "
             "again from where it was built, or build it again with `python -m export.build`."
         )
     return Bundle(root, manifest)
 
 
 def _manifest_text(root: Path) -> bytes:
-    if not root.exists():
+    if not os.path.exists(root):  # noqa: PTH110 - False too for a name that no file can have
         raise BundleError(
             f"{root} does not exist, expected a bundle directory. Build one with "
             "`python -m export.build --model DIR --out BUNDLE`."
         )
     if not root.is_dir():
         raise BundleError(f"{root} is a file, expected the bundle's directory.")
+    file = root / MANIFEST_NAME
     try:
-        return (root / MANIFEST_NAME).read_bytes()
+        kind = file.stat()
+        if not stat.S_ISREG(kind.st_mode):
+            raise BundleError(f"{file} is not a plain file. Copy the bundle again.")
+        if kind.st_size > MOST_MANIFEST_BYTES:
+            raise BundleError(
+                f"{file} has {kind.st_size:,} bytes, expected at most {MOST_MANIFEST_BYTES:,}. It "
+                "is damaged; build the bundle again with `python -m export.build`."
+            )
+        return file.read_bytes()
     except FileNotFoundError:
         raise BundleError(
             f"{root} holds no {MANIFEST_NAME}, so it is not a bundle (or a copy that stopped half "
             "way). Give the directory `python -m export.build --out` wrote, or copy it again."
         ) from None
     except OSError as error:
-        raise BundleError(f"{root / MANIFEST_NAME} cannot be read: {error}.") from error
+        raise BundleError(f"{file} cannot be read: {error}.") from error
 
 
 def _file_problems(root: Path, files: dict[str, FileRecord]) -> list[str]:
     """Compare names and sizes with the manifest, and look for links that lead outside."""
     problems = []
-    home = root.resolve()
+    home = Path(os.path.realpath(root))  # which, unlike resolve(), does not raise at loops of links
     for name, record in sorted(files.items()):
-        target = (root / name).resolve()
+        target = Path(os.path.realpath(root / name))
         if not target.is_relative_to(home):
             problems.append(
                 f"{name} is a link to {target}, outside the bundle (copy with `cp -rL`)"
@@ -169,6 +190,13 @@ def _file_problems(root: Path, files: dict[str, FileRecord]) -> list[str]:
             problems.append(f"{name} has {found:,} bytes, expected {record.bytes:,}")
     extra = sorted(set(_files_below(root)) - set(files) - {MANIFEST_NAME})
     return problems + [f"{name} was added after the build (delete it)" for name in extra]
+
+
+def _manifest_problems(manifest: Manifest, text: bytes) -> list[str]:
+    found = checksum_of(json.loads(text))
+    if manifest.checksum in (None, found):
+        return []
+    return [f"{MANIFEST_NAME} was changed: its checksum is {manifest.checksum}, expected {found}"]
 
 
 def _digest_problems(root: Path, files: dict[str, FileRecord]) -> list[str]:
@@ -236,8 +264,12 @@ def write_bundle(
         BundleError: something is in the way, the place cannot be written or the disk is full.
     """
     goal = Path(destination)
-    refuse_occupied(goal, overwrite)
-    with staged_directory(goal, BundleError, expected_bytes) as staging:
+
+    def check() -> None:
+        refuse_occupied(goal, overwrite)
+
+    check()
+    with staged_directory(goal, BundleError, expected_bytes, check) as staging:
         draft = BundleDraft(staging)
         yield draft
         if draft.manifest is None:
@@ -251,9 +283,9 @@ def write_bundle(
         if problems := _file_problems(staging, files):
             raise BundleError(f"{goal} was not written: {'; '.join(problems)}.")
         manifest = draft.manifest.model_copy(update={"files": files})
-        text = manifest.model_dump_json(indent=2)
+        text = json_from_manifest(manifest)
         manifest_from_json(text, str(goal / MANIFEST_NAME))
-        (staging / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+        (staging / MANIFEST_NAME).write_text(text, encoding="utf-8")
 
 
 def refuse_occupied(goal: Path, overwrite: bool) -> None:
@@ -262,6 +294,7 @@ def refuse_occupied(goal: Path, overwrite: bool) -> None:
     Raises:
         BundleError: something else lies there, or a bundle that may not be replaced.
     """
+    recover(goal)
     if not goal.exists() or (goal.is_dir() and not any(goal.iterdir())):
         return
     if not (goal / MANIFEST_NAME).is_file():

@@ -33,6 +33,11 @@ from engines.trt.plan import (
     read_record,
 )
 
+EXAMPLES = (
+    "python -m engines.doctor",
+    "python -m engines.doctor build/rover --json",
+)
+
 Status = Literal["ok", "note", "problem"]
 
 
@@ -303,4 +308,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.run(main, ["python -m engines.doctor", "python -m engines.doctor build/rover --json"])
+    cli.run(main, EXAMPLES)

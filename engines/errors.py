@@ -1,7 +1,7 @@
 """The errors that a user can fix: each says what is wrong, what was expected and what to do.
 
 Anything that the user's own files, options or machine can cause is a `FoveateError` and ends a
-command with exit code 2. Any other exception is a bug in Foveate and keeps its traceback.
+command with exit code 2. Any other exception is a defect of Foveate: exit code 70 and a report.
 """
 
 from __future__ import annotations

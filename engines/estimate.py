@@ -32,6 +32,8 @@ from engines.roofline import (
 )
 from engines.targets import Target, find_target
 
+EXAMPLES = ("python -m engines.estimate --model llava-1.5-7b --tokens 64 --target jetson-orin",)
+
 
 @dataclasses.dataclass(frozen=True)
 class EstimateOptions:
@@ -205,7 +207,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.run(
-        main,
-        ["python -m engines.estimate --model llava-1.5-7b --tokens 64 --target jetson-orin"],
-    )
+    cli.run(main, EXAMPLES)

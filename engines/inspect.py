@@ -15,6 +15,11 @@ from engines.errors import EngineError
 from engines.manifest import VisionGraph
 from engines.trt.plan import PlanRecord, read_record
 
+EXAMPLES = (
+    "python -m engines.inspect build/pocket",
+    "python -m engines.inspect build/pocket --json --trust",
+)
+
 
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:
     """Return what a bundle holds, as one JSON object."""
@@ -116,10 +121,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.run(
-        main,
-        [
-            "python -m engines.inspect build/pocket",
-            "python -m engines.inspect build/pocket --json --trust",
-        ],
-    )
+    cli.run(main, EXAMPLES)

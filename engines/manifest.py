@@ -6,6 +6,7 @@ needs nothing that is not named here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ from engines.errors import BundleError
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "bundle.json"
+MOST_MANIFEST_BYTES = 8 << 20
 
 Precision = Literal["fp32", "fp16", "int8", "mixed"]
 LlmPrecision = Literal["fp32", "int4"]
@@ -34,16 +36,24 @@ RelativePath = Annotated[str, AfterValidator(_checked_relative_path)]
 """A file inside the bundle, with forward slashes: it cannot name anything outside."""
 
 
+Side = Annotated[int, Field(gt=0, le=8192)]
+"""Pixels; the largest tower in use takes 1024."""
+Mean = Annotated[float, Field(ge=-1e3, le=1e3)]
+Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Dtype = Literal["float16", "float32", "float64", "int8", "uint8", "int32", "int64", "bool"]
+
+
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TensorSpec(_Record):
     """One named input or output of a graph."""
 
     name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+    dtype: Dtype
+    shape: tuple[Annotated[int, Field(ge=0)] | str, ...] = Field(max_length=8)
     """A string is a dynamic axis, for example ``"batch"``."""
 
 
@@ -56,24 +66,24 @@ class Preprocessing(_Record):
     pad_to_square: bool = False
     """LLaVA-1.5's ``image_aspect_ratio="pad"``: pad with the mean colour before resizing."""
     resize: Literal["shortest_edge", "exact", "none"] = "shortest_edge"
-    resize_height: int = Field(gt=0)
+    resize_height: Side
     """With ``shortest_edge`` the shorter side; then `resize_width` is the same number."""
-    resize_width: int = Field(gt=0)
+    resize_width: Side
     resample: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "bicubic"
     center_crop: bool = True
-    height: int = Field(gt=0)
+    height: Side
     """Height of `pixel_values`."""
-    width: int = Field(gt=0)
-    rescale_factor: float = Field(gt=0)
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    width: Side
+    rescale_factor: float = Field(gt=0, le=1)
+    mean: tuple[Mean, Mean, Mean]
+    std: tuple[Deviation, Deviation, Deviation]
 
 
 class ReducerSpec(_Record):
     """The token reducer inside the graph."""
 
     name: str
-    tokens: int = Field(gt=0)
+    tokens: int = Field(gt=0, le=2**16)
     """N: visual tokens out of the graph, padding included."""
     options: dict[str, int | float | str | bool] = {}
 
@@ -84,13 +94,13 @@ class VisionGraph(_Record):
     file: RelativePath
     weights: RelativePath | None = None
     """Where its weights lie when not in ``file``; several graphs may share them."""
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    inputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
     reducer: ReducerSpec
     precision: Precision
-    opset: int
-    patch_rows: int = Field(gt=0)
-    patch_columns: int = Field(gt=0)
+    opset: int = Field(ge=1, le=100)
+    patch_rows: int = Field(gt=0, le=1024)
+    patch_columns: int = Field(gt=0, le=1024)
     accuracy: float | None = Field(default=None, ge=0, le=1)
     """Share of questions answered exactly with this reducer, budget and precision, as the
     checkpoint's ``accuracy_by_budget.json`` says; None: not measured."""
@@ -108,14 +118,14 @@ class Prompt(_Record):
     """How a conversation becomes token ids."""
 
     tokenizer: RelativePath
-    chat_template: str
+    chat_template: str = Field(max_length=1 << 18)
     """Jinja source, from the checkpoint."""
-    image_token: str
-    image_token_id: int
+    image_token: str = Field(min_length=1)
+    image_token_id: TokenId
     bos_token: str | None
     eos_token: str | None
     add_bos_token: bool
-    stop_token_ids: tuple[int, ...]
+    stop_token_ids: tuple[TokenId, ...] = Field(min_length=1)
 
 
 class Text(_Record):
@@ -123,9 +133,9 @@ class Text(_Record):
 
     embeddings: RelativePath
     """safetensors with one tensor ``embed_tokens``, float16[V, D]."""
-    vocabulary: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    context_length: int = Field(gt=0)
+    vocabulary: int = Field(gt=0, le=2**24)
+    hidden_size: int = Field(gt=0, le=2**17)
+    context_length: int = Field(gt=0, le=2**27)
 
 
 class FileRecord(_Record):
@@ -154,6 +164,23 @@ class Manifest(_Record):
     calibration_digest: Sha256 | None = None
     files: dict[RelativePath, FileRecord] = {}
     """Every file of the bundle but `bundle.json` itself; `write_bundle` fills it in."""
+    checksum: Sha256 | None = None
+    """SHA-256 of all the rest of this file, so that a bit that flips in it is noticed; see
+    `checksum_of`. Older bundles have none."""
+
+
+def checksum_of(document: dict[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's JSON object, its own checksum and its layout aside."""
+    rest = {name: value for name, value in document.items() if name != "checksum"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def json_from_manifest(manifest: Manifest) -> str:
+    """Write a manifest as JSON, with its checksum."""
+    document = manifest.model_dump(mode="json", exclude={"checksum"})
+    document["checksum"] = checksum_of(document)
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
 def manifest_from_json(text: str | bytes, source: str) -> Manifest:
@@ -168,7 +195,7 @@ def manifest_from_json(text: str | bytes, source: str) -> Manifest:
     """
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(
             f"{source} is not JSON ({error}). It is damaged or was edited; build the bundle again "
             "with `python -m export.build`."
@@ -182,7 +209,7 @@ def manifest_from_json(text: str | bytes, source: str) -> Manifest:
     try:
         manifest = Manifest.model_validate(document)
     except ValidationError as error:
-        raise _schema_error(source, _problems(error)) from None
+        raise _schema_error(source, list_problems(error)) from None
     if problems := _reference_problems(manifest):
         raise _schema_error(source, problems)
     return manifest
@@ -237,7 +264,8 @@ def _schema_error(source: str, problems: list[str]) -> BundleError:
     )
 
 
-def _problems(error: ValidationError) -> list[str]:
+def list_problems(error: ValidationError) -> list[str]:
+    """Return pydantic's findings in plain words: field, what it is, what was expected."""
     # pydantic also calls a list too short when its items are wrong: that would tell it twice.
     return [
         _told(problem)
@@ -252,7 +280,7 @@ def _told(problem: Any) -> str:
     for step in problem["loc"]:
         field += f"[{step}]" if isinstance(step, int) else f".{step}" if field else str(step)
     field = field.removesuffix(".[key]")
-    got = json.dumps(problem["input"], default=str)
+    got = _shown(problem["input"])
     got = got if len(got) <= 80 else f"{got[:77]}..."
     context = problem.get("ctx", {})
     told = {
@@ -265,3 +293,10 @@ def _told(problem: Any) -> str:
     }
     expected = problem["msg"].removeprefix("Input should be ").split(", unable")[0]
     return f"{field} {told.get(problem['type'], f'is {got}, expected {expected}')}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return json.dumps(value, default=str)
+    except RecursionError:
+        return "a structure of many levels"

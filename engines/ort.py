@@ -102,6 +102,7 @@ def create_inference_session(
             reason = " ".join(f"{error} {complaints}".split())
             raise EngineError(_start_message(path, names[0], onnxruntime, reason)) from error
         raise EngineError(_load_message(Path(path), onnxruntime.__version__, error)) from error
+    _read_names(Path(path), session)
     if session.get_providers()[0] != names[0]:
         raise EngineError(_start_message(path, names[0], onnxruntime, complaints))
     return session
@@ -115,6 +116,22 @@ def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     except OSError:
         return False
     return not flags.isdisjoint({"avx512_vnni", "avx_vnni", "amx_int8"})
+
+
+def _read_names(path: Path, session: onnxruntime.InferenceSession) -> None:
+    """Read every name of inputs, outputs and their axes once: they need not be text.
+
+    Raises:
+        EngineError: one is not.
+    """
+    try:
+        for node in (*session.get_inputs(), *session.get_outputs()):
+            _ = node.name, node.type, node.shape
+    except UnicodeDecodeError as error:
+        raise EngineError(
+            f"{path}: the name of an input, an output or an axis is not UTF-8 ({error}). The file "
+            "is damaged; copy or build it again."
+        ) from error
 
 
 def _onnxruntime() -> Any:

@@ -1,26 +1,30 @@
 """Write a file or a directory completely or not at all.
 
 A result is written beside its destination and renamed when the `with` block ends well. It is
-removed when the block fails, so a reader never sees a half-written result.
+removed when the block fails, so a reader never sees a half-written result. What a killed process
+left is removed by the next one.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import glob
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from engines.errors import FoveateError
+from engines.publishing import partial_prefix, publish, sole_writer
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_RETIRED = ".old"
 _FULL_TEXTS = ("no space left", "disk quota exceeded", "file too large", "disk full")
+_STAGED_FILE = re.compile(r"\..*\.partial-[a-z0-9_]{8}(\..*)?")
+_cleaned: set[Path] = set()
+"""Folders in which this process has looked for what dead ones left."""
 
 
 @contextmanager
@@ -38,17 +42,53 @@ def staged_file(destination: Path, error: type[FoveateError] = FoveateError) -> 
         destination.parent.mkdir(parents=True, exist_ok=True)
         if destination.is_dir():
             raise error(f"{destination} is a directory, expected the name of a file to write.")
-        handle, name = tempfile.mkstemp(
-            prefix=f".{destination.stem}.", suffix=destination.suffix, dir=destination.parent
-        )
+        with _folder_in_use(destination.parent):
+            handle, name = tempfile.mkstemp(
+                prefix=f".{destination.stem}.partial-",
+                suffix=destination.suffix,
+                dir=destination.parent,
+            )
+            os.close(handle)
+            staged = Path(name)
+            try:
+                yield staged
+                staged.chmod(0o666 & ~_umask())
+                staged.replace(destination)
+            finally:
+                staged.unlink(missing_ok=True)
+
+
+@contextmanager
+def _folder_in_use(folder: Path) -> Iterator[None]:
+    """Hold a shared lock of a folder while a file is staged in it.
+
+    Whoever has the folder to itself knows that staged files in it belong to dead processes, and
+    removes them. Disks without locks are never cleaned.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if (known := folder.absolute()) not in _cleaned:
+            _cleaned.add(known)
+            if _try_lock(handle, fcntl.LOCK_EX):
+                _remove_staged_files(folder)
+        _try_lock(handle, fcntl.LOCK_SH)
+        yield
+    finally:
         os.close(handle)
-        staged = Path(name)
-        try:
-            yield staged
-            staged.chmod(0o666 & ~_umask())
-            staged.replace(destination)
-        finally:
-            staged.unlink(missing_ok=True)
+
+
+def _try_lock(handle: int, kind: int) -> bool:
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_staged_files(folder: Path) -> None:
+    for entry in list(folder.iterdir()):
+        if _STAGED_FILE.fullmatch(entry.name) and entry.is_file() and not entry.is_symlink():
+            entry.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -56,85 +96,42 @@ def staged_directory(
     destination: Path,
     error: type[FoveateError] = FoveateError,
     expected_bytes: int | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[Path]:
     """Give a new directory beside ``destination`` and move it there at the end.
 
-    An old directory stays in place until the new one is complete. The caller decides beforehand
-    whether it may be replaced.
+    An old directory stays in place until the new one is complete, and is exchanged for it in one
+    step. One process at a time writes to a place.
 
     Args:
         destination: the directory to write.
         error: what to raise when it cannot be written.
         expected_bytes: about how much will be written; too little room is refused before any work.
+        check: called before any work and again before the move; it raises where what lies at
+            ``destination`` may not be replaced.
 
     Raises:
-        FoveateError: of kind ``error``; the folder cannot be written or the disk is full.
+        FoveateError: of kind ``error``; the folder cannot be written, the disk is full, or another
+            process writes there.
     """
+    destination = destination.resolve()
     with _explained(destination, error, expected_bytes):
         destination.parent.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(destination.parent).free
         if expected_bytes is not None and free_bytes < expected_bytes:
             raise error(_full_disk_message(destination, expected_bytes))
-        with scratch_directory(destination, "partial") as staged:
-            yield staged
-            staged.chmod(0o777 & ~_umask())
-            _swap(staged, destination)
-
-
-@contextmanager
-def scratch_directory(destination: Path, kind: str) -> Iterator[Path]:
-    """Give a new directory beside ``destination`` that is gone when the block ends.
-
-    A process that is killed cannot remove its own, so the next one removes it: a directory of this
-    name that no living process holds locked.
-
-    Args:
-        destination: what is being made.
-        kind: what the directory is for; in its name, which begins with the destination's.
-    """
-    prefix = f"{destination.name}.{kind}-"
-    for left in destination.parent.glob(f"{glob.escape(prefix)}*"):
-        if left.name.endswith(_RETIRED) and not destination.exists():
-            left.rename(destination)  # it was being replaced when the process was killed
-        else:
-            _remove_if_abandoned(left)
-    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
-    lock = os.open(scratch, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        os.close(lock)
-
-
-def _remove_if_abandoned(folder: Path) -> None:
-    try:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError:
-        return  # another process is writing it now
-    finally:
-        os.close(lock)
-
-
-def _swap(staged: Path, destination: Path) -> None:
-    """Move ``staged`` to ``destination``; an old one comes back if that fails."""
-    if not destination.exists():
-        staged.rename(destination)
-        return
-    retired = staged.with_name(f"{staged.name}{_RETIRED}")
-    destination.rename(retired)
-    try:
-        staged.rename(destination)
-    except BaseException:
-        retired.rename(destination)
-        raise
-    shutil.rmtree(retired, ignore_errors=True)
+        with sole_writer(destination, error):
+            check()
+            staged = Path(
+                tempfile.mkdtemp(prefix=partial_prefix(destination), dir=destination.parent)
+            )
+            try:
+                yield staged
+                staged.chmod(0o777 & ~_umask())
+                check()
+                publish(staged, destination)
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
 
 
 @contextmanager
@@ -149,9 +146,9 @@ def _explained(
     except Exception as refusal:
         if is_disk_full(refusal):
             raise error(_full_disk_message(destination, expected_bytes)) from refusal
-        if isinstance(
-            refusal, PermissionError | NotADirectoryError | FileExistsError
-        ) or _read_only(refusal):
+        if isinstance(refusal, PermissionError | NotADirectoryError | FileExistsError) or _refused(
+            refusal
+        ):
             raise error(
                 f"{destination} cannot be written: {refusal}. Choose a folder you may write to."
             ) from refusal
@@ -170,8 +167,9 @@ def is_disk_full(error: BaseException) -> bool:
     return error.__cause__ is not None and is_disk_full(error.__cause__)
 
 
-def _read_only(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno == errno.EROFS
+def _refused(error: BaseException) -> bool:
+    """Tell whether the disk is read-only, or something is in the way by now."""
+    return isinstance(error, OSError) and error.errno in {errno.EROFS, errno.ENOTEMPTY}
 
 
 def _full_disk_message(destination: Path, expected_bytes: int | None) -> str:

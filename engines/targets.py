@@ -19,6 +19,8 @@ from engines import cli
 from engines.errors import OptionError
 from engines.manifest import Precision
 
+EXAMPLES = ("python -m engines.targets --targets my_robot.toml",)
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -288,4 +290,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.run(main, ["python -m engines.targets --targets my_robot.toml"])
+    cli.run(main, EXAMPLES)

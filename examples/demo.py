@@ -14,40 +14,36 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from engines.bundle import open_bundle
-from engines.progress_bar import show_progress
-from export.build import build_bundle
-from export.build.plan import BuildOptions
-from runtime.language.generate import GenerationOptions
-from runtime.model import Answer, Model, open_model
-from runtime.vision import Pixels
-from runtime.vision.overlay import save_overlay
-from runtime.vision.pictures import load_picture
+from export import BuildOptions, build_bundle
+from runtime import ask, open_bundle, open_model
 
 CHECKPOINT = Path("models/pocket-llava")
 PICTURE = CHECKPOINT / "test/00000.png"
 QUESTION = "How many boxes are there?"
 BUNDLE = Path("build/demo")
 OVERLAY = Path("build/demo-overlay.png")
-SHORT = GenerationOptions(max_tokens=24)
 STAGES = ("encode", "prefill", "decode", "total")
+BLACK = np.zeros((336, 336, 3), np.uint8)
 
 
 def main() -> None:
     """Build, ask with all tokens and with a ninth of them, draw."""
+    console = Console()
     options = BuildOptions(str(CHECKPOINT), BUNDLE, tokens=(64, "all"), overwrite=True)
-    with show_progress() as progress:
-        build_bundle(options, progress)
+    with Console(stderr=True).status("Starting") as status:
+        build_bundle(options, lambda line, done: status.update(f"{done:4.0%}  {line}"))
     bundle = open_bundle(BUNDLE)
-    picture = load_picture(PICTURE)
     table = Table("visual tokens", "answer", *(f"{stage} ms" for stage in STAGES), box=SIMPLE)
     for graph in reversed(bundle.manifest.vision):
+        answers = []
         with open_model(bundle, visual_tokens=graph.reducer.tokens) as model:
-            answer = ask_warm(model, picture)
+            for _ in range(7):  # a robot's engine is warm, and its picture never the one before
+                model.ask(BLACK, QUESTION)
+                answers.append(model.ask(PICTURE, QUESTION))
+        answer = sorted(answers, key=lambda answer: answer.milliseconds["total"])[3]
         times = (f"{answer.milliseconds[stage]:.1f}" for stage in STAGES)
         table.add_row(f"{answer.visual_tokens} ({graph.reducer.name})", answer.text, *times)
-    save_overlay(OVERLAY, picture, answer.seen[0], bundle)
-    console = Console()
+    ask(BUNDLE, PICTURE, QUESTION, overlay=OVERLAY)
     console.print(f"\n{PICTURE}: [bold]{QUESTION}[/bold]")
     console.print(table)
     console.print(f"What the {answer.visual_tokens} tokens kept of the picture: {OVERLAY}")
@@ -55,18 +51,6 @@ def main() -> None:
         f'Ask your own:  .venv/bin/python -m runtime.ask {BUNDLE} {PICTURE} "{QUESTION}"',
         soft_wrap=True,
     )
-
-
-def ask_warm(model: Model, picture: Pixels) -> Answer:
-    """Return the median of seven answers, each after a black frame.
-
-    A robot's engine is warm, and its picture is never the one that was read before.
-    """
-    answers = []
-    for _ in range(7):
-        model.ask(np.zeros_like(picture), QUESTION, SHORT)
-        answers.append(model.ask(picture, QUESTION, SHORT))
-    return sorted(answers, key=lambda answer: answer.milliseconds["total"])[3]
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from engines.bundle import Bundle
+from engines.bundle import Bundle, open_bundle
 from engines.errors import BackendError
 from runtime.backends import TextBackend
 from runtime.backends.chat_server import ServerOptions
@@ -18,6 +19,7 @@ from runtime.language.generate import Finish, GenerationOptions
 from runtime.language.parts import Embeddings
 from runtime.language.prompt import PromptWriter, Turn
 from runtime.vision import Pixels, VisionEncoder, VisualTokens
+from runtime.vision.pictures import load_picture
 
 Show = Callable[[str], None]
 """Called with each piece of an answer as it is written."""
@@ -88,7 +90,7 @@ class Model(AbstractContextManager["Model"]):
 
     def ask(
         self,
-        image: Pixels,
+        image: Pixels | str | Path,
         question: str,
         options: GenerationOptions | None = None,
         *,
@@ -101,7 +103,7 @@ class Model(AbstractContextManager["Model"]):
         again, nor is the image if it is the same.
 
         Args:
-            image: RGB, uint8[H, W, 3].
+            image: RGB, uint8[H, W, 3]; or the name of a picture file.
             question: what to ask.
             options: how the answer is written.
             system: instructions before the conversation; not every checkpoint takes them.
@@ -112,6 +114,8 @@ class Model(AbstractContextManager["Model"]):
             PictureError: not an image the tower can take.
             BackendError: more positions than the context holds.
         """
+        if isinstance(image, (str, Path)):
+            image = load_picture(image)
         visual = self.encoder.encode([image])
         return self.answer_about([visual], question, options, system=system, show=show)
 
@@ -228,7 +232,7 @@ class Model(AbstractContextManager["Model"]):
 
 
 def open_model(
-    bundle: Bundle,
+    bundle: Bundle | str | Path,
     *,
     backend: str | None = None,
     engine: str | None = None,
@@ -240,7 +244,7 @@ def open_model(
     """Load everything that answering takes.
 
     Args:
-        bundle: from `open_bundle`.
+        bundle: from `open_bundle`, or its directory.
         backend: the language backend; left out, the bundle's first.
         engine: what runs the vision graph; left out, what the bundle's target says.
         threads: CPU threads of the vision graph and of the language model; left out, one per
@@ -252,6 +256,8 @@ def open_model(
     Raises:
         FoveateError: a part that cannot be loaded, said in words.
     """
+    if not isinstance(bundle, Bundle):
+        bundle = open_bundle(bundle)
     writer = PromptWriter(bundle)
     encoder = VisionEncoder(bundle, engine=engine, threads=threads, tokens=visual_tokens)
     try:

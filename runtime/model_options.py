@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from runtime.backends.chat_server import ServerOptions
     from runtime.model import Model
 
+SystemOption = Annotated[
+    str | None,
+    typer.Option("--system", help="Instructions before the question, if the model takes them."),
+]
+
 
 @dataclass(frozen=True)
 class ModelOptions:

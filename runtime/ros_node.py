@@ -23,14 +23,15 @@ import typer
 
 from engines.cli import run
 from engines.errors import SourceError
-from runtime.answer_options import AnswerOptions, SystemOption
 from runtime.camera.budgets.goal_options import GoalOptions
 from runtime.camera.view_options import ViewOptions
-from runtime.frames import FrameSource
+from runtime.commands.watch import SHORT_ANSWERS, WatchOptions, watch
+from runtime.frames import FrameSource, SourceOptions
 from runtime.frames.frame import Capture, ReadErrors
 from runtime.frames.ros_image import image_from_compressed_message, image_from_message, stamp_ns
-from runtime.model_options import ModelOptions
-from runtime.watch import SHORT_ANSWERS, WatchOptions, watch
+from runtime.frames.source import FrameView
+from runtime.language.generate import GenerationOptions
+from runtime.model_options import ModelOptions, SystemOption
 
 NAME = "foveate"
 EXAMPLES = (
@@ -141,9 +142,10 @@ def main(
     ] = False,
     system: SystemOption = None,
     view: ViewOptions,
+    frames: FrameView,
     budget: GoalOptions,
     model: ModelOptions,
-    answering: AnswerOptions = SHORT_ANSWERS,
+    generation: GenerationOptions = SHORT_ANSWERS,
 ) -> None:
     """Answer about an image topic of ROS 2.
 
@@ -152,8 +154,8 @@ def main(
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     options = WatchOptions(
         camera=view.camera(ask),
-        source=view.source(),
-        generation=answering.generation(),
+        source=SourceOptions(**vars(frames)),
+        generation=generation,
         model=model,
         system=system,
         goal=budget.goal(),

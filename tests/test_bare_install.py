@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from engines.bundle import Bundle
-from runtime.ask import ask
+from runtime.commands.ask import ask
 
 ROOT = Path(__file__).parents[1]
 ABSENT = ("huggingface_hub", "onnx", "sympy", "torch", "transformers")
@@ -40,7 +40,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("bare")
     source = place / "source"
     source.mkdir()
-    for name in ("engines", "runtime", "calibration", "export"):
+    for name in ("engines", "runtime", "graphs", "calibration", "export", "foveate"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE", "requirements-robot.txt"):
         shutil.copy(ROOT / name, source / name)
@@ -79,7 +79,7 @@ def test_it_answers_as_the_full_installation_does(
     said = json.loads(answered.stdout)
     assert said["visual_tokens"] == 16
     assert overlay.stat().st_size > 0
-    here, _ = ask(language_bundle.root, photo, "What is it?")
+    here = ask(language_bundle.root, photo, "What is it?")
     assert here.text.startswith(said["answer"])
 
 

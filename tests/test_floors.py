@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = ("engines", "runtime", "graphs", "calibration", "export")  # from the lowest up
+FLOORS = ("engines", "runtime", "graphs", "calibration", "export", "foveate")  # lowest first
 OUTSIDE = {"tests", "benchmarks", "examples", "models"}
 
 # What a robot installs. Optional packages (a video library, another engine) are imported where
@@ -32,6 +32,7 @@ ALLOWED = {
     "runtime": THIN | OPTIONAL["runtime"],
     "graphs": THIN | {"onnx", "onnx_ir"},
     "calibration": THIN | {"onnx", "onnx_ir"},
+    "foveate": {"typer"},
 }
 ONLY_IN = {
     "runtime/ros_node.py": {"rclpy", "sensor_msgs", "std_msgs"},  # they come with ROS
@@ -85,6 +86,13 @@ def test_a_floor_imports_only_what_lies_below(floor: str) -> None:
     assert not found, "\n".join(found)
 
 
+def test_the_command_imports_no_floor_but_the_lowest_by_itself() -> None:
+    """It imports a command's module when it is asked for; see `foveate.__main__._load`."""
+    for file in (ROOT / "foveate").rglob("*.py"):
+        imported = {package for _, package in imported_packages(file.read_text("utf-8"))}
+        assert imported & set(FLOORS) <= {"engines"}
+
+
 def read_sources() -> dict[str, str]:
     """Return the source of every module of the floors, by its dotted name."""
     sources = {}
@@ -96,15 +104,18 @@ def read_sources() -> dict[str, str]:
 
 
 def imports_of(sources: dict[str, str]) -> dict[str, set[str]]:
-    """Return the modules that each module imports; one a type checker alone sees counts."""
+    """Return the modules that each module imports; one a type checker alone sees counts.
+
+    `from package import module` imports the module, and nothing that the package exports.
+    """
     return {
         name: {
-            module
+            module if (module := f"{node.module}.{alias.name}") in sources else node.module
             for node in ast.walk(ast.parse(source))
             if isinstance(node, ast.ImportFrom) and node.module
-            for module in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
-            if module in sources and module != name
+            for alias in node.names
         }
+        & sources.keys() - {name}
         for name, source in sources.items()
     }
 

@@ -30,20 +30,35 @@ def test_make_targets_exist() -> None:
         assert done.returncode == 0, f"{line}: {done.stderr}"
 
 
+def run_python(arguments: list[str], place: Path) -> str:
+    """What Python prints in a folder where the models of the project are."""
+    if not (place / "models").exists():
+        (place / "models").symlink_to(ROOT / "models")
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
 def test_commands_run_in_order_as_written(tmp_path: Path) -> None:
-    (tmp_path / "models").symlink_to(ROOT / "models")
     lines = commands("python")
     assert lines
     for line in lines:
-        done = subprocess.run(
-            [sys.executable, *shlex.split(line)[1:]],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        run_python(shlex.split(line)[1:], tmp_path)
+
+
+def test_the_lines_of_python_run_as_written(tmp_path: Path) -> None:
+    """They stand beside the two commands, on the first screen, and give the demo's answer."""
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(block.splitlines()) <= 10
+    assert README.index(block) < README.index("\n## ")
+    assert run_python(["-c", block], tmp_path).startswith("four 64 {")
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:)([^)#]+)", README))

@@ -21,7 +21,7 @@ def tiny_manifest(**changes: Any) -> dict[str, Any]:
                     {"name": "pixel_values", "dtype": "float32", "shape": ["batch", 3, 8, 8]}
                 ],
                 "outputs": [
-                    {"name": "visual_tokens", "dtype": "float32", "shape": ["batch", 2, 4]}
+                    {"name": "visual_tokens", "dtype": "float32", "shape": ["batch", 2, 3]}
                 ],
                 "reducer": {"name": "visionzip", "tokens": 2},
                 "precision": "fp32",
@@ -42,7 +42,7 @@ def tiny_manifest(**changes: Any) -> dict[str, Any]:
         "text": {
             "embeddings": "embeddings.safetensors",
             "vocabulary": 8,
-            "hidden_size": 4,
+            "hidden_size": 3,
             "context_length": 32,
         },
         "prompt": {

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Annotated, Protocol
+
+import typer
 
 from calibration.frames.coverage import Coverage, measure_coverage
 from calibration.frames.frame_sampler import DistinctFrames
@@ -57,9 +59,17 @@ class FrameOptions:
         patch_pixels: pixels along a patch of the tower; smaller frames are unreadable.
     """
 
-    max_frames: int = 256
+    max_frames: Annotated[
+        int,
+        typer.Option(
+            min=2, help="Most frames to take, spread evenly over the source, repeats left out."
+        ),
+    ] = 256
     view: SourceOptions = field(default_factory=SourceOptions)
-    live_s: float = 600.0
+    live_s: Annotated[
+        float,
+        typer.Option("--seconds", min=1.0, help="Of a camera: how long to collect at most."),
+    ] = 600.0
     patch_pixels: int = 14
 
     def __post_init__(self) -> None:
@@ -133,10 +143,7 @@ def collect_frames(
     """
     options = options or FrameOptions()
     if isinstance(source, str):
-        view = options.view
-        source = open_source(
-            source, rotate=view.rotate, crop=view.crop, fps=view.fps, topic=view.topic
-        )
+        source = open_source(source, options.view)
     sample = DistinctFrames(options.max_frames)
     with ExitStack() as open_things:
         frames = open_things.enter_context(source)

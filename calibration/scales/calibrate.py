@@ -12,9 +12,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, get_args
 
 import numpy as np
 import onnx_ir as ir
+import typer
 from numpy.typing import NDArray
 
 from calibration.frames.dataset import Frames
@@ -30,6 +32,7 @@ from calibration.scales.observers import Recorder
 from calibration.scales.ranges import Method, find_threshold
 from calibration.scales.resume import State, StateFile
 from calibration.scales.smooth import Channels, try_smoothing
+from engines.cli import ThreadsOption
 from engines.errors import CalibrationError
 from engines.progress_bar import Progress
 
@@ -48,11 +51,14 @@ class CalibrationOptions:
         threads: CPU threads; None takes one for each physical core.
     """
 
-    method: Method = "mse"
+    method: Annotated[
+        Method,
+        typer.Option(help=f"How an activation's range is chosen: {', '.join(get_args(Method))}."),
+    ] = "mse"
     smooth: bool = True
     alphas: tuple[float, ...] = ALPHAS
     sample_rows: int = 256
-    threads: int | None = None
+    threads: ThreadsOption = None
 
 
 def calibrate(

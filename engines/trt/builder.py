@@ -18,7 +18,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from engines import __version__
 from engines.errors import EngineError
 from engines.gpu import Gpu, NoGpu, find_gpu, read_power_mode
 from engines.manifest import Precision, TensorSpec
@@ -37,13 +36,14 @@ from engines.trt.layer_report import (
 from engines.trt.library import TrtLibrary, load_library_for, load_polygraphy
 from engines.trt.logger import process_logger
 from engines.trt.plan import PlanRecord, ShapeRange, write_plan
+from engines.version import __version__
 
 _FLAGS = ("STRONGLY_TYPED", "NO_TF32")
 _MIB = 1 << 20
 
 
 @dataclass(frozen=True)
-class BuildOptions:
+class PlanTask:
     """One plan to build.
 
     Attributes:
@@ -76,7 +76,7 @@ class BuildResult:
     layers: LayerReport
 
 
-def workspace_of(options: BuildOptions) -> int:
+def workspace_of(options: PlanTask) -> int:
     """Return the scratch memory to plan with, in bytes."""
     return options.workspace_bytes or (options.target.workspace_mb or 1024) * _MIB
 
@@ -116,7 +116,7 @@ def choose_gpu(target: Target, found: Gpu | NoGpu) -> Gpu | None:
     return found
 
 
-def build_plan(options: BuildOptions, on_progress: ProgressCallback | None = None) -> BuildResult:
+def build_plan(options: PlanTask, on_progress: ProgressCallback | None = None) -> BuildResult:
     """Build a plan.
 
     Args:
@@ -182,7 +182,7 @@ class _Compilation:
 
     loaders: Any
     library: TrtLibrary
-    options: BuildOptions
+    options: PlanTask
     profile: dict[str, ShapeRange]
     gpu: Gpu | None
     errors: list[str]

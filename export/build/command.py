@@ -5,12 +5,10 @@ With `--dry-run` it prints what would be built.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from calibration.int8.options import Int8Flags
 from calibration.int8.report import (
     document_from_int8,
     lines_from_frames,
@@ -21,12 +19,10 @@ from calibration.int8.report import (
 )
 from engines import cli
 from engines.errors import GateError
-from engines.manifest import Precision
 from engines.progress_bar import show_progress
 from engines.termination import end_in_order
 from export.build.plan import BuildOptions, BuildPlan, plan_build
 from export.build.steps import BuildReport, build_bundle
-from export.options import DecoderFlags, ModelOption, ReducerFlags
 
 EXAMPLES = (
     "`python -m export.build --model models/pocket-llava --out build/pocket`",
@@ -38,24 +34,7 @@ EXAMPLES = (
 
 def main(
     *,
-    model: ModelOption,
-    out: Annotated[Path, typer.Option(help="Directory of the bundle.")],
-    target: Annotated[
-        str, typer.Option(help="Device; `python -m engines.targets` lists them.")
-    ] = "cpu",
-    precision: Annotated[
-        str | None, typer.Option(help="Of the vision graph; left out, the target's default.")
-    ] = None,
-    reducer: ReducerFlags,
-    int8: Int8Flags,
-    decoders: DecoderFlags,
-    threads: cli.ThreadsOption = None,
-    opset: Annotated[
-        int | None,
-        typer.Option(help="ONNX operator set: 17, 18 or 19; left out, 18, or 19 where INT8 needs."),
-    ] = None,
-    targets: Annotated[Path | None, typer.Option(help="TOML file of your own targets.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the bundle at --out.")] = False,
+    options: BuildOptions,
     dry_run: Annotated[bool, typer.Option(help="Check everything, write nothing.")] = False,
     as_json: cli.JsonOption = False,
 ) -> int:
@@ -69,20 +48,6 @@ def main(
     and night if the robot works by day and night. Every eighth is held out; on these INT8 must keep
     the patches that FP32 keeps (--gate), or nothing is written and the exit code is 1.
     """
-    options = BuildOptions(
-        model=model,
-        out=out,
-        target=target,
-        reducer=reducer.reducer,
-        tokens=reducer.budgets(),
-        reducer_options=reducer.options(),
-        precision=cli.one_of("--precision", precision, Precision) if precision else None,
-        decoders=decoders.options(),
-        opset=opset,
-        int8=int8.options(threads),
-        targets_file=targets,
-        overwrite=overwrite,
-    )
     if dry_run:
         _tell_plan(plan_build(options), options, as_json)
         return 0
@@ -92,7 +57,7 @@ def main(
     except GateError as error:
         return tell_missed_gate(error, as_json)
     except KeyboardInterrupt:
-        tell_interruption(out)
+        tell_interruption(options.out)
         raise
     _tell_report(report, as_json)
     return 0

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from calibration.int8.graphs import HALF_OPSET
 from calibration.int8.options import Int8Options
@@ -15,14 +18,39 @@ from calibration.scales.calibration_file import Calibration
 from engines.bundle import refuse_occupied
 from engines.errors import OptionError
 from engines.manifest import Precision
+from engines.option_groups import Given, Typed
 from engines.targets import Target, find_target
 from export.build.cost import BuildCost, predict_cost, refuse_what_cannot_fit
 from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.language.language_models import DecoderOptions, check_language_models
-from export.reducers import USUAL_BUDGETS, Budget, Reducer, make_reducer, reducer_for_budget
+from export.options import ModelOption, ReducerOption
+from export.reducers import (
+    REDUCERS,
+    USUAL_BUDGETS,
+    Budget,
+    Reducer,
+    make_reducer,
+    reducer_for_budget,
+)
 from graphs.graph_file import check_opset
 
 USUAL_OPSET = 18
+
+
+def budgets_from_text(text: str) -> tuple[Budget, ...]:
+    """Read ``"64"`` or ``"32,64,all"``.
+
+    Raises:
+        OptionError: something between the commas is not a number of tokens.
+    """
+    words = [word.strip() for word in text.split(",")]
+    wrong = [word for word in words if word != "all" and not word.isdecimal()]
+    if wrong:
+        raise OptionError(
+            f"--tokens {text}: {', '.join(map(repr, wrong))} is not a number of "
+            "tokens. Give one or more with commas between them, such as 64 or 32,64,all."
+        )
+    return tuple("all" if word == "all" else int(word) for word in words)
 
 
 @dataclass(frozen=True)
@@ -34,7 +62,8 @@ class BuildOptions:
         out: the bundle's directory.
         target: the device, a name of `engines.targets`.
         reducer: a name of `export.reducers.REDUCERS`.
-        tokens: a graph is built for each; without any, for what the reducer's options leave.
+        tokens: a graph is built for each; without any, for what the reducer's options leave. None
+            is 64, unless the reducer and its options say a number.
         reducer_options: options of the reducer, which take precedence over what a budget implies.
         precision: of the vision graph; None takes the target's default.
         decoders: which of them the bundle gets.
@@ -44,18 +73,47 @@ class BuildOptions:
         overwrite: replace a bundle that is already there.
     """
 
-    model: str
-    out: Path
-    target: str = "cpu"
-    reducer: str = "visionzip"
-    tokens: tuple[Budget, ...] = USUAL_BUDGETS
-    reducer_options: Mapping[str, int | float | str] = field(default_factory=dict)
-    precision: Precision | None = None
+    model: ModelOption
+    out: Annotated[Path, typer.Option(help="Directory of the bundle.")]
+    target: Annotated[str, typer.Option(help="Device; `python -m engines.targets` lists them.")] = (
+        "cpu"
+    )
+    reducer: ReducerOption = "visionzip"
+    tokens: Annotated[
+        tuple[Budget, ...] | None,
+        typer.Option(
+            help="Visual tokens to leave (64 if left out). Several, such as 64,192,all, give a "
+            "graph each, with one file of weights; `runtime.ask --visual-tokens` chooses."
+        ),
+        Typed(budgets_from_text),
+    ] = None
+    reducer_options: Annotated[Mapping[str, int | float | str], Given(*REDUCERS.values())] = field(
+        default_factory=dict
+    )
+    precision: Annotated[
+        Precision | None,
+        typer.Option(help="Of the vision graph; left out, the target's default."),
+    ] = None
     decoders: DecoderOptions = field(default_factory=DecoderOptions)
-    opset: int | None = None
+    opset: Annotated[
+        int | None,
+        typer.Option(help="ONNX operator set: 17, 18 or 19; left out, 18, or 19 where INT8 needs."),
+    ] = None
     int8: Int8Options = field(default_factory=Int8Options)
-    targets_file: Path | None = None
-    overwrite: bool = False
+    targets_file: Annotated[
+        Path | None, typer.Option("--targets", help="TOML file of your own targets.")
+    ] = None
+    overwrite: Annotated[bool, typer.Option(help="Replace the bundle at --out.")] = False
+
+    @property
+    def budgets(self) -> tuple[Budget | None, ...]:
+        """The tokens of each graph; None is what the reducer's options leave."""
+        if self.tokens is not None:
+            return self.tokens or (None,)
+        if self.reducer == "none":
+            return ("all",)
+        counted = {"dominant", "contextual"} <= self.reducer_options.keys()
+        return (None,) if counted else USUAL_BUDGETS
 
 
 @dataclass(frozen=True)
@@ -99,9 +157,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     refuse_occupied(options.out, options.overwrite)
     checkpoint = open_checkpoint(options.model)
     check_language_models(checkpoint, options.decoders)
-    reducers = tuple(
-        _choose_reducer(options, budget, checkpoint) for budget in options.tokens or (None,)
-    )
+    reducers = tuple(_choose_reducer(options, budget, checkpoint) for budget in options.budgets)
     cost = predict_cost(checkpoint.weights, precision, len(reducers), options.decoders)
     refuse_what_cannot_fit(cost, options.out, options.decoders)
     return BuildPlan(checkpoint, target, precision, reducers, opset, cost, record)

@@ -1,7 +1,7 @@
 """Export the vision graphs of a bundle, in the precision of the plan.
 
 FP32 and FP16 graphs are written as they are traced. For INT8 the graphs are first written in FP32
-beside the bundle, and `calibration.int8.graphs` makes the bundle's graphs from them.
+to a folder of their own, and `calibration.int8.graphs` makes the bundle's graphs from them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 from calibration.frames.dataset import CalibrationSet
@@ -17,7 +18,6 @@ from calibration.int8.resume import ResumeFolder
 from engines.bundle import BundleDraft
 from engines.manifest import Precision, ReducerSpec, VisionGraph
 from engines.progress_bar import Progress
-from engines.staging import scratch_directory
 from export.build.plan import BuildOptions, BuildPlan
 from export.checkpoint.accuracy_table import AccuracyTable
 from export.kept_parts import KeptParts
@@ -77,7 +77,9 @@ def export_vision(
     """
     if plan.precision in ("fp32", "fp16"):
         return Vision(_export_graphs(plan, plan.precision, draft.root, kept, step))
-    with scratch_directory(options.out, "fp32") as folder:
+    # Inside the draft, so that it goes with it should the process be killed.
+    with TemporaryDirectory(dir=draft.root, prefix=".fp32-") as name:
+        folder = Path(name)
         exact = _export_graphs(plan, "fp32", folder, kept, step)
         task = Int8Task(
             sources={graph.file: folder / graph.file for graph in exact},

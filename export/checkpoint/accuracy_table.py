@@ -31,7 +31,7 @@ class AccuracyTable:
             return
         try:
             self._cells = json.loads(self._file.read_text("utf-8"))["reducers"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._damaged(repr(error)) from error
 
     def accuracy_of(self, reducer: Reducer, patches: int, precision: str) -> float | None:

@@ -8,22 +8,14 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    StrictDataclassError,
-)
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
@@ -40,21 +32,22 @@ from transformers.utils import logging
 
 from engines.errors import CheckpointError
 from engines.manifest import Preprocessing, Prompt
+from export.checkpoint.download import download_checkpoint
+from export.checkpoint.original_layout import is_original
 from export.checkpoint.processor import (
     list_tokenizer_files,
     read_chat_template,
-    read_json,
     read_preprocessing,
     read_prompt,
 )
+from export.checkpoint.schema import ConfigFile, checked, read_json
 from export.checkpoint.weights import INDEX_FILE, LlavaWeights, Part, find_weights
 
 T = TypeVar("T")
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 _EMBEDDINGS = "model.embed_tokens.weight"
-_DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
-_HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -71,6 +64,7 @@ class Checkpoint:
             (LLaVA-1.5: 23 of 24, which its configuration calls -2).
         weights: where its tensors lie.
         preprocessing: how a picture becomes `pixel_values`.
+        checked: parts whose tensors were found to be those of the configuration.
     """
 
     root: Path
@@ -81,6 +75,7 @@ class Checkpoint:
     feature_layer: int
     weights: LlavaWeights
     preprocessing: Preprocessing
+    checked: set[Part] = field(default_factory=set, compare=False, repr=False)
 
     @property
     def patch_side(self) -> int:
@@ -104,6 +99,7 @@ class Checkpoint:
         Raises:
             CheckpointError: a tensor is missing or has another shape than the configuration says.
         """
+        self.check(Part.VISION_TOWER)
         state = self.weights.read(Part.VISION_TOWER)
         if _wraps_vision_model(self.vision_config):
             state = {f"vision_model.{name}": tensor for name, tensor in state.items()}
@@ -115,11 +111,10 @@ class Checkpoint:
         Raises:
             CheckpointError: a tensor is missing or has another shape than the configuration says.
         """
-        projector = LlavaMultiModalProjector(self.config).eval()
-        try:
-            projector.load_state_dict(self.weights.read(Part.PROJECTOR))
-        except RuntimeError as error:
-            raise _wrong_tensors(self.root, Part.PROJECTOR, str(error)) from error
+        self.check(Part.PROJECTOR)
+        with torch.device("meta"):
+            projector = LlavaMultiModalProjector(self.config).eval()
+        projector.load_state_dict(self.weights.read(Part.PROJECTOR), assign=True)
         return projector.float()
 
     def language_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -128,17 +123,54 @@ class Checkpoint:
         Raises:
             CheckpointError: a tensor is missing or has another shape than the configuration says.
         """
+        self.check(Part.LANGUAGE_MODEL)
         state = self.weights.read(Part.LANGUAGE_MODEL)
         config = self.plain_text_config()
         architecture = _causal_lm(config)
         return _fill(self.root, architecture, config, state, dtype or state[_EMBEDDINGS].dtype)
 
+    def check(self, part: Part) -> None:
+        """Compare a part's tensors with its configuration; reads headers only.
+
+        Whoever loads a part without this gets random numbers where a tensor is missing.
+
+        Raises:
+            CheckpointError: a tensor is missing, too many or has another shape.
+        """
+        if part in self.checked:
+            return
+        try:
+            expected, optional = _expected_tensors(self, part)
+        except Exception as error:  # transformers, given a configuration from elsewhere
+            raise _wrong_tensors(self.root, part, f"{type(error).__name__}: {error}") from error
+        found = self.weights.shapes(part)
+        problems = {
+            "missing": sorted(set(expected) - set(found) - optional),
+            "unexpected": sorted(set(found) - set(expected)),
+            "another shape": [
+                f"{name} is {list(found[name])}, expected {list(shape)}"
+                for name, shape in sorted(expected.items())
+                if name in found and found[name] != shape
+            ],
+        }
+        told = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+        if told:
+            raise _wrong_tensors(self.root, part, "; ".join(told))
+        self.checked.add(part)
+
     def embedding_table(self) -> Tensor:
         """Return the text embeddings, [V, D] in their stored dtype."""
+        self.check(Part.LANGUAGE_MODEL)
         return self.weights.read(Part.LANGUAGE_MODEL, [_EMBEDDINGS])[_EMBEDDINGS]
 
     def llava(self, **options: Any) -> LlavaForConditionalGeneration:
-        """Return the whole model as transformers loads it: the reference to compare with."""
+        """Return the whole model as transformers loads it: the reference to compare with.
+
+        Raises:
+            CheckpointError: a tensor is missing, too many or has another shape.
+        """
+        for part in Part:
+            self.check(part)
         model: Any = LlavaForConditionalGeneration.from_pretrained(
             self.root, use_safetensors=True, local_files_only=True, **options
         )
@@ -149,6 +181,9 @@ class Checkpoint:
         """Write the language model as a plain causal-LM checkpoint, tokenizer included.
 
         It copies shard by shard, so memory holds one shard at a time.
+
+        Raises:
+            CheckpointError: a tensor is missing, too many, has another shape or is not finite.
         """
         self.write_language_config(directory)
         weight_map: dict[str, str] = {}
@@ -161,17 +196,18 @@ class Checkpoint:
 
     def write_language_config(self, directory: Path) -> None:
         """Write the plain causal LM's configuration and tokenizer, without its weights."""
+        self.check(Part.LANGUAGE_MODEL)
         directory.mkdir(parents=True, exist_ok=True)
         self.plain_text_config().save_pretrained(directory)
         copied = [*self.tokenizer_files(), self.root / "generation_config.json"]
         for file in filter(Path.is_file, copied):
             shutil.copy2(file, directory / file.name)
 
-    def plain_text_config(self) -> PretrainedConfig:
+    def plain_text_config(self, dtype: torch.dtype | None = None) -> PretrainedConfig:
         """Return the language model's configuration as a plain causal LM has it."""
         config = copy.deepcopy(self.text_config)
         config.architectures = [_causal_lm(config).__name__]
-        config.dtype = self.embedding_table().dtype
+        config.dtype = dtype or self.embedding_table().dtype
         # LLaVA keeps the flag for its own head; the plain model needs it as its own.
         config.tie_word_embeddings = bool(self.config.tie_word_embeddings)
         return config
@@ -208,7 +244,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     """
     root = Path(source)
     if not root.is_dir():
-        root = _download(str(source), revision)
+        root = download_checkpoint(str(source), revision)
     config = _read_config(root)
     vision, text, layer = _read_parts(root / "config.json", config)
     problems: list[str] = []
@@ -238,21 +274,23 @@ def _read_config(root: Path) -> LlavaConfig:
         )
     fields = read_json(file)
     kind = fields.get("model_type")
-    if kind != "llava":
+    if kind != "llava" or is_original(fields):
         raise CheckpointError(
             f"{file}: model_type is {kind!r}, and Foveate exports 'llava' "
             "(LlavaForConditionalGeneration, LLaVA-1.5 and its kin in the transformers format). "
-            "For a checkpoint in LLaVA's original format use its conversion, for example "
-            "llava-hf/llava-1.5-7b-hf."
+            "A checkpoint in LLaVA's original format is converted once: "
+            f"`python -m export.convert_checkpoint {root} {root}-converted`; many are on the hub "
+            "already, such as llava-hf/llava-1.5-7b-hf."
         )
     if "quantization_config" in fields:
         raise CheckpointError(
             f"{file}: the checkpoint is quantized already (quantization_config). Foveate quantizes "
             "what it exports itself: give the float16 or float32 checkpoint."
         )
+    checked(ConfigFile, fields, file)
     try:
         return LlavaConfig.from_dict(fields)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # transformers, given values from elsewhere
         raise CheckpointError(
             f"{file}: transformers cannot read it ({' '.join(str(error).split())}). Correct the "
             "field, or download the file again."
@@ -292,28 +330,31 @@ def _wraps_vision_model(config: CLIPVisionConfig) -> bool:
         return hasattr(CLIPVisionModel(config), "vision_model")
 
 
+def _expected_tensors(
+    checkpoint: Checkpoint, part: Part
+) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Return name and shape of each tensor a part has, and which of them need not be stored."""
+    model: Any
+    with torch.device("meta"):
+        if part is Part.VISION_TOWER:
+            model = CLIPVisionModel(checkpoint.vision_config)
+        elif part is Part.PROJECTOR:
+            model = LlavaMultiModalProjector(checkpoint.config)
+        else:
+            config = checkpoint.plain_text_config(torch.float32)
+            model = _causal_lm(config)(config)
+    tied = part is Part.LANGUAGE_MODEL and bool(checkpoint.config.tie_word_embeddings)
+    shapes = {
+        name.removeprefix("vision_model."): tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+    }
+    return shapes, {_HEAD} if tied else set()
+
+
 def _causal_lm(config: PretrainedConfig) -> type[PreTrainedModel]:
     mapped: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     architecture: type[PreTrainedModel] = mapped[0] if isinstance(mapped, tuple) else mapped
     return architecture
-
-
-def _download(name: str, revision: str | None) -> Path:
-    if not _HUB_NAME.match(name):
-        raise CheckpointError(
-            f"{name}: no such directory, and not the name of a Hugging Face repository either "
-            "(owner/name). Give the checkpoint's directory."
-        )
-    try:
-        root = snapshot_download(name, revision=revision, allow_patterns=list(_DOWNLOADED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"{name}: no such directory, and it cannot be downloaded from Hugging Face either "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name, the network "
-            "and, for a gated repository, `hf auth login`; or download it elsewhere and give the "
-            "directory."
-        ) from error
-    return Path(root)
 
 
 def _fill(
@@ -329,7 +370,7 @@ def _fill(
             filled: Any = architecture.from_pretrained(
                 None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
             )
-    except RuntimeError as error:
+    except Exception as error:  # transformers, given a configuration from elsewhere
         raise _wrong_tensors(root, part, str(error)) from error
     model, report = filled
     if report["missing_keys"]:

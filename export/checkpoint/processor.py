@@ -5,14 +5,29 @@ With them the runtime needs neither transformers nor the checkpoint.
 
 from __future__ import annotations
 
-import json
+import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from engines.errors import CheckpointError
-from engines.manifest import Preprocessing, Prompt
+from pydantic import ValidationError
 
-Json = dict[str, Any]
+from engines.errors import CheckpointError, FoveateError
+from engines.manifest import Preprocessing, Prompt, list_problems
+from export.checkpoint.schema import (
+    GenerationFile,
+    ImageProcessorFile,
+    Json,
+    Size,
+    checked,
+    read_json,
+    read_text,
+)
+from runtime.language.prompt import PromptWriter, Turn
+from runtime.language.tokenizer_file import open_tokenizer, without_panic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 
 # The image processors whose steps are exactly those of `Preprocessing`.
@@ -37,26 +52,6 @@ _TOKENIZER_FILES = (
 )
 
 
-def read_json(file: Path) -> Json:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: the file cannot be read or does not hold a JSON object.
-    """
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file}: not readable JSON ({error}). Download the file again."
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{file}: expected a JSON object, got {type(content).__name__}. "
-            "Download the file again."
-        )
-    return content
-
-
 def read_preprocessing(root: Path, image_size: int) -> Preprocessing:
     """Return how a picture becomes the tower's `pixel_values`.
 
@@ -68,8 +63,9 @@ def read_preprocessing(root: Path, image_size: int) -> Preprocessing:
     Raises:
         CheckpointError: no image processor, an unknown one, or one that gives another size.
     """
-    file, fields = _find_image_processor(root)
-    kind = str(fields.get("image_processor_type", fields.get("feature_extractor_type", "")))
+    file, raw = _find_image_processor(root)
+    fields = checked(ImageProcessorFile, raw, file)
+    kind = fields.image_processor_type or fields.feature_extractor_type
     if kind and not kind.startswith(_KNOWN_PROCESSORS):
         raise CheckpointError(
             f"{file}: image processor {kind!r} is not one Foveate can reproduce exactly. "
@@ -77,40 +73,40 @@ def read_preprocessing(root: Path, image_size: int) -> Preprocessing:
         )
     problems: list[str] = []
     resize, (resize_height, resize_width) = _read_resize(fields, image_size, problems)
-    crops = bool(fields.get("do_center_crop", True))
     height, width = (
-        _read_sides(fields.get("crop_size", image_size), "crop_size", problems)
-        if crops
+        _read_sides(fields.crop_size or image_size, "crop_size", problems)
+        if fields.do_center_crop
         else (resize_height, resize_width)
     )
-    if not crops and resize == "shortest_edge":
+    if not fields.do_center_crop and resize == "shortest_edge":
         problems.append("do_center_crop is false, so pictures keep their own shape")
     if (height, width) != (image_size, image_size):
         problems.append(
             f"it gives {height}x{width} pixels, and the vision tower takes "
             f"{image_size}x{image_size}"
         )
-    resample = fields.get("resample", 3)
-    if not isinstance(resample, int) or not 0 <= resample < len(_RESAMPLING):
-        problems.append(f"resample is {resample!r}, not one of 0 to {len(_RESAMPLING) - 1}")
-    mean, std = _read_statistics(fields, problems)
+    if not 0 <= fields.resample < len(_RESAMPLING):
+        problems.append(f"resample is {fields.resample}, not one of 0 to {len(_RESAMPLING) - 1}")
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if fields.do_normalize and fields.image_mean and fields.image_std:
+        mean, std = fields.image_mean, fields.image_std
+    elif fields.do_normalize:
+        problems.append("image_mean or image_std is missing, expected three numbers each")
     if problems:
         raise CheckpointError(
             f"{file}: {'; '.join(problems)}. Correct the file, or take it from the checkpoint's "
             "publisher again."
         )
     return Preprocessing(
-        pad_to_square=bool(fields.get("do_pad", False)),
+        pad_to_square=fields.do_pad,
         resize=resize,
         resize_height=resize_height,
         resize_width=resize_width,
-        resample=_RESAMPLING[resample],
-        center_crop=crops,
+        resample=_RESAMPLING[fields.resample],
+        center_crop=fields.do_center_crop,
         height=height,
         width=width,
-        rescale_factor=float(fields.get("rescale_factor", 1 / 255))
-        if fields.get("do_rescale", True)
-        else 1.0,
+        rescale_factor=fields.rescale_factor if fields.do_rescale else 1.0,
         mean=mean,
         std=std,
     )
@@ -124,12 +120,13 @@ def read_chat_template(root: Path) -> str:
     """
     jinja = root / "chat_template.jinja"
     if jinja.is_file():
-        return jinja.read_text("utf-8")
+        return read_text(jinja)
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         file = root / name
         template = read_json(file).get("chat_template") if file.is_file() else None
         if isinstance(template, list):  # several named templates
-            template = {str(t.get("name")): t.get("template") for t in template}.get("default")
+            named = [one for one in template if isinstance(one, dict)]
+            template = {str(t.get("name")): t.get("template") for t in named}.get("default")
         if isinstance(template, str):
             return template
     raise CheckpointError(
@@ -154,10 +151,37 @@ def list_tokenizer_files(root: Path) -> list[Path]:
     return [root / name for name in _TOKENIZER_FILES if (root / name).is_file()]
 
 
-def read_prompt(
-    root: Path, tokenizer: str, image_token_id: int, text_eos: int | list[int] | None
-) -> Prompt:
-    """Return how a conversation becomes token ids.
+def load_tokenizer(root: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer as transformers sets it up, without running code of the checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    list_tokenizer_files(root)
+    open_tokenizer(root / "tokenizer.json", CheckpointError)
+
+    def load() -> PreTrainedTokenizerBase:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            root, local_files_only=True, trust_remote_code=False
+        )
+        loaded("")  # what its configuration names is looked up here
+        return loaded
+
+    return without_panic(load, lambda problem: _damaged_tokenizer(root, problem))
+
+
+def _damaged_tokenizer(root: Path, problem: BaseException) -> CheckpointError:
+    said = " ".join(str(problem).split())[:300]
+    return CheckpointError(
+        f"{root}: transformers cannot load the tokenizer ({type(problem).__name__}: {said}). "
+        "Download tokenizer.json, tokenizer_config.json and special_tokens_map.json again."
+    )
+
+
+def read_prompt(root: Path, tokenizer: str, image_token_id: int, text_eos: object) -> Prompt:
+    """Return how a conversation becomes token ids, tried with a question about a picture.
 
     Args:
         root: the checkpoint's directory.
@@ -166,14 +190,15 @@ def read_prompt(
         text_eos: end-of-sequence ids of the language model's configuration.
 
     Raises:
-        CheckpointError: no tokenizer, no chat template, or an image token it does not know.
+        CheckpointError: no tokenizer, no chat template, one that cannot ask about a picture, an
+            image token the tokenizer does not know, or nothing that ends an answer.
     """
-    from transformers import AutoTokenizer
-
-    list_tokenizer_files(root)
     template = read_chat_template(root)
-    loaded = AutoTokenizer.from_pretrained(root)
-    image_token = loaded.convert_ids_to_tokens(image_token_id)
+    loaded: Any = load_tokenizer(root)
+    image_token = without_panic(
+        lambda: loaded.convert_ids_to_tokens(image_token_id),
+        lambda problem: _damaged_tokenizer(root, problem),
+    )
     if not isinstance(image_token, str):
         raise CheckpointError(
             f"{root}: config.json says the image token has id {image_token_id}, and the tokenizer "
@@ -181,29 +206,53 @@ def read_prompt(
             "or add the token to the tokenizer."
         )
     generation = root / "generation_config.json"
+    written = read_json(generation) if generation.is_file() else {}
+    own = {"eos_token_id": loaded.eos_token_id}
     stops = [
-        *_as_ids(read_json(generation).get("eos_token_id") if generation.is_file() else None),
-        *_as_ids(text_eos),
-        *_as_ids(loaded.eos_token_id),
+        *checked(GenerationFile, written, generation).eos_token_id,
+        *checked(GenerationFile, {"eos_token_id": text_eos}, root / "config.json").eos_token_id,
+        *checked(GenerationFile, own, root / "tokenizer_config.json").eos_token_id,
     ]
     # What transformers itself puts before an empty text, whichever file told it to.
     adds_bos = loaded.bos_token_id is not None and loaded("").input_ids[:1] == [loaded.bos_token_id]
-    return Prompt(
-        tokenizer=tokenizer,
-        chat_template=template,
-        image_token=image_token,
-        image_token_id=image_token_id,
-        bos_token=loaded.bos_token,
-        eos_token=loaded.eos_token,
-        add_bos_token=adds_bos,
-        stop_token_ids=tuple(dict.fromkeys(stops)),
-    )
+    try:
+        prompt = Prompt(
+            tokenizer=tokenizer,
+            chat_template=template,
+            image_token=image_token,
+            image_token_id=image_token_id,
+            bos_token=loaded.bos_token,
+            eos_token=loaded.eos_token,
+            add_bos_token=adds_bos,
+            stop_token_ids=tuple(dict.fromkeys(stops)),
+        )
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{root}: a prompt cannot be written as its files say: "
+            f"{'; '.join(list_problems(error))}. An answer needs a token that ends it "
+            "(eos_token_id in generation_config.json)."
+        ) from error
+    _try_prompt(root, prompt, loaded)
+    return prompt
 
 
-def _as_ids(value: int | list[int] | None) -> list[int]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, int) else list(value)
+def _try_prompt(root: Path, prompt: Prompt, loaded: Any) -> None:
+    """Ask about a picture, so that a bundle that cannot is never built.
+
+    Raises:
+        CheckpointError: template or tokenizer refuse it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        loaded.backend_tokenizer.save(str(Path(folder, "tokenizer.json")))
+        tried = prompt.model_copy(update={"tokenizer": "tokenizer.json"})
+        try:
+            writer = PromptWriter.from_prompt(tried, Path(folder, "tokenizer_config.json"))
+            writer.ids([Turn("user", "What is in the picture?", images=1)])
+        except FoveateError as error:
+            raise CheckpointError(
+                f"{root}: a question about a picture cannot be written with its chat template and "
+                f"tokenizer. {str(error).replace(folder, str(root))}"
+            ) from error
 
 
 def _find_image_processor(root: Path) -> tuple[Path, Json]:
@@ -222,40 +271,22 @@ def _find_image_processor(root: Path) -> tuple[Path, Json]:
 
 
 def _read_resize(
-    fields: Json, image_size: int, problems: list[str]
+    fields: ImageProcessorFile, image_size: int, problems: list[str]
 ) -> tuple[Literal["shortest_edge", "exact", "none"], tuple[int, int]]:
-    if not fields.get("do_resize", True):
+    if not fields.do_resize:
         return "none", (image_size, image_size)
-    size = fields.get("size", image_size)
+    size = fields.size or image_size
     if isinstance(size, int):  # the oldest files; CLIP reads it as the shortest edge
-        size = {"shortest_edge": size}
-    if isinstance(size, dict) and isinstance(size.get("shortest_edge"), int):
-        return "shortest_edge", (size["shortest_edge"], size["shortest_edge"])
+        return "shortest_edge", (size, size)
+    if size.shortest_edge is not None:
+        return "shortest_edge", (size.shortest_edge, size.shortest_edge)
     return "exact", _read_sides(size, "size", problems)
 
 
-def _read_sides(value: object, field: str, problems: list[str]) -> tuple[int, int]:
+def _read_sides(value: int | Size, field: str, problems: list[str]) -> tuple[int, int]:
     if isinstance(value, int):
         return value, value
-    if isinstance(value, dict):
-        height, width = value.get("height"), value.get("width")
-        if isinstance(height, int) and isinstance(width, int):
-            return height, width
-    problems.append(f"{field} is {value!r}, not a number nor a height and a width")
+    if value.height is not None and value.width is not None:
+        return value.height, value.width
+    problems.append(f"{field} is neither a number nor a height and a width")
     return 0, 0
-
-
-def _read_statistics(
-    fields: Json, problems: list[str]
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    if not fields.get("do_normalize", True):
-        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    statistics = []
-    for field in ("image_mean", "image_std"):
-        value = fields.get(field)
-        if isinstance(value, list) and len(value) == 3:
-            statistics.append((float(value[0]), float(value[1]), float(value[2])))
-        else:
-            problems.append(f"{field} is {value!r}, not three numbers")
-            statistics.append((1.0, 1.0, 1.0))
-    return statistics[0], statistics[1]

@@ -6,20 +6,25 @@ safetensors files are read, because unpickling a download would run whatever cod
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engines.errors import CheckpointError
+from export.checkpoint.schema import IndexFile, checked, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
+"""Buffers that old releases of transformers wrote, and that every release computes."""
 _GIT_LFS_POINTER = b"version https://git-lfs"
 
 
@@ -53,6 +58,11 @@ def split_name(stored: str) -> tuple[Part, str] | None:
     return None
 
 
+def is_computed(stored: str) -> bool:
+    """Tell whether a stored tensor is one that every model computes for itself."""
+    return bool(_COMPUTED.search(stored))
+
+
 @dataclass(frozen=True)
 class LlavaWeights:
     """Where every tensor of a checkpoint lies.
@@ -65,19 +75,18 @@ class LlavaWeights:
     root: Path
     location: dict[tuple[Part, str], tuple[str, str]]
 
-    def names(self, part: Part) -> list[str]:
-        """Return the plain names of a part's tensors."""
-        return [name for owner, name in self.location if owner is part]
-
     def shapes(self, part: Part) -> dict[str, tuple[int, ...]]:
         """Return each tensor's shape, in the order of `read_one_by_one`; reads headers only."""
         found: dict[str, tuple[int, ...]] = {}
-        by_file = self._by_file(part, None)
-        for file in sorted(by_file):
-            with safe_open(self.root / file, framework="pt") as shard:
-                for name, stored in by_file[file]:
+        for file, named in sorted(self._by_file(part, None).items()):
+            with _opened(self.root / file) as shard:
+                for name, stored in named:
                     found[name] = tuple(shard.get_slice(stored).get_shape())
         return found
+
+    def names(self, part: Part) -> list[str]:
+        """Return the plain names of a part's tensors."""
+        return [name for owner, name in self.location if owner is part]
 
     def read(self, part: Part, only: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Return a part's tensors, or those named in `only`, in their stored dtype."""
@@ -91,28 +100,50 @@ class LlavaWeights:
     def read_by_shard(
         self, part: Part, only: Iterable[str] | None = None
     ) -> Iterator[dict[str, Tensor]]:
-        """Yield a part's tensors file by file, so that one file's worth is in memory at a time."""
-        by_file = self._by_file(part, only)
-        for file in sorted(by_file):
-            with safe_open(self.root / file, framework="pt") as shard:
-                yield {name: shard.get_tensor(stored) for name, stored in by_file[file]}
+        """Yield a part's tensors file by file, so that one file's worth is in memory at a time.
+
+        Raises:
+            CheckpointError: a file is damaged, or a tensor holds NaN or infinity.
+        """
+        wanted = None if only is None else set(only)
+        for file, named in sorted(self._by_file(part, wanted).items()):
+            with _opened(self.root / file) as shard:
+                tensors = {name: shard.get_tensor(stored) for name, stored in named}
+            for name, stored in named:
+                _refuse_not_finite(tensors[name], self.root / file, stored)
+            yield tensors
 
     def read_one_by_one(self, part: Part) -> Iterator[tuple[str, Tensor]]:
-        """Yield a part's tensors in the order of `read_by_shard`, one in memory at a time."""
-        by_file = self._by_file(part, None)
-        for file in sorted(by_file):
-            for name, stored in by_file[file]:
-                with safe_open(self.root / file, framework="pt") as shard:
-                    yield name, shard.get_tensor(stored)
+        """Yield a part's tensors in the order of `read_by_shard`, one in memory at a time.
 
-    def _by_file(self, part: Part, only: Iterable[str] | None) -> dict[str, list[tuple[str, str]]]:
-        """Return file -> (plain name, stored name) of a part's tensors, or of those in `only`."""
-        wanted = None if only is None else set(only)
+        Raises:
+            CheckpointError: a file is damaged, or a tensor holds NaN or infinity.
+        """
+        for file, named in sorted(self._by_file(part, None).items()):
+            for name, stored in named:
+                with _opened(self.root / file) as shard:
+                    tensor = shard.get_tensor(stored)
+                _refuse_not_finite(tensor, self.root / file, stored)
+                yield name, tensor
+
+    def _by_file(self, part: Part, wanted: set[str] | None) -> dict[str, list[tuple[str, str]]]:
         by_file: dict[str, list[tuple[str, str]]] = {}
         for (owner, name), (file, stored) in self.location.items():
             if owner is part and (wanted is None or name in wanted):
                 by_file.setdefault(file, []).append((name, stored))
         return by_file
+
+
+def _refuse_not_finite(tensor: Tensor, file: Path, stored: str) -> None:
+    """Refuse NaN and infinity: the extremes are found in one pass, and NaN is both of them."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    low, high = (value.item() for value in tensor.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise CheckpointError(
+            f"{file}: the tensor {stored} holds NaN or infinity. The training diverged or the file "
+            "is damaged: download it again, or take an earlier checkpoint."
+        )
 
 
 def find_weights(root: Path) -> LlavaWeights:
@@ -122,10 +153,20 @@ def find_weights(root: Path) -> LlavaWeights:
         CheckpointError: no safetensors, a shard missing or damaged, or a part without tensors.
     """
     location: dict[tuple[Part, str], tuple[str, str]] = {}
+    strange: list[str] = []
     for file in _list_shards(root):
         for stored in _read_names(root / file):
             split = split_name(stored)
-            if split is not None:
+            if is_computed(stored):
+                continue
+            if split is None:
+                strange.append(stored)
+            elif split in location:
+                raise CheckpointError(
+                    f"{root}: {stored} in {file} and {location[split][1]} in {location[split][0]} "
+                    "are the same tensor. Keep one of them, or download the checkpoint again."
+                )
+            else:
                 location[split] = (file, stored)
     missing = [part.value for part in Part if not any(owner is part for owner, _ in location)]
     if missing:
@@ -135,18 +176,19 @@ def find_weights(root: Path) -> LlavaWeights:
             "(a whole LlavaForConditionalGeneration, not an adapter or one of its parts). "
             "Merge adapters into the model and save it with save_pretrained()."
         )
+    if strange:
+        raise CheckpointError(
+            f"{root}: {len(strange)} tensors belong to no part of a LLaVA, among them "
+            f"{', '.join(sorted(strange)[:5])}. Foveate would leave them out, and the model would "
+            "be another one."
+        )
     return LlavaWeights(root, location)
 
 
 def _list_shards(root: Path) -> list[str]:
     index = root / INDEX_FILE
     if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(
-                f"{index}: not a safetensors index ({error}). Download the checkpoint again."
-            ) from error
+        files = sorted(set(checked(IndexFile, read_json(index), index).weight_map.values()))
         absent = [file for file in files if not (root / file).is_file()]
         if absent:
             raise CheckpointError(
@@ -160,11 +202,9 @@ def _list_shards(root: Path) -> list[str]:
     if pickled:
         raise CheckpointError(
             f"{root}: the weights are pickled ({', '.join(pickled[:3])}), and unpickling a file "
-            f"runs whatever code is in it, so only safetensors is read. If you trust where it came "
-            f'from, convert it once: python -c "from transformers import '
-            f"LlavaForConditionalGeneration as L; L.from_pretrained({str(root)!r})"
-            f'.save_pretrained({str(root) + "-safetensors"!r})", copy the tokenizer and '
-            "processor files beside the result, and give that directory instead."
+            "can run whatever code is in it, so only safetensors is read. Convert it once, without "
+            f"running any: `python -m export.convert_checkpoint {root} {root}-safetensors`, and "
+            "give that directory instead."
         )
     raise CheckpointError(
         f"{root}: no weights found. Expected {SINGLE_FILE}, or shards with {INDEX_FILE}."
@@ -172,17 +212,29 @@ def _list_shards(root: Path) -> list[str]:
 
 
 def _read_names(file: Path) -> list[str]:
+    with _opened(file) as shard:
+        return list(shard.keys())
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Open a safetensors file, and say what is wrong with one that is damaged."""
     try:
         with safe_open(file, framework="pt") as shard:
-            return list(shard.keys())
-    except (SafetensorError, OSError) as error:
-        with file.open("rb") as stream:
-            pointer = stream.read(len(_GIT_LFS_POINTER)) == _GIT_LFS_POINTER
+            yield shard
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         fix = (
             "It is a Git LFS pointer, not the weights: run `git lfs pull` in that directory."
-            if pointer
+            if _is_pointer(file)
             else "It is damaged or cut short: download it again."
         )
         raise CheckpointError(
             f"{file}: not a readable safetensors file ({error}). {fix}"
         ) from error
+
+
+def _is_pointer(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(len(_GIT_LFS_POINTER)) == _GIT_LFS_POINTER

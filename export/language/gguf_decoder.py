@@ -115,6 +115,7 @@ def write_gguf(
             f"{checkpoint.root / 'config.json'}: the language model cannot become a GGUF file: "
             f"{'; '.join(problems)}. Build with --llm-backend ort."
         )
+    checkpoint.check(Part.LANGUAGE_MODEL)
     architecture = _ARCHITECTURES[config.model_type]
     layout = _Layout(
         config,

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import typer
 
 from engines.errors import CheckpointError, OptionError
 from engines.manifest import LanguageModel, LlmPrecision, Prompt, Text
+from engines.option_groups import Typed, one_of
 from engines.progress_bar import Progress
 from export.checkpoint.llava import Checkpoint
 from export.kept_parts import KeptParts
@@ -26,6 +29,11 @@ from runtime.backends.llama_library import load_llama_library
 DecoderBackend = Literal["ort", "llamacpp"]
 
 
+def _read_backends(words: str) -> tuple[DecoderBackend, ...]:
+    names = (name.strip() for name in words.split(","))
+    return tuple(one_of("--llm-backend", name, DecoderBackend) for name in names)
+
+
 @dataclass(frozen=True)
 class DecoderOptions:
     """Which decoders to write.
@@ -36,9 +44,22 @@ class DecoderOptions:
         gguf_precision: of the GGUF decoder; None takes the one that is like `precision`.
     """
 
-    backends: tuple[DecoderBackend, ...] = ("ort",)
-    precision: LlmPrecision = "int4"
-    gguf_precision: GgufPrecision | None = None
+    backends: Annotated[
+        tuple[DecoderBackend, ...],
+        typer.Option(
+            "--llm-backend", help="ort, llamacpp, or both with a comma; the first is the default."
+        ),
+        Typed(_read_backends, ",".join),
+    ] = ("ort",)
+    precision: Annotated[LlmPrecision, typer.Option("--llm-precision", help="int4 or fp32.")] = (
+        "int4"
+    )
+    gguf_precision: Annotated[
+        GgufPrecision | None,
+        typer.Option(
+            help="llama.cpp: q4_k_m, q8_0, f16 or f32; left out, q4_k_m for int4, f16 for fp32."
+        ),
+    ] = None
 
     def precision_of(self, backend: DecoderBackend) -> LlmPrecision | GgufPrecision:
         """Return the precision a backend's decoder will have."""

@@ -7,9 +7,11 @@ own, because it prints, edits the import path, and needs memory that must be ret
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,11 +25,11 @@ from typing import Any, Literal
 import onnx
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
 
 from engines.errors import CheckpointError, OptionError
 from engines.manifest import LanguageModel, LlmPrecision, Prompt, Text
 from export.checkpoint.llava import Checkpoint
+from export.checkpoint.processor import load_tokenizer
 from export.language.causal_lm import head_size, read_limits, write_causal_lm
 from export.language.decoder_process import FAILED, PROGRESS, DecoderTask
 from export.release_memory import release_memory
@@ -40,6 +42,8 @@ Progress = Callable[[int, int], None]
 """Called with the bytes written so far and how many there will be."""
 
 _LOG_LINES = 15
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def write_embeddings(checkpoint: Checkpoint, root: Path) -> Text:
 
 def write_tokenizer(checkpoint: Checkpoint, root: Path) -> None:
     """Write the tokenizer as transformers sets it up, which its own file alone may not say."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.root, local_files_only=True)
+    tokenizer: Any = load_tokenizer(checkpoint.root)
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
@@ -185,6 +189,7 @@ def _run_builder(task: DecoderTask, progress: Progress | None) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env={**os.environ, **offline},
+        preexec_fn=_end_with_parent if _LIBC is not None else None,  # noqa: PLW1509
     ) as process:
         try:
             with process.stdin or nullcontext() as stdin:
@@ -209,6 +214,12 @@ def _run_builder(task: DecoderTask, progress: Progress | None) -> None:
         f"{task.weights.root}: onnxruntime-genai's model builder could not build the decoder "
         f"(exit status {process.returncode}{killed}). It said at the end:\n{last}"
     )
+
+
+def _end_with_parent() -> None:
+    """Let the kernel kill this process when the one that started it ends, however it ends."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _fix_head_size(graph: Path, checkpoint: Checkpoint) -> None:

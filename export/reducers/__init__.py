@@ -1,4 +1,20 @@
-"""The registry of token reducers. Adding one is one file and one line here."""
+"""The registry of token reducers. Adding one is one file and one line here.
+
+Outside of Foveate it is one class and one line, before a bundle is built:
+
+    @dataclass(frozen=True)
+    class Mine(BudgetReducer):
+        name: ClassVar[str] = "mine"
+        scoring: ClassVar[Scoring] = Scoring.SELECTED_LAYER
+
+        def __call__(self, tower: TowerOutput) -> Reduced: ...
+
+    REDUCERS[Mine.name] = Mine
+    build_bundle(BuildOptions("models/pocket-llava", Path("build/mine"), reducer="mine"))
+
+`examples/own_reducer.py` does it. `export.reducers.selection` has what a reducer chooses patches
+with: operators that TensorRT takes too.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +23,18 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from engines.errors import OptionError
+from export.reducers.base import BudgetReducer, Reducer
 from export.reducers.baselines import KeepAll, Random, Uniform
 from export.reducers.pool import Pool
 from export.reducers.prumerge import PruMerge, PruMergePlus
-from export.reducers.reduced import Reduced, Reducer
+from export.reducers.reduced import Reduced
 from export.reducers.visionzip import VisionZip
 
 __all__ = [
     "REDUCERS",
     "USUAL_BUDGETS",
     "Budget",
+    "BudgetReducer",
     "Reduced",
     "Reducer",
     "make_reducer",
@@ -28,12 +46,11 @@ Budget = int | Literal["all"]
 
 USUAL_BUDGETS: tuple[Budget, ...] = (64,)
 
-_Kind = type[KeepAll | Pool | PruMerge | Random | Uniform | VisionZip]
-
-REDUCERS: dict[str, _Kind] = {
-    kind.name: kind for kind in (KeepAll, Pool, PruMerge, PruMergePlus, Random, Uniform, VisionZip)
-}
-"""Registry name -> reducer."""
+_BUILTIN: tuple[type[Reducer], ...] = (
+    *(KeepAll, Pool, PruMerge, PruMergePlus, Random, Uniform, VisionZip),
+)
+REDUCERS: dict[str, type[Reducer]] = {kind.name: kind for kind in _BUILTIN}
+"""Registry name -> reducer; put your own in, under a name of its own."""
 
 
 def make_reducer(name: str, **options: Any) -> Reducer:
@@ -87,7 +104,7 @@ def reducer_for_budget(name: str, tokens: int | None, patches: int, **given: Any
     return reducer
 
 
-def _kind_of(name: str) -> _Kind:
+def _kind_of(name: str) -> type[Reducer]:
     if name not in REDUCERS:
         close = get_close_matches(name, REDUCERS, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""

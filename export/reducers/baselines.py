@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+import typer
 
-from export.reducers.options import BudgetOptions, Options
+from export.reducers.base import BudgetReducer, Reducer
 from export.reducers.reduced import Reduced
 from export.towers import Scoring, TowerOutput
 
 
 @dataclass(frozen=True)
-class KeepAll(Options):
+class KeepAll(Reducer):
     """Every patch in spatial order: LLaVA without reduction.
 
     Attributes:
@@ -49,7 +50,7 @@ class KeepAll(Options):
 
 
 @dataclass(frozen=True)
-class Uniform(BudgetOptions):
+class Uniform(BudgetReducer):
     """Patches evenly spread over the raster: floor((i + 1/2) P / N).
 
     Attributes:
@@ -67,7 +68,7 @@ class Uniform(BudgetOptions):
 
 
 @dataclass(frozen=True)
-class Random(BudgetOptions):
+class Random(BudgetReducer):
     """Patches drawn without replacement, in spatial order; the same ones for every picture.
 
     The draw is made once, when the graph is traced, so an engine is deterministic.
@@ -77,7 +78,7 @@ class Random(BudgetOptions):
         seed: of the draw.
     """
 
-    seed: int = 0
+    seed: Annotated[int, typer.Option(help="Reducer `random`: its seed.")] = 0
 
     name: ClassVar[str] = "random"
     scoring: ClassVar[Scoring] = Scoring.NONE

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 
 from engines.errors import OptionError
-from export.reducers.options import BudgetOptions
+from export.reducers.base import BudgetReducer
 from export.reducers.reduced import Reduced
 from export.towers import Scoring, TowerOutput
 
 
 @dataclass(frozen=True)
-class Pool(BudgetOptions):
+class Pool(BudgetReducer):
     """The mean of each cell of a regular grid laid over the square of patches, in raster order.
 
     The grid has N cells, as nearly square as N allows (64: 8 x 8, 128: 8 x 16). Patch row y of S

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from export.reducers.options import BudgetOptions
+from export.reducers.base import BudgetReducer
 from export.reducers.reduced import Reduced
 from export.reducers.selection import (
     assignment_from,
@@ -30,7 +30,7 @@ NEIGHBOURS = 32
 
 
 @dataclass(frozen=True)
-class PruMerge(BudgetOptions):
+class PruMerge(BudgetReducer):
     """As many tokens as the picture asks for, at most ``budget``, the rest zeros.
 
     With ``a`` the attention each of P patches received and r the share of them above

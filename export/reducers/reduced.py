@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
-
-from export.towers import Scoring, TowerOutput
 
 
 @dataclass(frozen=True)
@@ -28,29 +25,3 @@ class Reduced:
     valid: Tensor
     origin: Tensor
     assignment: Tensor
-
-
-class Reducer(Protocol):
-    """A pure function of tensors with static output shapes; a frozen dataclass of its options."""
-
-    @property
-    def name(self) -> str:
-        """The registry name, for example ``"visionzip"``."""
-
-    @property
-    def scoring(self) -> Scoring:
-        """Which attention row and keys the tower must compute for it."""
-
-    @property
-    def options(self) -> dict[str, int | float | str | bool]:
-        """What `make_reducer` takes to make it again; the manifest records it."""
-
-    def token_count(self, patches: int) -> int:
-        """Return N for a tower of ``patches`` patches.
-
-        Raises:
-            OptionError: the budget does not fit that many patches.
-        """
-
-    def __call__(self, tower: TowerOutput) -> Reduced:
-        """Reduce a batch."""

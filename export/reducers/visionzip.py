@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+import typer
 
-from export.reducers.options import Options, is_whole
+from export.reducers.base import Reducer, is_whole
 from export.reducers.reduced import Reduced
 from export.reducers.selection import (
     assignment_from,
@@ -28,7 +29,7 @@ MERGES = ("mean", "reference")
 
 
 @dataclass(frozen=True)
-class VisionZip(Options):
+class VisionZip(Reducer):
     """The dominant tokens in spatial order, then the contextual ones.
 
     Dominant: the class token and the ``dominant - 1`` patches with the highest score. Of the M
@@ -46,9 +47,13 @@ class VisionZip(Options):
         merge: ``"mean"`` or ``"reference"``.
     """
 
-    dominant: int
-    contextual: int
-    merge: str = "mean"
+    dominant: Annotated[
+        int, typer.Option(help="VisionZip: tokens kept as they are, class token included.")
+    ]
+    contextual: Annotated[int, typer.Option(help="VisionZip: tokens that merge what is not kept.")]
+    merge: Annotated[
+        str, typer.Option(help="VisionZip: `mean` (the paper) or `reference` (its code).")
+    ] = "mean"
 
     name: ClassVar[str] = "visionzip"
     scoring: ClassVar[Scoring] = Scoring.SELECTED_LAYER

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -19,11 +18,10 @@ from rich.progress import Progress as RichProgress
 from rich.progress import track
 
 from engines import cli
-from export.options import MergeOption, ModelOption, ReducerOption
 from export.tune.features import Track
 from export.tune.run import TuneOptions, TuneReport, json_from_report, tune_checkpoint
-from export.tune.student import Lora, TrainingPrecision
-from export.tune.training import Progress, Recipe
+from export.tune.student import Lora
+from export.tune.training import Progress
 
 EXAMPLES = (
     "`python -m export.tune --model DIR --data chat.json --images DIR --tokens 32 --out tuned`",
@@ -33,70 +31,12 @@ EXAMPLES = (
 )
 
 
-@dataclass(frozen=True)
-class RecipeFlags:
-    """How to train."""
-
-    epochs: Annotated[int, typer.Option(min=1, help="How often a picture is seen.")] = Recipe.epochs
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps, instead of epochs.")
-    ] = None
-    batch: Annotated[int, typer.Option(min=1, help="Pictures of one pass.")] = Recipe.batch
-    accumulate: Annotated[int, typer.Option(min=1, help="Passes of one step.")] = Recipe.accumulate
-    learning_rate: Annotated[
-        float, typer.Option(min=0, help="The highest; it falls along a cosine.")
-    ] = Recipe.learning_rate
-    weight_decay: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = Recipe.weight_decay
-    validate_every: Annotated[
-        int, typer.Option(min=1, help="Steps between looks, and between saves.")
-    ] = Recipe.validate_every
-    seed: cli.SeedOption = 0
-
-
-@dataclass(frozen=True)
-class AdapterFlags:
-    """What the language model learns."""
-
-    lora_rank: Annotated[
-        int, typer.Option(min=0, help="Adapters of this rank in the language model; 0: none.")
-    ] = 0
-    lora_alpha: Annotated[
-        int | None, typer.Option(min=1, help="Their scale times the rank; twice the rank if out.")
-    ] = None
-
-    def options(self) -> Lora | None:
-        """Return the adapters; None: the language model learns nothing."""
-        rank = self.lora_rank
-        return Lora(rank, self.lora_alpha or 2 * rank) if rank else None
-
-
 def main(
     *,
-    model: ModelOption,
-    data: Annotated[Path, typer.Option(help="Conversations, LLaVA-format JSON.")],
-    images: Annotated[Path, typer.Option(help="Directory of their pictures.")],
-    out: Annotated[Path, typer.Option(help="Directory of the tuned checkpoint.")],
-    reducer: ReducerOption = "visionzip",
-    tokens: Annotated[int, typer.Option(min=1, help="Visual tokens it leaves.")] = 64,
-    merge: MergeOption = None,
-    adapters: AdapterFlags,
-    recipe: RecipeFlags,
-    validation: Annotated[
-        float, typer.Option(min=0, max=0.5, help="Share of the pictures kept out to look at.")
-    ] = TuneOptions.validation,
-    precision: Annotated[str, typer.Option(help="Of the computation: fp32 or bf16.")] = "fp32",
-    device: Annotated[
-        str | None, typer.Option(help="A PyTorch device; left out, a GPU where there is one.")
+    options: TuneOptions,
+    lora_alpha: Annotated[
+        int | None, typer.Option(min=1, help="Their scale times the rank; twice the rank if out.")
     ] = None,
-    work: Annotated[
-        Path | None, typer.Option(help="Directory of state and log; left out, `<out>.tuning`.")
-    ] = None,
-    features: Annotated[
-        Path | None,
-        typer.Option(help="Directory of what the tower made of the pictures, for several runs."),
-    ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Begin again; features are kept.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace the checkpoint at --out.")] = False,
     threads: cli.ThreadsOption = None,
     as_json: cli.JsonOption = False,
 ) -> int:
@@ -106,24 +46,8 @@ def main(
     in the end; the tower and everything else keep their bits. The same command again continues a
     run that was interrupted.
     """
-    options = TuneOptions(
-        model=model,
-        data=data,
-        images=images,
-        out=out,
-        reducer=reducer,
-        tokens=tokens,
-        reducer_options={"merge": merge} if merge is not None else {},
-        lora=adapters.options(),
-        recipe=Recipe(**vars(recipe)),
-        validation=validation,
-        precision=cli.one_of("--precision", precision, TrainingPrecision),
-        device=device,
-        work=work,
-        features=features,
-        fresh=fresh,
-        overwrite=overwrite,
-    )
+    if options.lora is not None and lora_alpha is not None:
+        options = replace(options, lora=Lora(options.lora.rank, lora_alpha))
     if threads is not None:
         torch.set_num_threads(threads)
     console = Console(stderr=True)

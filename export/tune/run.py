@@ -8,19 +8,23 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 
 from engines.errors import OptionError
+from engines.option_groups import Given, Typed
 from engines.staging import staged_file
 from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.line_chart import Axes, Line, line_chart
+from export.options import ModelOption, ReducerOption
 from export.reducers import reducer_for_budget
+from export.reducers.visionzip import VisionZip
 from export.tune.conversations import ConversationSet, read_conversations, refuse_unusable
 from export.tune.features import ReducedPictures, Track, reduce_pictures
-from export.tune.student import Lora, Student, TrainingPrecision
+from export.tune.student import Lora, Student, TrainingPrecision, lora_of_rank
 from export.tune.training import LOG_FILE, STATE_FILE, Progress, Recipe, TrainingLog, train
 from export.tune.training_text import Row, TrainingText, fit_text, group_rows, write_text
 from export.tune.tuned_checkpoint import write_tuned_checkpoint
@@ -52,22 +56,43 @@ class TuneOptions:
         overwrite: replace `out`.
     """
 
-    model: str
-    data: Path
-    images: Path
-    out: Path
-    reducer: str = "visionzip"
-    tokens: int = 64
-    reducer_options: Mapping[str, Any] = field(default_factory=dict)
-    lora: Lora | None = None
+    model: ModelOption
+    data: Annotated[Path, typer.Option(help="Conversations, LLaVA-format JSON.")]
+    images: Annotated[Path, typer.Option(help="Directory of their pictures.")]
+    out: Annotated[Path, typer.Option(help="Directory of the tuned checkpoint.")]
+    reducer: ReducerOption = "visionzip"
+    tokens: Annotated[int, typer.Option(min=1, help="Visual tokens it leaves.")] = 64
+    reducer_options: Annotated[Mapping[str, Any], Given(VisionZip, names=("merge",))] = field(
+        default_factory=dict
+    )
+    lora: Annotated[
+        Lora | None,
+        typer.Option(
+            "--lora-rank",
+            min=0,
+            help="Adapters of this rank in the language model; 0 or left out: none.",
+        ),
+        Typed(lora_of_rank, kind=int),
+    ] = None
     recipe: Recipe = field(default_factory=Recipe)
-    validation: float = 0.05
-    precision: TrainingPrecision = "fp32"
-    device: str | None = None
-    work: Path | None = None
-    features: Path | None = None
-    fresh: bool = False
-    overwrite: bool = False
+    validation: Annotated[
+        float, typer.Option(min=0, max=0.5, help="Share of the pictures kept out to look at.")
+    ] = 0.05
+    precision: Annotated[
+        TrainingPrecision, typer.Option(help="Of the computation: fp32 or bf16.")
+    ] = "fp32"
+    device: Annotated[
+        str | None, typer.Option(help="A PyTorch device; left out, a GPU where there is one.")
+    ] = None
+    work: Annotated[
+        Path | None, typer.Option(help="Directory of state and log; left out, `<out>.tuning`.")
+    ] = None
+    features: Annotated[
+        Path | None,
+        typer.Option(help="Directory of what the tower made of the pictures, for several runs."),
+    ] = None
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin again; features are kept.")] = False
+    overwrite: Annotated[bool, typer.Option(help="Replace the checkpoint at --out.")] = False
 
     @property
     def folder(self) -> Path:

@@ -32,6 +32,11 @@ class Lora:
     alpha: int
 
 
+def lora_of_rank(rank: int) -> Lora | None:
+    """Return adapters scaled by 2; None for the rank 0."""
+    return Lora(rank, 2 * rank) if rank else None
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows as tensors; R rows, N visual tokens, T ids behind them.

@@ -11,14 +11,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engines.cli import SeedOption
 from engines.errors import OptionError
 from engines.staging import staged_file
 from export.tune.features import ReducedPictures
@@ -45,16 +47,22 @@ class Recipe:
         seed: of the order of rows.
     """
 
-    epochs: int = 1
-    steps: int | None = None
-    batch: int = 16
-    accumulate: int = 1
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
+    epochs: Annotated[int, typer.Option(min=1, help="How often a picture is seen.")] = 1
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps, instead of epochs.")
+    ] = None
+    batch: Annotated[int, typer.Option(min=1, help="Pictures of one pass.")] = 16
+    accumulate: Annotated[int, typer.Option(min=1, help="Passes of one step.")] = 1
+    learning_rate: Annotated[
+        float, typer.Option(min=0, help="The highest; it falls along a cosine.")
+    ] = 1e-3
+    weight_decay: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 0.0
     warmup: float = 0.03
     clip: float = 1.0
-    validate_every: int = 100
-    seed: int = 0
+    validate_every: Annotated[
+        int, typer.Option(min=1, help="Steps between looks, and between saves.")
+    ] = 100
+    seed: SeedOption = 0
 
     def step_count(self, rows: int) -> int:
         """Return how many steps are taken over so many rows."""

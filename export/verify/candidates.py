@@ -18,7 +18,7 @@ from calibration.agreement.token_metrics import Array
 from engines.bundle import Bundle
 from engines.errors import EngineError, OptionError
 from engines.manifest import VisionGraph
-from engines.open_session import open_session, target_of
+from engines.opening import open_session, target_of
 from engines.ort import CUDA, OrtSession
 from engines.session import Session
 from runtime.vision import VisionEncoder
@@ -47,7 +47,7 @@ class Candidate:
             the engine.
         bundle: where the graph is from.
         graph: the graph.
-        engine: a name of `engines.open_session`.
+        engine: a name of `engines.opening`.
         encoder: the graph as users run it.
         stages: None where there are none.
     """
@@ -74,7 +74,7 @@ def open_candidates(
     Args:
         stack: closes them.
         graphs: the graphs to compare.
-        engines: names of `engines.open_session`. When empty, ONNX Runtime and, where it is here,
+        engines: names of `engines.opening`. When empty, ONNX Runtime and, where it is here,
             what the bundle's target names.
         threads: CPU threads of each.
         with_stages: open the copy that hands out its stages as well.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -26,74 +25,8 @@ EXAMPLES = (
 )
 
 
-@dataclass(frozen=True)
-class LimitFlags:
-    """What replaces the tolerances of a bundle's precision: options of the command."""
-
-    max_relative: Annotated[
-        float | None, typer.Option(help="Largest difference of a visual token, relative.")
-    ] = None
-    min_overlap: Annotated[
-        float | None, typer.Option(help="Least overlap (IoU) of the kept patches.")
-    ] = None
-    min_assignment: Annotated[
-        float | None, typer.Option(help="Least share of dropped patches merged alike.")
-    ] = None
-    min_cosine: Annotated[float | None, typer.Option(help="Least cosine of a visual token.")] = None
-    min_logits_cosine: Annotated[
-        float | None, typer.Option(help="Least cosine of the first token's logits.")
-    ] = None
-    min_equal_answers: Annotated[
-        float | None, typer.Option(help="Least share of equal greedy answers.")
-    ] = None
-
-    def given(self) -> dict[str, float]:
-        """Return the limits that were given, by the tolerance they replace."""
-        limits = {
-            "relative": self.max_relative,
-            "overlap": self.min_overlap,
-            "assignment": self.min_assignment,
-            "cosine": self.min_cosine,
-            "logits_cosine": self.min_logits_cosine,
-            "equal_answers": self.min_equal_answers,
-        }
-        return {name: limit for name, limit in limits.items() if limit is not None}
-
-
 def main(
-    bundles: Annotated[list[Path], typer.Argument(help="Directories of one or more bundles.")],
-    images: Annotated[Path, typer.Option(help="Directory of pictures, or one picture.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="The checkpoint they were built from, a directory or a Hugging Face name; left "
-            "out, the one the bundles name, here or in `models/`."
-        ),
-    ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            help="What runs the vision graphs: ort, ort-cuda, ort-tensorrt, openvino, "
-            "openvino-bf16, tensorrt, tensorrt-rtx, or several with commas; left out, ort and, "
-            "where it is here, what a bundle's target says."
-        ),
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(min=1, help="Which vision graph; left out, the first.")
-    ] = None,
-    question: Annotated[
-        str, typer.Option(help="What is asked about each picture.")
-    ] = VerifyOptions.question,
-    max_tokens: cli.MaxTokensOption = VerifyOptions.max_tokens,
-    vision_only: Annotated[
-        bool, typer.Option("--vision-only", help="Leave the language models out.")
-    ] = False,
-    stages: Annotated[
-        bool, typer.Option(help="Tell where in the graph the error comes in; runs it twice.")
-    ] = True,
-    max_images: Annotated[int | None, typer.Option(min=1, help="Most pictures to compare.")] = None,
-    backend: cli.BackendOption = None,
-    threads: cli.ThreadsOption = None,
+    options: VerifyOptions,
     html: Annotated[
         Path | None, typer.Option(help="Write a page with tables and overlays to this file.")
     ] = None,
@@ -105,7 +38,6 @@ def main(
             "bundle without Foveate: inputs, PyTorch's outputs, scripts and command lines."
         ),
     ] = None,
-    limits: LimitFlags = LimitFlags(),
     as_json: cli.JsonOption = False,
 ) -> int:
     """Compare bundles with the checkpoint they were built from, on pictures of yours.
@@ -116,21 +48,6 @@ def main(
     so that the report names the first layer that errs. Tolerances left out are those of a
     bundle's precision. Exit code 1: a measure is past its tolerance.
     """
-    options = VerifyOptions(
-        bundles=tuple(bundles),
-        model=model,
-        images=images,
-        engines=tuple(name.strip() for name in engine.split(",")) if engine else (),
-        tokens=tokens,
-        question=question,
-        max_tokens=max_tokens,
-        vision_only=vision_only,
-        stages=stages,
-        max_images=max_images,
-        backend=backend,
-        threads=threads,
-        tolerances=limits.given(),
-    )
     if polygraphy is not None:
         return _write_golden_run(options, polygraphy, as_json)
     page = PageMaker(html, worst) if html is not None else None

@@ -10,13 +10,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
+
+import typer
 
 from calibration.agreement.stages import measure_stages
 from calibration.agreement.token_metrics import compare_visual_tokens
 from engines.bundle import Bundle, open_bundle
+from engines.cli import BackendOption, MaxTokensOption, ThreadsOption
 from engines.errors import OptionError
 from engines.manifest import VisionGraph
+from engines.option_groups import Given, Typed
 from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.verify.candidates import Candidate, open_candidates
 from export.verify.reference import LanguageReference, Observation
@@ -65,7 +69,7 @@ class VerifyOptions:
         images: a directory of pictures, or one picture.
         model: the checkpoint they were built from, a directory or a Hugging Face name; None looks
             for the name the bundles record, here and in ``models/``.
-        engines: names of `engines.open_session`, on each of which every bundle is compared; empty
+        engines: names of `engines.opening`, on each of which every bundle is compared; empty
             is ONNX Runtime and, where it is here, what a bundle's target names.
         tokens: which of a bundle's graphs, by its number of visual tokens; None is the first.
         question: what is asked about each picture.
@@ -78,19 +82,50 @@ class VerifyOptions:
         tolerances: fields of `Tolerances` that replace those of a bundle's precision.
     """
 
-    bundles: tuple[Path, ...]
-    images: Path
-    model: str | None = None
-    engines: tuple[str, ...] = ()
-    tokens: int | None = None
-    question: str = "What is in the picture?"
-    max_tokens: int = 32
-    vision_only: bool = False
-    stages: bool = True
-    max_images: int | None = None
-    backend: str | None = None
-    threads: int | None = None
-    tolerances: Mapping[str, float] = field(default_factory=dict)
+    bundles: Annotated[
+        tuple[Path, ...],
+        typer.Argument(help="Directories of one or more bundles."),
+        Typed(tuple, list, list[Path]),
+    ]
+    images: Annotated[Path, typer.Option(help="Directory of pictures, or one picture.")]
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The checkpoint they were built from, a directory or a Hugging Face name; left "
+            "out, the one the bundles name, here or in `models/`."
+        ),
+    ] = None
+    engines: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--engine",
+            help="What runs the vision graphs: ort, ort-cuda, ort-tensorrt, openvino, "
+            "openvino-bf16, tensorrt, tensorrt-rtx, or several with commas; left out, ort and, "
+            "where it is here, what a bundle's target says.",
+        ),
+        Typed(
+            lambda words: tuple(name.strip() for name in words.split(",")),
+            lambda names: ",".join(names) or None,
+            str | None,
+        ),
+    ] = ()
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Which vision graph; left out, the first.")
+    ] = None
+    question: Annotated[str, typer.Option(help="What is asked about each picture.")] = (
+        "What is in the picture?"
+    )
+    max_tokens: MaxTokensOption = 32
+    vision_only: Annotated[
+        bool, typer.Option("--vision-only", help="Leave the language models out.")
+    ] = False
+    stages: Annotated[
+        bool, typer.Option(help="Tell where in the graph the error comes in; runs it twice.")
+    ] = True
+    max_images: Annotated[int | None, typer.Option(min=1, help="Most pictures to compare.")] = None
+    backend: BackendOption = None
+    threads: ThreadsOption = None
+    tolerances: Annotated[Mapping[str, float], Given(Tolerances)] = field(default_factory=dict)
 
 
 def verify_bundles(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Annotated
+
+import typer
 
 from engines.errors import OptionError
 from engines.manifest import Precision
@@ -24,13 +27,27 @@ class Tolerances:
         equal_answers: least share of greedy answers that are equal.
     """
 
-    relative: float
-    overlap: float
-    cosine: float
-    assignment: float = 0.0
+    relative: Annotated[
+        float,
+        typer.Option("--max-relative", help="Largest difference of a visual token, relative."),
+    ]
+    overlap: Annotated[
+        float, typer.Option("--min-overlap", help="Least overlap (IoU) of the kept patches.")
+    ]
+    cosine: Annotated[float, typer.Option("--min-cosine", help="Least cosine of a visual token.")]
+    assignment: Annotated[
+        float,
+        typer.Option("--min-assignment", help="Least share of dropped patches merged alike."),
+    ] = 0.0
     stage: float = 1e-4
-    logits_cosine: float = 0.0
-    equal_answers: float = 0.0
+    logits_cosine: Annotated[
+        float,
+        typer.Option("--min-logits-cosine", help="Least cosine of the first token's logits."),
+    ] = 0.0
+    equal_answers: Annotated[
+        float,
+        typer.Option("--min-equal-answers", help="Least share of equal greedy answers."),
+    ] = 0.0
 
     def __post_init__(self) -> None:
         problems = []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engines.errors import OptionError
 from export.checkpoint.llava import Checkpoint
-from export.reducers.reduced import Reduced, Reducer
+from export.reducers import Reduced, Reducer
 from export.towers import TowerOutput
 from export.towers.registry import make_tower
 

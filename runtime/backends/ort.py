@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from engines.bundle import Bundle
 from engines.errors import BackendError
+from engines.graph_contents import MICROSOFT_DOMAIN, ONNX_DOMAINS, check_graph_contents
 from engines.ort import CPU, CUDA, create_inference_session
 from runtime.backends import IN_PROCESS, Capabilities
 from runtime.backends.rows import (
@@ -177,11 +178,14 @@ def open_ort_backend(
     Raises:
         OptionError: the bundle has no decoder for ONNX Runtime.
         EngineError: this machine cannot load it.
+        BundleError: the decoder holds what our exporters never write.
         BackendError: a context length the model was not trained for, or a decoder for another
             device.
     """
     text = bundle.manifest.text
-    file = bundle.root / bundle.language_model(OrtBackend.name).file
+    graph = bundle.language_model(OrtBackend.name).file
+    check_graph_contents(bundle, graph, (*ONNX_DOMAINS, MICROSOFT_DOMAIN))
+    file = bundle.path(graph)
     if context_length is None:
         limit = _CUDA_CONTEXT_LENGTH if device == "cuda" else text.context_length
         context_length = min(text.context_length, limit)

@@ -6,12 +6,14 @@ of visual tokens, and histograms of the age of frames and of each stage.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from engines.errors import OptionError
+from runtime.camera.metrics_server import ADDRESS, BoundedServer
 
 if TYPE_CHECKING:
     from prometheus_client.core import CounterMetricFamily, Metric
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from runtime.camera.loop import CameraLoop
     from runtime.camera.parts import CameraAnswer
 
-ADDRESS = "127.0.0.1"
 _AGES_S = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
 _STAGES_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _RECENT = 30
@@ -48,7 +49,7 @@ class MetricsServer:
             OptionError: prometheus-client is not installed, or the port is taken.
         """
         try:
-            from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+            from prometheus_client import CollectorRegistry, Counter, Histogram, make_wsgi_app
         except ImportError as error:
             raise OptionError(
                 "--metrics-port needs prometheus-client, which is not installed. Run: pip install "
@@ -76,13 +77,18 @@ class MetricsServer:
             "foveate_answer_tokens", "Tokens the language model wrote.", registry=registry
         )
         try:
-            self._server, self._thread = start_http_server(port, ADDRESS, registry)
-        except OSError as error:
+            self._server = BoundedServer((ADDRESS, port), make_wsgi_app(registry))
+        except (OSError, OverflowError) as error:
             raise OptionError(
-                f"The metrics cannot be served on port {port}: {error.strerror}. Choose another "
-                "with --metrics-port, or 0 for any that is free."
+                f"The metrics cannot be served on port {port}: "
+                f"{getattr(error, 'strerror', None) or error}. Choose another with --metrics-port, "
+                "or 0 for any that is free."
             ) from error
         self.port: int = self._server.server_port
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, name="metrics", daemon=True
+        )
+        self._thread.start()
 
     def observe(self, answer: CameraAnswer) -> None:
         """Count an answer."""

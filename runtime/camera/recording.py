@@ -1,7 +1,8 @@
 """Record frames and the answers about them on disk.
 
 Each answer gets three files: the frame, the overlay of what the language model saw, and the answer
-as JSON. Each is written completely or not at all. A full disk costs recordings and never the loop.
+as JSON. Each is written completely or not at all. A disk that is full, slow or gone costs
+recordings and never the loop, nor its end; each one lost is counted.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import json
 import logging
 import queue
 import threading
+import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,10 @@ from runtime.vision.overlay import save_overlay
 
 _WAITING = 4
 """Answers that may wait for the disk; more are dropped and counted."""
+_PATIENCE_S = 10.0
+"""How long the end waits for a disk on which nothing happens."""
+_TICK_S = 0.05
+TOO_SLOW, NOT_WRITTEN, ABANDONED = "disk too slow", "not written", "abandoned at the end"
 
 _log = logging.getLogger(__name__)
 _Job = tuple[CameraAnswer, dict[str, Any]]
@@ -34,7 +41,8 @@ class Recording:
 
     Attributes:
         written: answers that are on disk.
-        drops: answers that are not, by reason.
+        drops: answers that are not, by reason. That the disk is slower than the answers is to be
+            expected; the other reasons are failures.
     """
 
     def __init__(self, folder: Path, bundle: Bundle, cameras: int = 1) -> None:
@@ -58,8 +66,15 @@ class Recording:
                 f"The recording folder {folder} cannot be made: {error.strerror}. Choose another."
             ) from error
         self._jobs: queue.Queue[_Job | None] = queue.Queue(maxsize=_WAITING)
+        self._closing = threading.Event()
+        self._busy = self._abandoned = False
         self._thread = threading.Thread(target=self._write_all, name="recording", daemon=True)
         self._thread.start()
+
+    @property
+    def failures(self) -> int:
+        """How many answers are not on disk though there was time to write them."""
+        return self.drops[NOT_WRITTEN] + self.drops[ABANDONED]
 
     def keep(self, answer: CameraAnswer, document: dict[str, Any]) -> None:
         """Hand an answer over to be written; never waits.
@@ -71,23 +86,61 @@ class Recording:
         try:
             self._jobs.put_nowait((answer, document))
         except queue.Full:
-            self.drops["disk too slow"] += 1
+            self.drops[TOO_SLOW] += 1
 
     def close(self) -> None:
-        """Write what is waiting and stop."""
-        self._jobs.put(None)
-        self._thread.join()
+        """Write what is waiting and stop; what a disk that hangs still holds is left behind."""
+        self._closing.set()
+        with suppress(queue.Full):  # then the thread is busy, and looks when the queue is empty
+            self._jobs.put_nowait(None)
+        finished, since_s = self._finished(), time.monotonic()
+        while self._thread.is_alive() and not self._abandoned:
+            self._thread.join(_TICK_S)
+            if self._finished() != finished:
+                finished, since_s = self._finished(), time.monotonic()
+            elif time.monotonic() - since_s > _PATIENCE_S:
+                break
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """Count what is still waiting or being written."""
+        left = int(self._busy and not self._abandoned)
+        self._abandoned = True
+        with suppress(queue.Empty):
+            while True:
+                left += self._jobs.get_nowait() is not None
+        if left:
+            self.drops[ABANDONED] += left
+            _log.warning("%s: %d answers were not recorded; the disk hangs", self._folder, left)
+
+    def _finished(self) -> int:
+        return self.written + self.drops[NOT_WRITTEN]
 
     def _write_all(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                self._write(*job)
-            except OptionError as error:
-                self.drops["not written"] += 1
-                if self.drops["not written"] == 1:
-                    _log.warning("%s (recording goes on; more of these are counted)", error)
-            else:
+        while not (self._closing.is_set() and self._jobs.empty()):
+            job = self._jobs.get()
+            if job is None:
+                return
+            self._busy = True
+            problem = self._problem_of_writing(*job)
+            if self._abandoned:
+                return
+            if problem is None:
                 self.written += 1
+            else:
+                self.drops[NOT_WRITTEN] += 1
+                if self.drops[NOT_WRITTEN] == 1:
+                    _log.warning("%s (recording goes on; more of these are counted)", problem)
+            self._busy = False
+
+    def _problem_of_writing(self, answer: CameraAnswer, document: dict[str, Any]) -> str | None:
+        try:
+            self._write(answer, document)
+        except OptionError as error:
+            return str(error)
+        except Exception as error:  # an encoder's, or of a document: the next may be written
+            return f"{self._folder}: {error!r}"
+        return None
 
     def _write(self, answer: CameraAnswer, document: dict[str, Any]) -> None:
         queued = answer.encoded.queued

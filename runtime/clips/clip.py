@@ -15,7 +15,7 @@ from engines.errors import SourceError
 from runtime.camera.scene_change import block_means, changed_share
 from runtime.clips.clip_options import ClipOptions
 from runtime.clips.token_sharing import share_tokens
-from runtime.frames import Frame, FrameSource, open_source
+from runtime.frames import Frame, FrameSource, SourceOptions, open_source
 from runtime.frames.even_sample import EvenSample, pick_evenly
 from runtime.language.generate import GenerationOptions
 from runtime.model import Answer, Model, Show
@@ -64,7 +64,7 @@ def read_clip(path: str, options: ClipOptions) -> list[Frame]:
         SourceError: it cannot be opened, or has no frame that can be read.
         OptionError: a topic of what has none.
     """
-    with open_source(path, topic=options.topic) as source:
+    with open_source(path, SourceOptions(topic=options.topic)) as source:
         frames = spread_frames(source, options.clip_frames)
         if not frames:
             raise SourceError(

@@ -42,4 +42,7 @@ def is_clip(path: str | Path) -> bool:
     from runtime.frames.bag import is_bag
 
     file = Path(path)
-    return file.suffix.lower() in VIDEO_SUFFIXES or file.is_dir() or is_bag(file)
+    try:
+        return file.suffix.lower() in VIDEO_SUFFIXES or file.is_dir() or is_bag(file)
+    except OSError:  # a name that no file can have; opening it as a picture says so
+        return False

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from rosbags.highlevel import AnyReader
     from rosbags.interfaces import Connection
 
+_MOST_METADATA_BYTES = 4_000_000
+"""Of `metadata.yaml`, which is read by a slow parser; real ones have kilobytes."""
+_MOST_LISTED = 20
+
 BAG_SUFFIXES = frozenset({".bag", ".mcap", ".db3"})
 
 _CONVERSIONS = {
@@ -50,8 +54,6 @@ class Bag:
 
     def captures(self, errors: ReadErrors) -> Iterator[Capture]:
         """Yield the topic's messages in the order they were recorded."""
-        from rosbags.serde import SerdeError
-
         try:
             messages = self._reader.messages(self._connections)
             while not self._closed.is_set():
@@ -64,11 +66,11 @@ class Bag:
                     return
                 try:
                     message: Any = self._reader.deserialize(data, connection.msgtype)
-                except (SerdeError, ValueError, IndexError, AssertionError, _error()) as error:
+                    taken_ns = stamp_ns(message) or recorded_ns
+                except Exception as error:  # a bag may define its own, other, image messages
                     errors.count("corrupt message", repr(error))
                     continue
-                convert = _CONVERSIONS[connection.msgtype]
-                yield Capture(stamp_ns(message) or recorded_ns, partial(convert, message))
+                yield Capture(taken_ns, partial(_CONVERSIONS[connection.msgtype], message))
         finally:
             self._reader.close()
 
@@ -90,6 +92,7 @@ def _open_reader(path: Path) -> AnyReader:
         raise SourceError(
             f"{path} needs rosbags, which is not installed. Run: pip install 'foveate[ros]'"
         ) from error
+    _refuse_what_is_no_recording(path)
     try:
         # Bags of older ROS 2 releases hold no message definitions; image types never changed.
         reader = AnyReader([path], default_typestore=get_typestore(Stores.ROS2_HUMBLE))
@@ -100,6 +103,20 @@ def _open_reader(path: Path) -> AnyReader:
             "off can be repaired with `ros2 bag reindex`, `rosbag reindex` or `mcap recover`."
         ) from error
     return reader
+
+
+def _refuse_what_is_no_recording(path: Path) -> None:
+    """Refuse a folder that holds a pipe or a device, or more metadata than a recording has."""
+    for file in path.iterdir() if path.is_dir() else ():
+        if not (file.is_file() or file.is_dir()):
+            raise SourceError(
+                f"{file} is not a regular file, expected the files of a bag. Take it out."
+            )
+        if file.name == "metadata.yaml" and file.stat().st_size > _MOST_METADATA_BYTES:
+            raise SourceError(
+                f"{file} has {file.stat().st_size:,} bytes, expected at most "
+                f"{_MOST_METADATA_BYTES:,}. Write it anew with `ros2 bag reindex`."
+            )
 
 
 def _choose_topic(
@@ -118,8 +135,10 @@ def _choose_topic(
         return matching
     listed = ", ".join(
         f"{connection.topic} ({connection.msgtype}, {connection.msgcount} messages)"
-        for connection in images
+        for connection in images[:_MOST_LISTED]
     )
+    if len(images) > _MOST_LISTED:
+        listed += f" and {len(images) - _MOST_LISTED} more"
     what = "no image topic" if wanted is None else f"no image topic {wanted!r}"
     if topics:
         what = f"{len(topics)} image topics" + ("" if wanted is None else f" of type {wanted}")
@@ -127,9 +146,3 @@ def _choose_topic(
         f"{path} has {what}, expected one. It has: {listed or 'no image topics at all'}. "
         "Choose one with --topic."
     )
-
-
-def _error() -> type[Exception]:
-    from rosbags.highlevel.anyreader import AnyReaderError
-
-    return AnyReaderError

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from engines.errors import SourceError
+from runtime.frames.demosaic import rgb_from_mosaic
 from runtime.frames.frame import Capture, ReadErrors
+from runtime.picture_limits import MAX_PIXELS, size_problem
 from runtime.vision import Pixels
 
 if TYPE_CHECKING:
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
 _READ_BYTES = 1 << 20
+_DECODER_LIMITS = {"max_pixels": str(MAX_PIXELS)}
+_PLAYLISTS = frozenset({"hls", "concat", "dash", "sdp", "imf", "image2"})
+"""Formats whose files name other files, or addresses, that FFmpeg then opens."""
+_ABORTING = "libswscale aborts on grey with alpha in floating point. Convert the video."
 _BAD_READS = 100
 """Failed reads in a row after which a stream counts as ended."""
 
@@ -33,6 +39,7 @@ def open_container(
     format: str | None = None,
     options: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
+    self_contained: bool = False,
 ) -> InputContainer:
     """Open what FFmpeg can read and make sure it has pictures.
 
@@ -42,20 +49,26 @@ def open_container(
         format: FFmpeg's name of the format, where it cannot be guessed.
         options: FFmpeg's options of that format.
         timeout_s: longest wait for the opening, and for each read.
+        self_contained: refuse playlists and the like: what is read is the target alone.
 
     Raises:
         SourceError: PyAV is not installed, the target cannot be opened, or it has no video.
     """
     av = import_av(name)
+    given = {**(options or {}), **_DECODER_LIMITS}
+    if self_contained:
+        given["format_whitelist"] = ",".join(sorted(av.formats_available - _PLAYLISTS))
+        given["protocol_whitelist"] = "file,pipe"
     try:
         container: InputContainer = av.open(
             target,
             format=format,
-            options=dict(options or {}),
+            options=given,
             timeout=timeout_s,
             buffer_size=_READ_BYTES,
+            metadata_errors="replace",
         )
-    except (av.FFmpegError, OSError, ValueError) as error:
+    except Exception as error:  # FFmpeg's, the operating system's, or of a name it cannot take
         reason = getattr(error, "strerror", None) or error
         raise SourceError(
             f"{name} cannot be opened as video: {reason}. Check the path or address, and that "
@@ -64,7 +77,12 @@ def open_container(
     if not container.streams.video:
         container.close()
         raise SourceError(f"{name} has no video in it. Give a file or stream that has pictures.")
-    container.streams.video[0].thread_type = "AUTO"
+    stream: Any = container.streams.video[0]
+    if stream.codec_context is None:
+        container.close()
+        raise SourceError(f"{name} has video that this FFmpeg cannot decode. Convert it first.")
+    stream.thread_type = "AUTO"
+    stream.codec_context.options = dict(_DECODER_LIMITS)
     return container
 
 
@@ -117,10 +135,35 @@ def captures_of(
 
 
 def image_from_video_frame(picture: VideoFrame) -> Pixels:
-    """Convert a decoded picture to RGB, turned the way its file says it is to be shown."""
-    image: Pixels = picture.to_ndarray(format="rgb24")  # type: ignore[assignment]
+    """Convert a decoded picture to RGB, turned the way its file says it is to be shown.
+
+    Raises:
+        SourceError: it is too large, or a mosaic that is too small.
+    """
+    if problem := size_problem(picture.width, picture.height):
+        raise SourceError(f"a picture of the video has {problem}. Scale the video down.")
+    if picture.format.name.startswith("yaf"):
+        raise SourceError(f"a picture of the video has {picture.format.name} pixels: {_ABORTING}")
+    if picture.format.name.startswith("bayer_"):
+        image = _image_from_mosaic(picture)
+    else:
+        image = picture.to_ndarray(format="rgb24")  # type: ignore[assignment]
     quarter_turns = round(picture.rotation / 90)
     return np.rot90(image, k=quarter_turns) if quarter_turns else image
+
+
+def _image_from_mosaic(picture: VideoFrame) -> Pixels:
+    """Return the picture of a camera that sends what its sensor sees."""
+    if min(picture.width, picture.height) < 2:
+        raise SourceError(
+            f"a Bayer picture of the video has {picture.width} x {picture.height} pixels, expected "
+            "at least 2 x 2."
+        )
+    levels: Any = picture.to_ndarray()  # uint8[H, W] or uint16[H, W]
+    if levels.dtype != np.uint8:
+        levels = (levels >> 8).astype(np.uint8)
+    pattern = picture.format.name.removeprefix("bayer_")[:4]
+    return rgb_from_mosaic(levels, pattern)
 
 
 def import_av(wanted_by: str) -> Any:

@@ -11,9 +11,10 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from runtime.vision import Pixels
+if TYPE_CHECKING:
+    from runtime.vision import Pixels
 
 _log = logging.getLogger(__name__)
 

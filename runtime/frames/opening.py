@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -12,7 +13,7 @@ from runtime.frames.frame import Reader
 from runtime.frames.gstreamer import PRESETS, open_gstreamer, pipeline_from_preset
 from runtime.frames.live_stream import NETWORK_SCHEMES, open_network_stream, open_v4l2_camera
 from runtime.frames.picture_files import PICTURE_SUFFIXES, PictureFiles
-from runtime.frames.source import FrameSource, Rotation, SourceOptions
+from runtime.frames.source import FrameSource, SourceOptions
 from runtime.frames.stdin import StdinFrames, StdinStream
 from runtime.frames.video_file import VideoFile
 
@@ -29,46 +30,23 @@ log.bag, log.mcap, bag/       a ROS 1 or 2 bag or an MCAP file; --topic where it
 raw:640x480                   standard input, bare RGB frames"""
 
 
-def open_source(
-    spec: str,
-    *,
-    rotate: Rotation = 0,
-    crop: tuple[int, int, int, int] | None = None,
-    fps: float | None = None,
-    topic: str | None = None,
-) -> FrameSource:
+def open_source(spec: str, options: SourceOptions | None = None) -> FrameSource:
     """Open a camera, a video, a bag or pictures.
 
     Args:
         spec: what to open; `KINDS` lists the forms.
-        rotate: degrees clockwise, applied after the crop.
-        crop: x, y, width and height in pixels of the source's own frames.
-        fps: most frames per second.
-        topic: name or message type of a bag's topic.
+        options: how it is looked at.
 
     Raises:
         OptionError: an option is not possible, or has no meaning for this source.
         SourceError: the source cannot be opened.
     """
-    options = SourceOptions(rotate=rotate, crop=crop, fps=fps, topic=topic)
+    topic = options.topic if options is not None else None
     reader = _open_reader(spec.strip(), topic)
     if topic is not None and not isinstance(reader, Bag):
         reader.close()
         raise OptionError(f"{spec} has no topics. Leave --topic out, or give a bag.")
     return FrameSource(reader, options)
-
-
-def crop_from_text(text: str) -> tuple[int, int, int, int]:
-    """Read ``x,y,width,height``.
-
-    Raises:
-        OptionError: it is not four whole numbers.
-    """
-    pieces = [piece.strip() for piece in text.split(",")]
-    if len(pieces) != 4 or not all(piece.isdecimal() for piece in pieces):
-        raise OptionError(f"The crop is {text!r}, expected x,y,width,height as in 100,0,800,600.")
-    x, y, width, height = map(int, pieces)
-    return x, y, width, height
 
 
 def _open_reader(spec: str, topic: str | None) -> Reader:
@@ -84,7 +62,7 @@ def _open_reader(spec: str, topic: str | None) -> Reader:
     if device.isdecimal() or device.startswith("/dev/video"):
         path = f"/dev/video{device}" if device.isdecimal() else device
         return open_v4l2_camera(path, dict(parse_qsl(query)))
-    return _open_path(Path(spec).expanduser(), topic)
+    return _open_path(spec, topic)
 
 
 def _pipeline(spec: str) -> str | None:
@@ -102,9 +80,21 @@ def _pipeline(spec: str) -> str | None:
     return pipeline_from_preset(head, values)
 
 
-def _open_path(path: Path, topic: str | None) -> Reader:
-    if not path.exists():
-        raise SourceError(f"{path}: there is no such file or device. A source is one of:\n{KINDS}")
+def _open_path(spec: str, topic: str | None) -> Reader:
+    try:
+        path = Path(spec).expanduser()
+        mode = path.stat().st_mode
+    except (OSError, ValueError, RuntimeError) as error:  # no such file, name or home
+        raise SourceError(
+            f"{spec:.300}: there is no such file or device ({getattr(error, 'strerror', error)}). "
+            f"A source is one of:\n{KINDS}"
+        ) from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise SourceError(
+            f"{path} is a pipe, a socket or a device, expected a file or a folder. What another "
+            "program writes can be piped into a source named -, and cameras are /dev/video0 and "
+            "so on."
+        )
     if not os.access(path, os.R_OK):
         raise SourceError(f"{path} may not be read by this user. Change its permissions.")
     if is_bag(path):

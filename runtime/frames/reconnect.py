@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 
-from engines.errors import SourceError
 from runtime.frames.frame import Capture, Reader, ReadErrors
 
 FIRST_WAIT_S = 0.1
@@ -45,11 +44,14 @@ class Reconnecting:
         first_wait_s, longest_wait_s = self._waits_s
         wait_s = first_wait_s
         while True:
-            for capture in self._reader.captures(errors):
-                if self._closed.is_set():
-                    return
-                wait_s = first_wait_s
-                yield capture
+            try:
+                for capture in self._reader.captures(errors):
+                    if self._closed.is_set():
+                        return
+                    wait_s = first_wait_s
+                    yield capture
+            except Exception as error:  # a driver's: the next connection may be better
+                errors.count("source failed", repr(error))
             self._reader.close()
             if self._closed.is_set():
                 return
@@ -60,7 +62,7 @@ class Reconnecting:
                 wait_s = min(wait_s * 2, longest_wait_s)
                 try:
                     self._reader = self._open()
-                except SourceError as error:
+                except Exception as error:
                     errors.count("reconnection failed", error)
                 else:
                     break

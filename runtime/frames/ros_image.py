@@ -1,12 +1,13 @@
 """Convert ROS image messages to uint8[H, W, 3] RGB pictures.
 
 The fields may come from `sensor_msgs/Image` or `sensor_msgs/CompressedImage`, of ROS 1 or 2, live
-or recorded. FFmpeg converts YUV and Bayer patterns.
+or recorded. They are checked before C code sees them. FFmpeg converts YUV.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,36 +16,66 @@ from PIL import Image
 
 from engines.errors import SourceError
 from runtime.frames.decoding import import_av
+from runtime.frames.demosaic import PATTERNS, rgb_from_mosaic
+from runtime.picture_limits import MAX_FILE_BYTES, size_problem
 from runtime.vision import Pixels
 
 Bytes = NDArray[np.uint8]
 
 
+@dataclass(frozen=True)
+class _Form:
+    """What an encoding is, and what it must keep to.
+
+    Attributes:
+        convert: from uint8[H, W * bytes_per_pixel] and W to RGB.
+        bytes_per_pixel: as the name says.
+        smallest: pixels a picture must have along each side.
+        even_width: two pixels in a row share their colour.
+    """
+
+    convert: Callable[[Bytes, int], Pixels]
+    bytes_per_pixel: int
+    smallest: int = 1
+    even_width: bool = False
+
+
 def image_from_message(message: Any) -> Pixels:
     """Return the picture of an Image message: its height, width, encoding, step and data.
 
+    The fields are checked here, all of them, before C code sees any.
+
     Raises:
-        SourceError: the encoding is not known, or the data is too short for the size.
+        SourceError: the encoding is not known, the size is not possible, or the data is too short
+            for it.
     """
     height, width, step = int(message.height), int(message.width), int(message.step)
     encoding = str(message.encoding).lower()
-    convert, bytes_per_pixel = _CONVERSIONS.get(encoding, (None, 0))
-    if convert is None:
+    form = _FORMS.get(encoding)
+    if form is None:
         raise SourceError(
-            f"An image message has the encoding {message.encoding!r}, which is not one of "
-            f"{', '.join(sorted(_CONVERSIONS))}. Republish the topic as rgb8."
+            f"An image message has the encoding {message.encoding!r:.99}, which is not one of "
+            f"{', '.join(sorted(_FORMS))}. Republish the topic as rgb8."
+        )
+    if problem := size_problem(width, height):
+        raise SourceError(f"An image message says {problem}. Its publisher is at fault.")
+    if min(width, height) < form.smallest or (form.even_width and width % 2):
+        expected = "an even width" if form.even_width else f"at least {form.smallest} pixels a side"
+        raise SourceError(
+            f"An image message says {width}x{height} {encoding}, expected {expected}. Its "
+            "publisher is at fault."
         )
     data = np.frombuffer(message.data, np.uint8)
-    row_bytes = width * bytes_per_pixel
-    if not (height and width) or step < row_bytes or data.size < step * height:
+    row_bytes = width * form.bytes_per_pixel
+    if step < row_bytes or data.size < step * height:
         raise SourceError(
             f"An image message says {width}x{height} {message.encoding} with {step} bytes a row, "
             f"and has {data.size} bytes. Its publisher is at fault."
         )
     rows = data[: step * height].reshape(height, step)[:, :row_bytes]  # [H, W * bytes]
-    if bytes_per_pixel == 2 and encoding.endswith("16") and bool(message.is_bigendian):
+    if encoding.endswith("16") and bool(message.is_bigendian):
         rows = rows.reshape(height, width, 2)[..., ::-1].reshape(height, row_bytes)
-    return convert(rows, width)
+    return form.convert(rows, width)
 
 
 def image_from_compressed_message(message: Any) -> Pixels:
@@ -61,7 +92,13 @@ def image_from_compressed_message(message: Any) -> Pixels:
             f"A compressed image message has the format {message.format!r}: depth, not a picture. "
             "Choose a colour topic."
         )
-    return picture_from_bytes(bytes(message.data), "A compressed image message")
+    data = memoryview(message.data)
+    if data.nbytes > MAX_FILE_BYTES:
+        raise SourceError(
+            f"A compressed image message has {data.nbytes:,} bytes, expected at most "
+            f"{MAX_FILE_BYTES:,}. Its publisher is at fault."
+        )
+    return picture_from_bytes(data.tobytes(), "A compressed image message")
 
 
 def stamp_ns(message: Any) -> int:
@@ -99,38 +136,39 @@ def _grey_16_bit(rows: Bytes, width: int) -> Pixels:
     return np.repeat(high_bytes[..., None], 3, axis=2)
 
 
-def _through_ffmpeg(pixel_format: str, swap_pairs: bool = False) -> Callable[[Bytes, int], Pixels]:
+def _yuv_422(swap_pairs: bool) -> Callable[[Bytes, int], Pixels]:
+    """Take YUYV, or UYVY to be swapped, through FFmpeg."""
+
     def convert(rows: Bytes, width: int) -> Pixels:
         av = import_av("This image encoding")
-        if pixel_format == "yuyv422" and width % 2:
-            raise SourceError(f"A YUV 4:2:2 image is {width} pixels wide; the width must be even.")
-        pixels = np.ascontiguousarray(rows)
-        if pixel_format == "yuyv422":
-            pixels = pixels.reshape(len(rows), width, 2)
-            if swap_pairs:  # UYVY to YUYV
-                pixels = np.ascontiguousarray(pixels[..., ::-1])
-        frame = av.VideoFrame.from_ndarray(pixels, format=pixel_format)
-        image: Pixels = frame.to_ndarray(format="rgb24")
-        return image
+        height = len(rows)
+        pixels = np.ascontiguousarray(rows).reshape(height, width, 2)
+        if swap_pairs:
+            pixels = np.ascontiguousarray(pixels[..., ::-1])
+        if height % 2:  # PyAV takes an even number of rows; they do not depend on each other
+            pixels = np.concatenate([pixels, pixels[-1:]])
+        image: Pixels = av.VideoFrame.from_ndarray(pixels, "yuyv422").to_ndarray(format="rgb24")
+        return image[:height]
 
     return convert
 
 
-_CONVERSIONS: Mapping[str, tuple[Callable[[Bytes, int], Pixels], int]] = {
-    "rgb8": (_colour(1), 3),
-    "bgr8": (_colour(-1), 3),
-    "8uc3": (_colour(-1), 3),
-    "rgba8": (_colour_of_four("RGBX"), 4),
-    "bgra8": (_colour_of_four("BGRX"), 4),
-    "mono8": (_grey, 1),
-    "8uc1": (_grey, 1),
-    "mono16": (_grey_16_bit, 2),
-    "yuv422": (_through_ffmpeg("yuyv422", swap_pairs=True), 2),
-    "uyvy": (_through_ffmpeg("yuyv422", swap_pairs=True), 2),
-    "yuv422_yuy2": (_through_ffmpeg("yuyv422"), 2),
-    "yuyv": (_through_ffmpeg("yuyv422"), 2),
-    "bayer_rggb8": (_through_ffmpeg("bayer_rggb8"), 1),
-    "bayer_bggr8": (_through_ffmpeg("bayer_bggr8"), 1),
-    "bayer_gbrg8": (_through_ffmpeg("bayer_gbrg8"), 1),
-    "bayer_grbg8": (_through_ffmpeg("bayer_grbg8"), 1),
+def _bayer(pattern: str) -> Callable[[Bytes, int], Pixels]:
+    return lambda rows, width: rgb_from_mosaic(rows, pattern)
+
+
+_FORMS: Mapping[str, _Form] = {
+    "rgb8": _Form(_colour(1), 3),
+    "bgr8": _Form(_colour(-1), 3),
+    "8uc3": _Form(_colour(-1), 3),
+    "rgba8": _Form(_colour_of_four("RGBX"), 4),
+    "bgra8": _Form(_colour_of_four("BGRX"), 4),
+    "mono8": _Form(_grey, 1),
+    "8uc1": _Form(_grey, 1),
+    "mono16": _Form(_grey_16_bit, 2),
+    "yuv422": _Form(_yuv_422(swap_pairs=True), 2, even_width=True),
+    "uyvy": _Form(_yuv_422(swap_pairs=True), 2, even_width=True),
+    "yuv422_yuy2": _Form(_yuv_422(swap_pairs=False), 2, even_width=True),
+    "yuyv": _Form(_yuv_422(swap_pairs=False), 2, even_width=True),
+    **{f"bayer_{pattern}8": _Form(_bayer(pattern), 1, smallest=2) for pattern in PATTERNS},
 }

@@ -1,7 +1,7 @@
 """A source of frames: one reader with a rotation, a crop and a frame rate.
 
 What cannot be read is counted in `FrameSource.errors` and skipped, so one bad packet does not end
-the source.
+the source. An unexpected exception of a decoder or a driver becomes such a count here.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
+import typer
 
 from engines.errors import OptionError, PictureError, SourceError
+from engines.option_groups import Typed
 from runtime.frames.frame import Capture, Frame, Reader, ReadErrors
-from runtime.vision import Pixels
+
+if TYPE_CHECKING:
+    from runtime.vision import Pixels
 
 Rotation = Literal[0, 90, 180, 270]
 
@@ -24,21 +28,36 @@ _EARLY = 0.1
 """A frame may come this share of a period early; cameras do not keep time exactly."""
 
 
+def crop_from_text(text: str) -> tuple[int, int, int, int]:
+    """Read ``x,y,width,height``.
+
+    Raises:
+        OptionError: it is not four whole numbers.
+    """
+    pieces = [piece.strip() for piece in text.split(",")]
+    if len(pieces) != 4 or not all(piece.isdecimal() for piece in pieces):
+        raise OptionError(f"The crop is {text!r}, expected x,y,width,height as in 100,0,800,600.")
+    x, y, width, height = map(int, pieces)
+    return x, y, width, height
+
+
 @dataclass(frozen=True)
-class SourceOptions:
-    """How a source is looked at.
+class FrameView:
+    """How frames are looked at.
 
     Attributes:
         rotate: degrees clockwise, applied after the crop.
         crop: x, y, width and height in pixels of the source's own frames; None for all of it.
-        fps: most frames per second; None for all of them.
-        topic: name or message type of the topic of a bag that has several.
+        fps: most frames per second; None for all of them, and of a camera to calibrate on, 1.
     """
 
-    rotate: Rotation = 0
-    crop: tuple[int, int, int, int] | None = None
-    fps: float | None = None
-    topic: str | None = None
+    rotate: Annotated[Rotation, typer.Option(help="Degrees clockwise: 0, 90, 180 or 270.")] = 0
+    crop: Annotated[
+        tuple[int, int, int, int] | None,
+        typer.Option(help="Part of the frame to look at: x,y,width,height in pixels."),
+        Typed(crop_from_text),
+    ] = None
+    fps: Annotated[float | None, typer.Option(help="Most frames per second to read.")] = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -57,6 +76,19 @@ class SourceOptions:
             raise OptionError(" ".join(problems))
 
 
+@dataclass(frozen=True)
+class SourceOptions(FrameView):
+    """How a source is looked at.
+
+    Attributes:
+        topic: name or message type of the topic of a bag that has several.
+    """
+
+    topic: Annotated[str | None, typer.Option(help="Topic of a bag, by name or message type.")] = (
+        None
+    )
+
+
 class FrameSource(AbstractContextManager["FrameSource"]):
     """Frames of one reader; iterate over it once, and use it as a context manager.
 
@@ -66,12 +98,12 @@ class FrameSource(AbstractContextManager["FrameSource"]):
         errors: what could not be read so far.
     """
 
-    def __init__(self, reader: Reader, options: SourceOptions | None = None) -> None:
+    def __init__(self, reader: Reader, options: FrameView | None = None) -> None:
         self.name = reader.name
         self.live = reader.live
         self.errors = ReadErrors(reader.name)
         self._reader = reader
-        self._options = options or SourceOptions()
+        self._options = options or FrameView()
         self._clock = FrameClock(self._options.fps)
 
     def __iter__(self) -> Iterator[Frame]:
@@ -89,16 +121,21 @@ class FrameSource(AbstractContextManager["FrameSource"]):
 
     def undecoded(self) -> Iterator[Callable[[], Frame | None]]:
         """Yield for each frame a way to get it; None, and counted, if it cannot be decoded."""
-        for capture in self._reader.captures(self.errors):
-            if self._clock.wants(capture.timestamp_ns):
-                yield partial(self._decode, capture)
+        try:
+            for capture in self._reader.captures(self.errors):
+                if self._clock.wants(capture.timestamp_ns):
+                    yield partial(self._decode, capture)
+        except Exception as error:  # whatever a driver or a library raises costs this source alone
+            self.errors.count("source failed", repr(error))
 
     def _decode(self, capture: Capture) -> Frame | None:
         try:
             return Frame(self._view(capture.image()), capture.timestamp_ns, self.name)
         except (SourceError, PictureError) as error:
             self.errors.count("undecodable", error)
-            return None
+        except Exception as error:  # a decoder's; the next frame may be whole
+            self.errors.count("undecodable", repr(error))
+        return None
 
     def _view(self, image: Pixels) -> Pixels:
         if self._options.crop is not None:

@@ -6,6 +6,7 @@ frames of a given size, which need only NumPy.
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -18,7 +19,19 @@ import numpy as np
 from engines.errors import SourceError
 from runtime.frames.decoding import captures_of, open_container
 from runtime.frames.frame import Capture, ReadErrors
+from runtime.picture_limits import size_problem
 from runtime.vision import Pixels
+
+
+def standard_input() -> BinaryIO:
+    """Return standard input as bytes.
+
+    Raises:
+        SourceError: the process was started without one.
+    """
+    if sys.stdin is None:
+        raise SourceError("Standard input is closed. Pipe into it what is to be read.")
+    return sys.stdin.buffer
 
 
 class StdinStream:
@@ -34,7 +47,7 @@ class StdinStream:
             SourceError: it is no video.
         """
         self._closed = threading.Event()
-        self._container = open_container(self.name, stream or sys.stdin.buffer)
+        self._container = open_container(self.name, stream or standard_input(), self_contained=True)
 
     def captures(self, errors: ReadErrors) -> Iterator[Capture]:
         """Yield pictures until the writer closes the pipe."""
@@ -55,15 +68,18 @@ class StdinFrames:
         """Take the size, for example ``640x480``.
 
         Raises:
-            SourceError: the size is not width x height.
+            SourceError: the size is not width x height, or too large.
         """
-        width, _, height = size.partition("x")
-        if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        digits = re.fullmatch(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})", size)
+        if digits is None:
             raise SourceError(
                 f"The frame size is {size!r}, expected WIDTHxHEIGHT as in raw:640x480."
             )
-        self._shape = (int(height), int(width), 3)
-        self._stream = stream or sys.stdin.buffer
+        width, height = map(int, digits.groups())
+        if problem := size_problem(width, height):
+            raise SourceError(f"The frame size raw:{size} is {problem}. Send smaller frames.")
+        self._shape = (height, width, 3)
+        self._stream = stream or standard_input()
         self._closed = threading.Event()
 
     def captures(self, errors: ReadErrors) -> Iterator[Capture]:

@@ -9,6 +9,9 @@ from pathlib import Path
 from runtime.frames.decoding import captures_of, open_container
 from runtime.frames.frame import Capture, ReadErrors
 
+_TIMEOUT_S = 60.0
+"""Longest wait for the header, and for each packet: a damaged index can send FFmpeg in circles."""
+
 
 class VideoFile:
     """Any file FFmpeg can read."""
@@ -23,7 +26,11 @@ class VideoFile:
         """
         self.name = str(path)
         self._closed = threading.Event()
-        self._container = open_container(self.name, str(path))
+        # With its protocol, so that no name of a file is taken for one.
+        target = f"file:{path}"
+        self._container = open_container(
+            self.name, target, timeout_s=_TIMEOUT_S, self_contained=True
+        )
 
     def captures(self, errors: ReadErrors) -> Iterator[Capture]:
         """Yield every picture of the file."""

@@ -38,7 +38,7 @@ class EmbeddingTable:
         text = bundle.manifest.text
         self.vocabulary = text.vocabulary
         self.hidden_size = text.hidden_size
-        file = bundle.root / text.embeddings
+        file = self._file = bundle.path(text.embeddings)
         offset = _tensor_offset(file, [text.vocabulary, text.hidden_size])
         self._rows: np.ndarray[Any, np.dtype[np.float16]] = np.memmap(
             file, "<f2", "r", offset, (text.vocabulary, text.hidden_size)
@@ -48,7 +48,8 @@ class EmbeddingTable:
         """Return the rows of token ids, float32[N, D].
 
         Raises:
-            BundleError: an id is outside the vocabulary; the tokenizer is of another model.
+            BundleError: an id is outside the vocabulary, so the tokenizer is of another model; or
+                a row holds a number that is none.
         """
         outside = ids[(ids < 0) | (ids >= self.vocabulary)]
         if outside.size:
@@ -57,7 +58,13 @@ class EmbeddingTable:
                 f"{self.vocabulary}. The bundle's tokenizer.json does not belong to its language "
                 "model; build the bundle again from one checkpoint."
             )
-        return self._rows[ids].astype(np.float32)  # [N, D]
+        rows = self._rows[ids].astype(np.float32)  # [N, D]
+        if not np.isfinite(rows).all():
+            raise BundleError(
+                f"The embedding table {self._file} holds numbers that are not finite. Build the "
+                "bundle again from an undamaged checkpoint."
+            )
+        return rows
 
 
 def _tensor_offset(file: Path, shape: list[int]) -> int:
@@ -71,7 +78,9 @@ def _tensor_offset(file: Path, shape: list[int]) -> int:
         tensor = header[TENSOR_NAME]
         found = {"dtype": tensor["dtype"], "shape": tensor["shape"]}
         begin, end = tensor["data_offsets"]
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        if type(begin) is not int or type(end) is not int or begin < 0:
+            raise ValueError(f"its data_offsets are {tensor['data_offsets']!r:.80}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
         raise BundleError(
             f"{file} is not a safetensors file with one tensor {TENSOR_NAME!r} "
             f"({type(error).__name__}: {error}). Build the bundle again with "

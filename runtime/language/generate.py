@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
+import typer
+
+from engines.cli import MaxTokensOption
 from engines.errors import OptionError
+from engines.option_groups import Typed
 from runtime.language.answer_form import is_final, problem_with_form
 from runtime.language.grammar import Constraint, Grammar
 from runtime.language.parts import Logits
@@ -60,8 +64,12 @@ class GenerationOptions:
         grammar: the form of the answer, if it must have one; leading blanks are dropped then.
     """
 
-    max_tokens: int = 256
-    stop: tuple[str, ...] = ()
+    max_tokens: MaxTokensOption = 256
+    stop: Annotated[
+        tuple[str, ...],
+        typer.Option(help="Text that ends the answer; may be given again."),
+        Typed(tuple, list, list[str]),
+    ] = ()
     sampling: Sampling = field(default_factory=Sampling)
     grammar: Grammar | None = None
 

@@ -10,12 +10,15 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+import typer
 from numpy.typing import NDArray
 
 from engines.errors import OptionError
+from engines.option_groups import Typed
 from runtime.language.parts import Logits
 
 if TYPE_CHECKING:
@@ -32,6 +35,15 @@ _MOST_CHARACTERS = 1 << 20
 _SHOWN_CHARACTERS = 200
 
 
+def _read_schema(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(
+            f"{file} cannot be read: {error}. Give a file with a JSON schema."
+        ) from error
+
+
 @dataclass(frozen=True)
 class Grammar:
     """What an answer may be; exactly one of the two is given.
@@ -41,11 +53,21 @@ class Grammar:
         json_schema: the answer is JSON after this schema, itself JSON.
     """
 
-    choices: tuple[str, ...] = ()
-    json_schema: str | None = None
+    choices: Annotated[
+        tuple[str, ...],
+        typer.Option(help="The answer is one of these, with commas between: yes,no."),
+        Typed(lambda words: tuple(words.split(","))),
+    ] = ()
+    json_schema: Annotated[
+        str | None,
+        typer.Option(help="The answer is JSON after the schema in this file."),
+        Typed(_read_schema, kind=Path),
+    ] = None
 
     def __post_init__(self) -> None:
-        if bool(self.choices) == (self.json_schema is not None):
+        if self.choices and self.json_schema is not None:
+            raise OptionError("--choices and --json-schema were both given. Give one of them.")
+        if not self.choices and self.json_schema is None:
             raise OptionError("Give the choices of an answer, or its JSON schema: one of the two.")
         choices = tuple(choice.strip() for choice in self.choices)
         object.__setattr__(self, "choices", choices)

@@ -7,11 +7,9 @@ tokens go.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,10 +20,10 @@ from engines.bundle import Bundle
 from engines.errors import BundleError, OptionError
 from engines.manifest import Prompt
 from runtime.language.parts import Embeddings, Part, TokenIds
+from runtime.language.tokenizer_file import open_tokenizer, without_panic
 
 if TYPE_CHECKING:
-    import jinja2
-    from tokenizers import Tokenizer
+    from runtime.language.chat_template import ChatTemplate
 
 _BREAK = "\ue000"
 """A private-use character that marks where text must not be read across; never tokenized."""
@@ -80,7 +78,7 @@ class PromptWriter:
 
     def _open(self, prompt: Prompt, source: Path) -> None:
         self._prompt, self._source = prompt, source
-        self.tokenizer = _load_tokenizer(source.parent / self._prompt.tokenizer)
+        self.tokenizer = open_tokenizer(source.parent / self._prompt.tokenizer, BundleError)
         self.image_token_id = self._prompt.image_token_id
         self.stop_token_ids = self._prompt.stop_token_ids
         known = self.tokenizer.token_to_id(self._prompt.image_token)
@@ -124,7 +122,7 @@ class PromptWriter:
         special = not (bos and text.startswith(bos))
         ids: list[int] = []
         for piece in text.split(_BREAK):
-            ids += self.tokenizer.encode(piece, add_special_tokens=special and not ids).ids
+            ids += self._encode(piece, special and not ids)
         wanted, found = sum(turn.images for turn in turns), ids.count(self.image_token_id)
         if found != wanted:
             raise OptionError(
@@ -133,6 +131,15 @@ class PromptWriter:
                 "there."
             )
         return np.array(ids, np.int64)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        return without_panic(
+            lambda: self.tokenizer.encode(text, add_special_tokens=special).ids,
+            lambda problem: BundleError(
+                f"{self._source.parent / self._prompt.tokenizer} cannot split a text of "
+                f"{len(text):,} characters ({problem}). Build the bundle again."
+            ),
+        )
 
     def parts(
         self, turns: Sequence[Turn], pictures: Sequence[Embeddings], answer: bool = True
@@ -155,18 +162,11 @@ class PromptWriter:
 
     def _render_messages(self, messages: list[dict[str, Any]], answer: bool) -> str:
         special = {"bos_token": self._prompt.bos_token, "eos_token": self._prompt.eos_token}
-        template = self._template
-        try:
-            return template.render(
-                messages=messages,
-                add_generation_prompt=answer,
-                **{name: token for name, token in special.items() if token is not None},
-            )
-        except Exception as error:  # the template is code from elsewhere: it may raise anything
-            raise OptionError(
-                f"The checkpoint's chat template refuses this conversation: {error}. Most want "
-                "user and assistant turns in alternation, and some no system turn."
-            ) from error
+        return self._template.render(
+            messages=messages,
+            add_generation_prompt=answer,
+            **{name: token for name, token in special.items() if token is not None},
+        )
 
     def _message(self, turn: Turn) -> dict[str, Any]:
         text = self._defused(turn.text)
@@ -192,16 +192,10 @@ class PromptWriter:
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     @cached_property
-    def _template(self) -> jinja2.Template:
-        from jinja2 import TemplateError
+    def _template(self) -> ChatTemplate:
+        from runtime.language.chat_template import ChatTemplate
 
-        try:
-            return _environment().from_string(self._prompt.chat_template)
-        except TemplateError as error:
-            raise BundleError(
-                f"{self._source}: the chat template is not valid Jinja ({error}). Correct the "
-                "checkpoint's chat_template.jinja and build the bundle again."
-            ) from error
+        return ChatTemplate(self._prompt.chat_template, str(self._source), BundleError)
 
     @cached_property
     def _takes_lists(self) -> bool:
@@ -231,56 +225,3 @@ def interleave(ids: TokenIds, image_token_id: int, pictures: Sequence[Embeddings
         parts += [ids[start:place], picture]
         start = place + 1
     return [part for part in [*parts, ids[start:]] if len(part)]
-
-
-def _load_tokenizer(file: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer: Tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the Rust library raises bare Exception
-        raise BundleError(
-            f"{file} cannot be read as a tokenizer ({error}). Build the bundle again; if that does "
-            "not help, update the tokenizers package."
-        ) from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def _environment() -> jinja2.Environment:
-    """Return the environment that transformers renders chat templates in.
-
-    A template comes with the checkpoint, so it is code from elsewhere: the sandbox gives it nothing
-    but the conversation.
-    """
-    from jinja2 import TemplateError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.nodes import Node
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class GenerationBlock(Extension):
-        """`{% generation %}` marks the assistant's words for training; here it only renders."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Parser) -> list[Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def strftime_now(pattern: str) -> str:
-        return datetime.now().strftime(pattern)
-
-    def tojson(value: Any, **options: Any) -> str:
-        return json.dumps(value, **{"ensure_ascii": False, **options})
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    return environment

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from numpy.typing import NDArray
 
+from engines.cli import SeedOption
 from engines.errors import OptionError
 from runtime.language.parts import Logits
 
@@ -31,11 +33,17 @@ class Sampling:
         seed: the same seed and prompt draw the same answer.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the most likely word; more is more varied.")
+    ] = 0.0
+    top_k: Annotated[int, typer.Option(help="Draw among the k likeliest tokens; 0: all.")] = 0
+    top_p: Annotated[
+        float, typer.Option(help="Draw among the fewest tokens with this total probability.")
+    ] = 1.0
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 discourages tokens already seen.")
+    ] = 1.0
+    seed: SeedOption = 0
 
     def __post_init__(self) -> None:
         problems = [

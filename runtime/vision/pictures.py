@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import warnings
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from engines.errors import PictureError
+from runtime.picture_limits import MAX_FILE_BYTES, MAX_PIXELS, size_problem
 from runtime.vision.resize import Pixels
 
-MAX_PIXELS = 128_000_000
-"""Larger pictures are refused before they are decoded: 128 Mpx are 384 MB of RGB."""
+_BAND_PIXELS = 4_000_000
+"""Pixels converted at once, so that a conversion never holds a second copy of a large picture."""
+_SCANNED_PIXELS = 20 * MAX_PIXELS
+"""Pixels times scans of a progressive JPEG; real ones have about ten scans."""
 
 # Pillow also opens formats that run other programs (EPS) or are documents.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
@@ -40,12 +43,29 @@ def load_picture(path: str | os.PathLike[str]) -> Pixels:
         PictureError: the file is missing, not a picture, truncated or too large.
     """
     try:
-        data = Path(path).read_bytes()
+        return picture_from_bytes(_read_regular_file(path), str(path))
     except FileNotFoundError:
         raise PictureError(f"{path} does not exist, expected a picture file.") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise PictureError(f"{path} cannot be read: {error}. Expected a picture file.") from error
-    return picture_from_bytes(data, str(path))
+
+
+def _read_regular_file(path: str | os.PathLike[str]) -> bytes:
+    """Read a file of bounded size; pipes, sockets and devices, which may never end, are refused."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait
+    with os.fdopen(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise PictureError(
+                f"{path} cannot be read: it is not a regular file. Expected a picture file; write "
+                "what a pipe or a device gives to a file first."
+            )
+        if status.st_size > MAX_FILE_BYTES:
+            raise PictureError(
+                f"{path} has {status.st_size:,} bytes, expected at most {MAX_FILE_BYTES:,}. Scale "
+                "the picture down or compress it."
+            )
+        return file.read(MAX_FILE_BYTES + 1)  # it may be growing
 
 
 def picture_from_bytes(data: bytes, name: str = "the picture") -> Pixels:
@@ -63,15 +83,18 @@ def picture_from_bytes(data: bytes, name: str = "the picture") -> Pixels:
     """
     if not data:
         raise PictureError(f"{name} is empty, expected a picture. Copy or record it again.")
+    if len(data) > MAX_FILE_BYTES:
+        raise PictureError(_too_large_message(name, f"{len(data):,} bytes"))
     try:
-        with (
-            warnings.catch_warnings(),
-            Image.open(io.BytesIO(data), formats=_known_formats()) as image,
-        ):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata does not change a pixel
-            _refuse_too_large(image, name)
-            image.load()
-            return _rgb_pixels(ImageOps.exif_transpose(image), image.format, name)
+            with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
+                _refuse_too_large(image, data, name)
+                image.load()
+                ImageOps.exif_transpose(image, in_place=True)
+                return _rgb_pixels(image, image.format, name)
+    except PictureError:
+        raise
     except UnidentifiedImageError:
         raise PictureError(
             f"{name} is not a picture Foveate reads ({len(data):,} bytes, beginning with "
@@ -79,11 +102,14 @@ def picture_from_bytes(data: bytes, name: str = "the picture") -> Pixels:
         ) from None
     except Image.DecompressionBombError:
         raise PictureError(_too_large_message(name, "more pixels than Pillow decodes")) from None
-    except (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, IndexError) as error:
-        # Pillow's decoders meet damaged data with any of these.
+    except MemoryError as error:
         raise PictureError(
-            f"{name} is damaged or truncated after {len(data):,} bytes ({error}). Copy or record "
-            "it again."
+            _too_large_message(name, "more pixels than this machine has memory for")
+        ) from error
+    except Exception as error:  # each of Pillow's decoders meets damage with exceptions of its own
+        raise PictureError(
+            f"{name} is damaged or truncated after {len(data):,} bytes "
+            f"({' '.join(str(error).split()) or type(error).__name__}). Copy or record it again."
         ) from error
 
 
@@ -93,30 +119,51 @@ def _known_formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def _refuse_too_large(image: Image.Image, name: str) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise PictureError(_too_large_message(name, f"{width} x {height} pixels"))
+def _refuse_too_large(image: Image.Image, data: bytes, name: str) -> None:
+    problem = size_problem(*image.size)
+    if problem is not None:
+        raise PictureError(_too_large_message(name, problem))
+    if image.format not in {"JPEG", "MPO"}:
+        return
+    # Every scan of a progressive JPEG passes over all pixels, and costs a few bytes.
+    scans = data.count(b"\xff\xda")
+    if scans * image.width * image.height > _SCANNED_PIXELS:
+        raise PictureError(_too_large_message(name, f"{scans} scans of {image.size} pixels"))
 
 
 def _too_large_message(name: str, got: str) -> str:
     return (
-        f"{name} has {got}, expected at most {MAX_PIXELS:,}. A vision tower sees a few hundred "
-        "pixels a side: scale the picture down first."
+        f"{name} has {got}. A vision tower sees a few hundred pixels a side: scale the picture "
+        "down first."
     )
 
 
 def _rgb_pixels(image: Image.Image, file_format: str | None, name: str) -> Pixels:
-    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in {"PNG", "PPM"}):
-        grey = (np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)  # [H, W]
-        return np.repeat(grey[:, :, None], 3, axis=2)  # [H, W, 3]
-    if image.mode in {"I", "F"}:
+    wide = image.mode.startswith("I;16") or (image.mode == "I" and file_format in {"PNG", "PPM"})
+    if image.mode in {"I", "F"} and not wide:
         raise PictureError(
             f"{name} has 32-bit pixels (mode {image.mode}), which do not say what white is. "
             "Save it with 8 or 16 bits per channel."
         )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return np.array(image.convert("RGB"))  # [H, W, 3]
+    convert = _grey_of_16_bits if wide else _composited_on_white
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        pixels[top:bottom] = convert(image.crop((0, top, image.width, bottom)))
+    return pixels
+
+
+def _grey_of_16_bits(band: Image.Image) -> Pixels:
+    """Return the high bytes, uint8[h, W, 1]."""
+    grey = (np.asarray(band).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)  # [h, W]
+    return grey[:, :, None]
+
+
+def _composited_on_white(band: Image.Image) -> Pixels:
+    """Return uint8[h, W, 3]."""
+    if band.has_transparency_data:
+        band = band.convert("RGBA")
+        white = Image.new("RGBA", band.size, (255, 255, 255, 255))
+        band = Image.alpha_composite(white, band)
+    return np.asarray(band.convert("RGB"))

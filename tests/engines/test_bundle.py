@@ -14,7 +14,6 @@ import pytest
 from engines.bundle import open_bundle, write_bundle
 from engines.errors import BundleError, FoveateError, OptionError
 from engines.manifest import Manifest
-from engines.staging import scratch_directory
 from tests.tiny_bundle import tiny_manifest, write_tiny_bundle
 
 
@@ -234,24 +233,63 @@ def test_a_place_that_cannot_be_a_directory(tmp_path: Path) -> None:
         write_tiny_bundle(tmp_path / "file/tiny")
 
 
-def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(
-    tmp_path: Path,
-) -> None:
-    goal = tmp_path / "bundle"
-    killed = tmp_path / "bundle.partial-killed"
-    killed.mkdir()
-    (killed / "weights").write_bytes(b"1")
-    with scratch_directory(goal, "partial") as first:
-        assert not killed.exists()
-        with scratch_directory(goal, "partial") as second:
-            assert first.is_dir() and second.is_dir() and first != second
-    assert not list(tmp_path.iterdir())
+HOSTILE_FIELDS = {
+    "vision.0.inputs": [],
+    "vision.0.inputs.0.dtype": "float128",
+    "vision.0.inputs.0.shape": ["batch", 3, -8, 8],
+    "vision.0.patch_rows": 10**9,
+    "vision.0.reducer.tokens": 10**9,
+    "preprocessing.height": 10**9,
+    "preprocessing.resize_width": 10**9,
+    "preprocessing.mean": [float("nan"), 0, 0],
+    "preprocessing.std": [0, 1, 1],
+    "preprocessing.rescale_factor": float("inf"),
+    "prompt.stop_token_ids": [],
+    "prompt.image_token_id": -1,
+    "prompt.chat_template": "x" * 300_000,
+    "text.context_length": 2**60,
+    "text.vocabulary": 2**60,
+}
 
 
-def test_an_old_bundle_comes_back_if_it_was_being_replaced(tmp_path: Path) -> None:
-    """Killed between the two renames, a process leaves the old directory under another name."""
-    goal = tmp_path / "bundle"
-    (tmp_path / "bundle.partial-killed.old").mkdir()
-    (tmp_path / "bundle.partial-killed.old" / "weights").write_bytes(b"1")
-    with scratch_directory(goal, "partial"):
-        assert (goal / "weights").read_bytes() == b"1"
+@pytest.mark.parametrize("field", HOSTILE_FIELDS)
+def test_values_that_no_exporter_writes_are_refused(bundle: Path, field: str) -> None:
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    at = manifest
+    *path, last = [int(step) if step.isdecimal() else step for step in field.split(".")]
+    for step in path:
+        at = at[step]
+    at[last] = HOSTILE_FIELDS[field]
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    assert str(last) in refusal(bundle)
+
+
+def test_a_manifest_of_many_levels_is_refused(bundle: Path) -> None:
+    for levels in (900, 100_000):
+        (bundle / "bundle.json").write_text('{"model": ' + "[" * levels + "]" * levels + "}")
+        refusal(bundle)
+
+
+def test_a_manifest_that_is_no_plain_file_is_refused(bundle: Path) -> None:
+    (bundle / "bundle.json").unlink()
+    os.mkfifo(bundle / "bundle.json")
+    assert "is not a plain file" in refusal(bundle)
+
+
+def test_a_manifest_without_end_is_refused(bundle: Path) -> None:
+    with (bundle / "bundle.json").open("r+b") as file:
+        file.truncate(1 << 40)
+    assert "expected at most" in refusal(bundle)
+
+
+def test_links_that_lead_nowhere_are_refused(bundle: Path) -> None:
+    (bundle / "vision.onnx").unlink()
+    (bundle / "vision.onnx").symlink_to("vision.onnx")
+    assert "vision.onnx is missing" in refusal(bundle)
+
+
+def test_of_many_wrong_files_some_are_named(bundle: Path) -> None:
+    for number in range(100):
+        (bundle / f"extra{number}").write_text("")
+    assert "100 files" in refusal(bundle)
+    assert len(refusal(bundle)) < 2000

@@ -27,6 +27,7 @@ def main(
     how: Annotated[str, typer.Argument(help="How to end.")],
     threads: cli.ThreadsOption = None,
     tone: Tone = Tone(word="yes"),
+    api_key: Annotated[str, typer.Option(envvar="FOVEATE_API_KEY")] = "",
     as_json: cli.JsonOption = False,
 ) -> int | None:
     \"\"\"End in many ways.\"\"\"
@@ -35,7 +36,7 @@ def main(
     if how == "interrupt":
         raise KeyboardInterrupt
     if how == "bug":
-        raise ZeroDivisionError
+        raise ZeroDivisionError(repr(api_key) + " " + tone.word)
     if how == "check":
         return 1
     cli.print_json({"threads": threads, "loud": tone.loud, "word": tone.word})
@@ -80,11 +81,48 @@ def test_exit_codes() -> None:
     assert end().returncode == 2
 
 
-def test_a_bug_keeps_its_traceback() -> None:
+def test_a_defect_is_one_paragraph_and_a_report_without_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("FOVEATE_API_KEY", "sk-from-the-environment")
+    monkeypatch.setenv("OTHER_TOKEN", "abc")
+    word = "sk-from-the-environment abc rtsp://me:mine@camera/live?token=17 abcd"
+    ended = end("bug", "--word", word, "--api-key=sk-\n-line", "--json")
+    assert (ended.returncode, ended.stdout) == (70, "")
+    (report,) = tmp_path.iterdir()
+    assert ended.stderr.startswith("internal error: ZeroDivisionError: '***' *** ***")
+    assert ended.stderr.count("\n") == 1
+    assert str(report) in ended.stderr
+    told = report.read_text()
+    assert "Traceback" in told
+    assert "ZeroDivisionError" in told
+    assert "abcd" in told
+    for text in (told, ended.stderr):
+        for secret in ("from-the-env", "abc ", "-line", "me:mine", "token=17"):
+            assert secret not in text
+    assert report.stat().st_mode & 0o077 == 0
+
+
+def test_a_defect_is_told_where_no_report_can_be_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/nowhere")
     ended = end("bug")
-    assert ended.returncode == 1
-    assert "ZeroDivisionError" in ended.stderr
-    assert "Traceback" in ended.stderr
+    assert ended.returncode == 70
+    assert "Traceback" not in ended.stderr
+
+
+def test_text_that_is_not_utf_8_is_refused() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", COMMAND, b"well", b"--word", b"caf\xe9"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "word is 'caf\\udce9', which is not UTF-8" in ended.stderr
 
 
 def test_help_shows_the_examples() -> None:

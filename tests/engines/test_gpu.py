@@ -17,10 +17,10 @@ from engines.bundle import Bundle, open_bundle
 from engines.errors import EngineError
 from engines.gpu import Gpu, NoGpu, find_gpu
 from engines.manifest import Precision
-from engines.open_session import open_session
+from engines.opening import open_session
 from engines.ort import OrtSession
 from engines.targets import Target, load_targets
-from engines.trt.builder import BuildOptions, build_plan
+from engines.trt.builder import PlanTask, build_plan
 from engines.trt.cuda_memory import open_cuda_runtime
 from engines.trt.library import TrtLibrary, load_library_for, load_polygraphy
 from engines.trt.plan import plan_path, read_record, sidecar_path
@@ -103,7 +103,7 @@ def test_a_reducer_keeps_what_onnx_runtime_keeps(
     fp32, inputs = random_graphs.write_graph(tmp_path, reducer)
     typed = random_graphs.write_typed_graph(fp32, precision)
     sha256 = hashlib.sha256(typed.read_bytes()).hexdigest()
-    options = BuildOptions(typed, sha256, tmp_path / "a.plan", target, precision, inputs)
+    options = PlanTask(typed, sha256, tmp_path / "a.plan", target, precision, inputs)
     result = build_plan(options)
     assert result.layers.engine is not None, "the layer report reads the engine on its own GPU"
     pixels = {"pixel_values": RANDOM.standard_normal((2, 3, 56, 56)).astype(np.float32)}

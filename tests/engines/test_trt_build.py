@@ -13,7 +13,7 @@ from engines.bundle import open_bundle
 from engines.cli import make_app
 from engines.errors import EngineError, OptionError
 from engines.gpu import NoGpu, find_gpu
-from engines.open_session import open_session
+from engines.opening import open_session
 from engines.targets import find_target
 from tests.small_graph import write_small_bundle
 

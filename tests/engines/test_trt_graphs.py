@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig
 from benchmarks import random_graphs
 from engines.manifest import Precision, TensorSpec
 from engines.targets import find_target
-from engines.trt.builder import BuildOptions, BuildResult, build_plan
+from engines.trt.builder import BuildResult, PlanTask, build_plan
 
 pytestmark = [pytest.mark.trt, pytest.mark.usefixtures("compiler")]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "mixed")
@@ -37,7 +37,7 @@ def build(file: Path, inputs: tuple[TensorSpec, ...], precision: Precision, sm: 
     target = find_target("rtx-4090").model_copy(update={"sm": sm})
     sha256 = hashlib.sha256(typed.read_bytes()).hexdigest()
     plan = file.with_name(f"{precision}-{sm}.plan")
-    return build_plan(BuildOptions(typed, sha256, plan, target, precision, inputs))
+    return build_plan(PlanTask(typed, sha256, plan, target, precision, inputs))
 
 
 @pytest.mark.parametrize("sm", [86, 89])

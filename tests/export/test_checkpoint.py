@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from engines.errors import CheckpointError
-from export.checkpoint import llava as checkpoint_module
+from export.checkpoint import download as checkpoint_module
 from export.checkpoint.llava import open_checkpoint
 
 Make = Callable[..., Path]
@@ -171,7 +171,7 @@ def test_refuses_what_is_not_a_checkpoint(tmp_path: Path) -> None:
 def test_refuses_pickled_weights_and_says_how_to_convert(make_checkpoint: Make) -> None:
     root = make_checkpoint()
     (root / "model.safetensors").rename(root / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pickled \(pytorch_model.bin\).*save_pretrained"):
+    with pytest.raises(CheckpointError, match=r"pickled \(pytorch_model.bin\).*convert_checkpoint"):
         open_checkpoint(root)
     (root / "pytorch_model.bin").unlink()
     with pytest.raises(CheckpointError, match="no weights found"):

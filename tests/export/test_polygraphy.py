@@ -17,10 +17,12 @@ import pytest
 from onnx import numpy_helper
 
 from engines.errors import OptionError
-from export.verify import VerifyOptions
-from export.verify.command import main
+from engines.option_groups import spread
+from export.verify import VerifyOptions, command
 from export.verify.golden_run import write_golden_run
 from export.verify.golden_scripts.compare_outputs import compare_outputs
+
+main = spread(command.main)
 
 # Found, not imported: an import here would settle, for every other test of the process, which
 # TensorRT library Polygraphy drives.

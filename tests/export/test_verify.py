@@ -15,11 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 from engines.bundle import open_bundle
 from engines.errors import BundleError, EngineError, FoveateError, OptionError, PictureError
-from export.verify import VerifyOptions, verify_bundles
-from export.verify.command import LimitFlags, main
+from engines.option_groups import spread
+from export.verify import VerifyOptions, command, verify_bundles
 from export.verify.sides import find_checkpoint
 from export.verify.tolerances import Tolerances, tolerances_for
 from tests.verified_bundles import change_weight, put_fp16, rewrite_bundle
+
+main = spread(command.main)
 
 
 def options(bundle: Path, model: Path, images: Path, **changes: object) -> VerifyOptions:
@@ -188,9 +190,9 @@ def test_json_is_one_object(verified_bundle, language_checkpoint, photographs, c
 def test_a_tolerance_can_be_set(verified_bundle, language_checkpoint, photographs, capsys):
     common = {"bundles": [verified_bundle], "model": str(language_checkpoint), "max_images": 1}
     common |= {"images": photographs, "vision_only": True}
-    assert main(**common, limits=LimitFlags(max_relative=0.0)) == 1
+    assert main(**common, max_relative=0.0) == 1
     assert "expected at most 0" in capsys.readouterr().out
-    assert main(**common, limits=LimitFlags(max_relative=1.0)) == 0
+    assert main(**common, max_relative=1.0) == 0
     assert "agrees with tiny-llama within tolerance" in capsys.readouterr().out
 
 

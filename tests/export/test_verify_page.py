@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 from engines.errors import OptionError
-from export.verify.command import main
+from engines.option_groups import spread
+from export.verify import command
 from tests.verified_bundles import change_weight, put_fp16, rewrite_bundle
+
+main = spread(command.main)
 
 HOSTILE = "<img src=x onerror=alert(1)>.png"
 

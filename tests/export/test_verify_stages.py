@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.verify import VerifyOptions, verify_bundles
-from export.verify.command import main
+from engines.option_groups import spread
+from export.verify import VerifyOptions, command, verify_bundles
 from export.verify.report import CandidateReport
 from tests.tiny_language import tiny_llava, write_checkpoint
 from tests.verified_bundles import change_weight, rewrite_bundle
+
+main = spread(command.main)
 
 
 def larger(values: np.ndarray) -> np.ndarray:

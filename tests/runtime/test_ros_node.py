@@ -16,11 +16,11 @@ import pytest
 from engines.bundle import Bundle
 from engines.errors import SourceError
 from runtime.camera.loop import CameraOptions
+from runtime.commands.watch import WatchOptions
 from runtime.frames import SourceOptions
 from runtime.frames.frame import ReadErrors
 from runtime.language.generate import GenerationOptions
 from runtime.ros_node import TopicReader, serve
-from runtime.watch import WatchOptions
 
 IMAGE = np.random.default_rng(3).integers(0, 256, (24, 32, 3), dtype=np.uint8)
 OPTIONS = WatchOptions(

@@ -31,14 +31,14 @@ from engines.secret import Secret
 from runtime.backends.chat_server import ServerOptions
 from runtime.camera.answering import FrameAnswerer
 from runtime.camera.loop import CameraOptions
-from runtime.chat import Chat
+from runtime.commands.chat import Chat
+from runtime.commands.watch import WatchOptions, watch
 from runtime.conversation import Conversation
 from runtime.frames import SourceOptions
 from runtime.language.generate import GenerationOptions
 from runtime.language.grammar import Grammar
 from runtime.model import Model, open_model
 from runtime.model_options import ModelOptions
-from runtime.watch import WatchOptions, watch
 
 ROOT = Path(__file__).parents[3]
 QUESTION = "What is it?"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
+import time
 import urllib.request
 
 import pytest
 
 from engines.errors import OptionError
+from runtime.camera import metrics_server
 from runtime.camera.budgets.controller import BudgetController
 from runtime.camera.budgets.goal import FrameCost, Goal
 from runtime.camera.loop import CameraLoop, CameraOptions
@@ -71,3 +75,39 @@ def test_the_status_line_counts() -> None:
         line.show(answer)
     assert line.text().startswith("2.0 frames/s | 2.0 answers/s | age ")
     assert line.text().endswith("0 not answered | 0 errors")
+
+
+def test_idle_and_dripping_connections_are_bounded_and_cut_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("prometheus_client")
+    monkeypatch.setattr(metrics_server, "LONGEST_S", 0.5)
+    loop, _ = finished_loop()
+    before = threading.active_count()
+    server = MetricsServer(loop, 0)
+    idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(100)]
+    try:
+        deadline_s = time.monotonic() + 20
+        while time.monotonic() < deadline_s:
+            assert threading.active_count() <= before + 1 + metrics_server.MOST_CONNECTIONS
+            with contextlib.suppress(OSError):
+                idle[0].sendall(b"X")  # a drop now and then does not keep a connection
+            try:
+                address = f"http://127.0.0.1:{server.port}/metrics"
+                with urllib.request.urlopen(address, timeout=5) as reply:
+                    assert b"foveate_frames_total" in reply.read()
+                break
+            except OSError:
+                time.sleep(0.05)
+        else:
+            pytest.fail("the idle connections were never cut off")
+    finally:
+        for each in idle:
+            each.close()
+        server.close()
+
+
+def test_a_port_that_is_none_is_told() -> None:
+    pytest.importorskip("prometheus_client")
+    with pytest.raises(OptionError, match="cannot be served on port 99999"):
+        MetricsServer(finished_loop()[0], 99999)

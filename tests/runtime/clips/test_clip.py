@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from engines.bundle import Bundle
 from engines.cli import make_app
 from engines.errors import OptionError, SourceError
-from runtime.ask import AskOptions, ask, document_from_answer, main
 from runtime.clips.clip import ClipAnswer, measure_newness, read_clip, spread_frames
 from runtime.clips.clip_options import ClipOptions, is_clip
+from runtime.commands.ask import ask, document_from_answer, main
 from runtime.frames import FrameSource
 from runtime.frames.frame import Capture, ReadErrors
 from runtime.language.generate import GenerationOptions
@@ -87,7 +87,7 @@ def test_what_creeps_is_noticed_once_it_has_gone_far_enough() -> None:
 
 def answer_clip(bundle: Bundle, path: Path, **changes: object) -> ClipAnswer:
     fields = {"clip": ClipOptions(**changes), "generation": SHORT}
-    answer, _ = ask(bundle.root, path, QUESTION, AskOptions(ModelOptions(threads=1), **fields))
+    answer = ask(bundle.root, path, QUESTION, model=ModelOptions(threads=1), **fields)
     assert isinstance(answer, ClipAnswer)
     return answer
 
@@ -183,7 +183,7 @@ def test_a_picture_is_no_clip(budgets_bundle: Bundle, tmp_path: Path) -> None:
     """Its document has no frames."""
     photo = tmp_path / "photo.png"
     Image.fromarray(np.full((48, 64, 3), 9, np.uint8)).save(photo)
-    answer, bundle = ask(
-        budgets_bundle.root, photo, QUESTION, AskOptions(ModelOptions(threads=1), generation=SHORT)
+    answer = ask(
+        budgets_bundle.root, photo, QUESTION, model=ModelOptions(threads=1), generation=SHORT
     )
-    assert "clip" not in document_from_answer(answer, bundle)
+    assert "clip" not in document_from_answer(answer, budgets_bundle)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from engines.errors import SourceError
-from runtime.frames import open_source
+from runtime.frames import SourceOptions, open_source
 from runtime.frames.ros_image import image_from_compressed_message, image_from_message
 
 RGB = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
@@ -72,11 +72,11 @@ def test_topics_are_chosen_by_name_or_type(
     with pytest.raises(SourceError, match=r"has 3 image topics, expected one.*/left.*/right"):
         open_source(str(path))
     with pytest.raises(SourceError, match=r"has no image topic '/rear'"):
-        open_source(str(path), topic="/rear")
+        open_source(str(path), SourceOptions(topic="/rear"))
     with pytest.raises(SourceError, match=r"has 2 image topics of type sensor_msgs/Image"):
-        open_source(str(path), topic="sensor_msgs/Image")
-    assert len(list(open_source(str(path), topic="/right"))) == 1
-    (frame,) = open_source(str(path), topic="sensor_msgs/msg/CompressedImage")
+        open_source(str(path), SourceOptions(topic="sensor_msgs/Image"))
+    assert len(list(open_source(str(path), SourceOptions(topic="/right")))) == 1
+    (frame,) = open_source(str(path), SourceOptions(topic="sensor_msgs/msg/CompressedImage"))
     assert frame.timestamp_ns == 3  # no header stamp: the time it was recorded
     assert float(frame.image.mean()) == pytest.approx(80, abs=2)
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from engines.errors import OptionError, SourceError
-from runtime.frames import FrameSource, open_source
+from runtime.frames import FrameSource, SourceOptions, open_source
 from runtime.frames.stdin import StdinFrames, StdinStream
 
 
@@ -86,7 +86,7 @@ def test_a_missing_file_is_told_with_what_could_be_typed() -> None:
 def test_topic_is_refused_where_there_are_none(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     with pytest.raises(OptionError, match="has no topics"):
-        open_source(str(tmp_path / "a.png"), topic="/camera")
+        open_source(str(tmp_path / "a.png"), SourceOptions(topic="/camera"))
 
 
 def test_bare_frames_from_a_pipe_and_a_piece_at_the_end() -> None:

@@ -10,8 +10,7 @@ import pytest
 from engines.errors import OptionError, SourceError
 from runtime.frames import FrameSource, SourceOptions
 from runtime.frames.frame import Capture, ReadErrors
-from runtime.frames.opening import crop_from_text
-from runtime.frames.source import FrameClock
+from runtime.frames.source import FrameClock, crop_from_text
 from runtime.vision import Pixels
 
 

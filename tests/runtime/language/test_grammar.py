@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from engines.bundle import Bundle
 from engines.errors import OptionError
-from runtime.answer_options import AnswerOptions
+from engines.option_groups import spread
 from runtime.camera.answering import FrameAnswerer
 from runtime.language.generate import Generation, GenerationOptions
 from runtime.language.grammar import Grammar, GrammarTokens
@@ -167,20 +167,31 @@ def test_a_schema_that_is_none(model: Model, schema: str) -> None:
         answer(model, Grammar(json_schema=schema))
 
 
+def options_from(**typed: Any) -> GenerationOptions:
+    """What a command makes of options as they are typed."""
+    made: list[GenerationOptions] = []
+
+    def main(generation: GenerationOptions) -> None:
+        made.append(generation)
+
+    spread(main)(**typed)
+    return made[0]
+
+
 def test_options(tmp_path: Path) -> None:
-    assert AnswerOptions().generation() == GenerationOptions()
-    assert AnswerOptions(choices="yes,no").generation().grammar == Grammar(("yes", "no"))
+    assert options_from() == GenerationOptions()
+    assert options_from(choices="yes,no").grammar == Grammar(("yes", "no"))
     file = tmp_path / "schema.json"
     file.write_text("{}")
-    chosen = AnswerOptions(json_schema=file, stop=["."], top_k=3).generation()
+    chosen = options_from(json_schema=file, stop=["."], top_k=3)
     assert chosen.grammar == Grammar(json_schema="{}")
     assert (chosen.stop, chosen.sampling.top_k) == ((".",), 3)
     with pytest.raises(OptionError, match="both given"):
-        AnswerOptions(choices="yes", json_schema=file).generation()
+        options_from(choices="yes", json_schema=file)
     with pytest.raises(OptionError, match="cannot be read"):
-        AnswerOptions(json_schema=tmp_path / "none.json").generation()
+        options_from(json_schema=tmp_path / "none.json")
     with pytest.raises(OptionError, match="have an empty one among them"):
-        AnswerOptions(choices="yes,,no").generation()
+        options_from(choices="yes,,no")
     with pytest.raises(OptionError, match="one of the two"):
         Grammar()
     with pytest.raises(OptionError, match="not Unicode text"):

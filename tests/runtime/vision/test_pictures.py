@@ -11,7 +11,7 @@ from PIL import Image
 from skimage import data
 
 from engines.errors import PictureError
-from runtime.vision import pictures
+from runtime import picture_limits
 from runtime.vision.pictures import load_picture, picture_from_bytes
 
 
@@ -114,7 +114,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     small = encoded(Image.new("1", (1000, 1000)))
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 999_999)
+    monkeypatch.setattr(picture_limits, "MAX_PIXELS", 999_999)
     with pytest.raises(PictureError, match=r"1000 x 1000 pixels, expected at most 999,999"):
         picture_from_bytes(small)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400_000)

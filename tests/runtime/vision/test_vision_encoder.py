@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from engines.bundle import Bundle, open_bundle
-from engines.errors import BundleError, OptionError, PictureError
+from engines.errors import BundleError, EngineError, OptionError, PictureError
 from engines.ort import OrtSession
 from runtime.vision import VisionEncoder
 from runtime.vision.preprocess import preprocess
@@ -82,3 +83,34 @@ def test_a_graph_without_our_outputs(bundle: Bundle, tmp_path: Path) -> None:
 
     with pytest.raises(BundleError, match="and the outputs logits, expected one input and at"):
         VisionEncoder(bundle, Other(bundle.path("vision.onnx")))
+
+
+@pytest.mark.parametrize(
+    ("output", "change", "told"),
+    [
+        ("visual_tokens", lambda a: np.full_like(a, np.nan), "not finite"),
+        (
+            "visual_tokens",
+            lambda a: a[:, :1],
+            r"is \[1, 1, 3\], expected \[1, 2, 3\]",
+        ),
+        ("valid_count", lambda a: a - 3, "valid_count goes from -1 to -1, expected 0 to 2"),
+        ("valid_count", lambda a: a + 1, "valid_count goes from 3 to 3"),
+        ("patch_index", lambda a: a + 1, "patch_index goes from 3 to 4, expected -1 to 3"),
+        ("assignment", lambda a: a * 9, "assignment goes from -18 to 9, expected -3 to 1"),
+    ],
+)
+def test_what_no_exported_graph_gives(
+    bundle: Bundle, output: str, change: Callable[[np.ndarray], np.ndarray], told: str
+) -> None:
+    class Hostile(OrtSession):
+        def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            outputs = super().run(inputs)
+            return outputs | {output: change(outputs[output])}
+
+    with (
+        Hostile(bundle.path("vision.onnx")) as session,
+        VisionEncoder(bundle, session) as encoder,
+        pytest.raises(EngineError, match=told),
+    ):
+        encoder.encode([picture()])

@@ -21,13 +21,13 @@ from runtime.camera.budgets.controller import BudgetController
 from runtime.camera.budgets.goal import FrameCost, Goal
 from runtime.camera.budgets.goal_options import GoalOptions
 from runtime.camera.loop import CameraOptions
+from runtime.commands.watch import WatchOptions, watch
 from runtime.frames import SourceOptions
 from runtime.language.generate import GenerationOptions
 from runtime.model import Answer
 from runtime.model_options import ModelOptions
 from runtime.vision import VisualTokens
 from runtime.vision.graph_pool import GraphPool
-from runtime.watch import WatchOptions, watch
 from tests.runtime.camera.doubles import ShadeAnswerer, ShadeEncoder
 
 LATENCY_MS = {32: 40.0, 64: 60.0, 128: 110.0, 192: 170.0}

@@ -1,25 +1,30 @@
-"""Check the options of a reducer and list them for the manifest."""
+"""What every reducer is built on: its options, checked when it is made, and its budget."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from engines.errors import OptionError
+from export.reducers.reduced import Reduced
+from export.towers import Scoring, TowerOutput
 
 OptionValue = int | float | str | bool
 
 
 @dataclass(frozen=True)
-class Options:
-    """What every reducer is: a frozen dataclass whose fields are its options.
+class Reducer(ABC):
+    """A pure function of tensors with static output shapes; a frozen dataclass of its options.
 
-    A reducer sets `name` and `LEAST`, its whole-number options and the least value of each, and
-    extends `problems` where there is more to check.
+    A reducer sets `name`, `scoring` (what the tower is to compute for it) and `LEAST`, its
+    whole-number options and the least value of each, and extends `problems` where there is more to
+    check.
     """
 
     name: ClassVar[str]
+    scoring: ClassVar[Scoring]
     LEAST: ClassVar[Mapping[str, int]] = {}
 
     def __post_init__(self) -> None:
@@ -45,6 +50,23 @@ class Options:
         """What `make_reducer` takes to make this reducer again."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    @abstractmethod
+    def token_count(self, patches: int) -> int:
+        """Return N for a tower of ``patches`` patches.
+
+        Raises:
+            OptionError: the options do not fit that many patches.
+        """
+
+    @classmethod
+    @abstractmethod
+    def options_for(cls, tokens: int | None, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Complete the options the user gave to leave ``tokens`` tokens."""
+
+    @abstractmethod
+    def __call__(self, tower: TowerOutput) -> Reduced:
+        """Reduce a batch."""
+
     def check_budget(self, tokens: int, patches: int) -> int:
         """Return ``tokens`` if a tower of ``patches`` patches can give as many.
 
@@ -60,8 +82,8 @@ class Options:
 
 
 @dataclass(frozen=True)
-class BudgetOptions(Options):
-    """Options of a reducer that is told one number: how many tokens to leave.
+class BudgetReducer(Reducer):
+    """A reducer that is told one number: how many tokens to leave.
 
     Attributes:
         budget: N.

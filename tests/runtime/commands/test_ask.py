@@ -15,15 +15,15 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from engines.bundle import Bundle
-from runtime.ask import AskOptions, ask
 from runtime.camera.answering import FrameAnswerer, FrameEncoder
+from runtime.commands.ask import ask
 from runtime.language.generate import GenerationOptions
 from runtime.language.prompt import Turn
 from runtime.model import open_model
 from runtime.model_options import ModelOptions
 
 QUESTION = "What is in the picture?"
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +48,12 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_answer_equals_transformers_given_the_same_visual_tokens(
     language_bundle: Bundle, language_reference: LlavaForConditionalGeneration, photo: Path
 ) -> None:
-    answer, _ = ask(
+    answer = ask(
         language_bundle.root,
         photo,
         QUESTION,
-        AskOptions(ModelOptions(threads=1), generation=GenerationOptions(max_tokens=30)),
+        model=ModelOptions(threads=1),
+        generation=GenerationOptions(max_tokens=30),
     )
     with open_model(language_bundle, threads=1) as model:
         ids = model.writer.ids([Turn("user", QUESTION, images=1)])
@@ -143,8 +144,13 @@ def test_json_is_one_object(language_bundle: Bundle, photo: Path) -> None:
 
 
 def test_text_goes_to_stdout_and_times_to_stderr(language_bundle: Bundle, photo: Path) -> None:
-    options = AskOptions(ModelOptions(threads=1), generation=GenerationOptions(max_tokens=6))
-    expected, _ = ask(language_bundle.root, photo, QUESTION, options)
+    expected = ask(
+        language_bundle.root,
+        photo,
+        QUESTION,
+        model=ModelOptions(threads=1),
+        generation=GenerationOptions(max_tokens=6),
+    )
     done = command(language_bundle.root, photo, QUESTION, "--threads", 1, "--max-tokens", 6)
     assert done.returncode == 0
     assert done.stdout == expected.text + "\n"
@@ -153,12 +159,14 @@ def test_text_goes_to_stdout_and_times_to_stderr(language_bundle: Bundle, photo:
 
 
 def test_overlay_is_written(language_bundle: Bundle, photo: Path, tmp_path: Path) -> None:
-    options = AskOptions(
-        ModelOptions(threads=1),
+    ask(
+        language_bundle.root,
+        photo,
+        QUESTION,
+        model=ModelOptions(threads=1),
         overlay=tmp_path / "kept.png",
         generation=GenerationOptions(max_tokens=1),
     )
-    ask(language_bundle.root, photo, QUESTION, options)
     with Image.open(tmp_path / "kept.png") as overlay:
         assert overlay.width > overlay.height > 100
 
@@ -195,7 +203,8 @@ def test_help_teaches() -> None:
 def test_importing_it_is_light() -> None:
     """Heavy packages are imported when they are used: `--help` must come at once."""
     heavy = ("onnxruntime", "jinja2", "tokenizers", "rich", "torch", "transformers", "PIL")
-    code = f"import sys, runtime.ask; print([n for n in {heavy} if n in sys.modules])"
+    found = f"print([n for n in {heavy} if n in sys.modules])"
+    code = f"import sys; from runtime import ask, watch; {found}"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )

@@ -12,7 +12,7 @@ from engines import ort
 from engines.bundle import Bundle, open_bundle
 from engines.errors import EngineError, OptionError
 from engines.gpu import Gpu
-from engines.open_session import TARGETS_VARIABLE, open_session
+from engines.opening import TARGETS_VARIABLE, open_session
 from engines.targets import find_target
 from engines.trt.plan import plan_path
 from tests.small_graph import SIDE, write_small_bundle

@@ -18,11 +18,11 @@ from engines.errors import OptionError
 from runtime.camera.budgets.goal_options import GoalOptions
 from runtime.camera.loop import CameraOptions
 from runtime.camera.view_options import ViewOptions
+from runtime.commands.watch import WatchOptions, main, watch
 from runtime.frames import SourceOptions, open_source
 from runtime.language.generate import GenerationOptions
 from runtime.model import open_model
 from runtime.model_options import ModelOptions
-from runtime.watch import WatchOptions, main, watch
 
 SHADES = [20, 60, 100, 140, 180, 220]
 QUESTION = "What is it?"
@@ -45,7 +45,7 @@ def lines_of(
 
 
 def answers_one_by_one(bundle: Bundle, source: Path, **view: Any) -> list[str]:
-    with open_model(bundle) as model, open_source(str(source), **view) as frames:
+    with open_model(bundle) as model, open_source(str(source), SourceOptions(**view)) as frames:
         options = GenerationOptions(max_tokens=5)
         return [model.ask(frame.image, QUESTION, options).text for frame in frames]
 
@@ -161,6 +161,7 @@ def test_standard_input_cannot_be_frames_and_commands(language_bundle: Bundle) -
             ask="?",
             control=True,
             view=ViewOptions(),
+            source=SourceOptions(),
             budget=GoalOptions(),
             model=ModelOptions(),
         )

@@ -15,12 +15,12 @@ from PIL import Image
 
 from engines.bundle import Bundle
 from engines.errors import OptionError, PictureError
-from runtime.chat import Chat
+from runtime.commands.chat import Chat
 from runtime.conversation import Conversation
 from runtime.language.generate import GenerationOptions
 from runtime.model import Model, open_model
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

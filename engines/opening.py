@@ -11,6 +11,7 @@ from pathlib import Path
 
 from engines.bundle import Bundle
 from engines.errors import EngineError, OptionError
+from engines.graph_contents import check_graph_contents
 from engines.manifest import VisionGraph
 from engines.session import Session
 from engines.targets import Target, find_target, load_targets
@@ -47,11 +48,14 @@ def open_session(
 
     Raises:
         OptionError: no such engine or target, or the engine cannot take the graph's precision.
+        BundleError: the graph holds what our exporters never write.
         EngineError: the engine or its plan is not there, or does not run on this machine.
     """
     chosen = graph or bundle.vision()
     name = engine or target_of(bundle).engine
     path = bundle.path(chosen.file)
+    if name not in ("tensorrt", "tensorrt-rtx"):  # which run a plan
+        check_graph_contents(bundle, chosen.file)
     if name == "ort":
         from engines.ort import OrtSession
 

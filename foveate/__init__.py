@@ -1,0 +1,1 @@
+"""The command `foveate`: every command of the floors below under one name."""
