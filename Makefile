@@ -9,7 +9,8 @@ export ORT_DISABLE_TELEMETRY := 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-trt test-faults test-gpu test-llamacpp test-vllm train-pocket \
+.PHONY: help install demo test test-slow test-trt test-faults test-gpu test-llamacpp test-vllm \
+  test-real-size train-pocket \
   lint format bench clean
 
 help:  ## List the targets.
@@ -30,7 +31,7 @@ demo: install  ## Build the bundled checkpoint and answer a question about a pic
 
 test: install  ## Run the tests that fit in a few minutes.
 	$(BIN)/python -m pytest -n 2 --dist loadfile \
-	  -m "not slow and not gpu and not trt and not llamacpp and not vllm"
+	  -m "not slow and not gpu and not trt and not llamacpp and not vllm and not real_size"
 
 test-slow: install  ## Run the tests at CLIP-L/14-336 size.
 	$(BIN)/python -m pytest -m slow
@@ -80,6 +81,10 @@ build/vllm/.installed:
 
 test-vllm: install build/vllm/.installed  ## Serve the pocket model with vLLM (3.5 GB) and compare.
 	FOVEATE_VLLM_PYTHON=build/vllm/bin/python $(BIN)/python -m pytest -m vllm
+
+# One test at a time, each step in processes of its own, whose memory is measured.
+test-real-size: install  ## Build and ask a LLaVA-1.5-7B of random weights (60 GB of disk, hours).
+	$(BIN)/python -m pytest -s -m real_size tests/real_size
 
 train-pocket: install  ## Train the bundled checkpoint from nothing (about two hours on two cores).
 	$(BIN)/python models/pocket-llava/train.py

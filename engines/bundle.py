@@ -6,16 +6,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from engines.digests import digests_of, kept_digests_of
 from engines.errors import BundleError, OptionError
 from engines.manifest import (
     MANIFEST_NAME,
@@ -35,7 +34,6 @@ from engines.staging import staged_directory
 LOCAL_DIRECTORY = "local"
 """Where a machine may keep what it made from the bundle (TensorRT plans); not part of the bundle,
 so not verified: what lies there carries its own checks."""
-_CHUNK_BYTES = 4 << 20
 _MOST_TOLD = 20
 """Of many files that are wrong, so many are named."""
 
@@ -122,8 +120,9 @@ def open_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> Bundle:
 
     Args:
         path: the directory `export.build` wrote.
-        verify: hash every file, in parallel, at about a second per GB. Without it only names and
-            sizes are checked, which takes milliseconds: for a path nobody else can write to.
+        verify: hash every file, in parallel, at a few seconds per GB; large ones that this machine
+            hashed before and that did not change since are not hashed again. Without it only names
+            and sizes are checked: for a path nobody else can write to.
 
     Raises:
         BundleError: not a bundle, of a newer schema, or files are missing, changed or added; all
@@ -201,7 +200,7 @@ def _manifest_problems(manifest: Manifest, text: bytes) -> list[str]:
 
 
 def _digest_problems(root: Path, files: dict[str, FileRecord]) -> list[str]:
-    digests = _digests(root, files)
+    digests = kept_digests_of(root, files, root / LOCAL_DIRECTORY)
     return [
         f"{name} was changed: its SHA-256 is {digests[name]}, expected {record.sha256}"
         for name, record in sorted(files.items())
@@ -219,25 +218,6 @@ def _files_below(root: Path) -> list[str]:
         linked = [name for name in folders if (here / name).is_symlink()]
         found += [(here / name).relative_to(root).as_posix() for name in [*names, *linked]]
     return found
-
-
-def _digests(root: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the SHA-256 of each file; hashing releases the GIL, so threads share the work."""
-    names = list(names)
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        try:
-            return dict(zip(names, pool.map(lambda name: _sha256(root / name), names), strict=True))
-        except OSError as error:
-            raise BundleError(f"{root}: a file cannot be read: {error}.") from error
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
 
 
 class BundleDraft:
@@ -298,7 +278,7 @@ def write_bundle(
         names = sorted(_files_below(staging))
         files = {
             name: FileRecord(sha256=digest, bytes=(staging / name).stat().st_size)
-            for name, digest in _digests(staging, names).items()
+            for name, digest in digests_of(staging, names).items()
         }
         if problems := _file_problems(staging, files):
             raise BundleError(f"{goal} was not written: {'; '.join(problems)}.")

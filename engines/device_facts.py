@@ -8,12 +8,14 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from engines.errors import EngineError
 from engines.gpu import Gpu, NoGpu, find_gpu, read_power_mode
+from engines.language_packages import find_missing_packages
 from engines.trt.compiler_cache import add_compiler_to_path
 from engines.trt.cuda_memory import open_cuda_runtime
 from engines.trt.library import load_library
@@ -60,6 +62,8 @@ class DeviceFacts:
     disk_bytes: int
     """Free where the bundles lie."""
     power_mode: str | None
+    missing_backends: Mapping[str, str] = field(default_factory=dict)
+    """Language backends that cannot run here -> what is missing."""
 
     @property
     def is_jetson(self) -> bool:
@@ -95,6 +99,7 @@ def read_facts(place: Path = Path(), root: Path = Path("/")) -> DeviceFacts:
         swap_bytes=memory.get("SwapFree", 0),
         disk_bytes=shutil.disk_usage(place).free,
         power_mode=read_power_mode(),
+        missing_backends=find_missing_packages(),
     )
 
 

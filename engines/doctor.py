@@ -19,6 +19,7 @@ from engines.bundle import Bundle, open_bundle
 from engines.device_facts import DeviceFacts, read_facts
 from engines.errors import EngineError, FoveateError
 from engines.gpu import NoGpu
+from engines.language_packages import INSTALL
 from engines.manifest import VisionGraph
 from engines.targets import Target, find_target, targets_of_gpu
 from engines.trt.build_memory import add_swap_command, predict_build_bytes
@@ -172,6 +173,7 @@ def _examine_tensorrt(facts: DeviceFacts, target: Target) -> Finding:
 def examine_bundle(facts: DeviceFacts, bundle: Bundle, target: Target) -> list[Finding]:
     """Judge whether one bundle can be built and run here."""
     findings = [Finding("bundle", "ok", f"{bundle.root}: {bundle.manifest.model}, {target.name}")]
+    findings += _examine_backends(facts, bundle)
     findings += examine_target(facts, target)
     if target.needs_cuda:
         to_build = []
@@ -184,6 +186,21 @@ def examine_bundle(facts: DeviceFacts, bundle: Bundle, target: Target) -> list[F
         if to_build:
             findings.append(_examine_build_memory(facts, max(to_build), target))
     return findings
+
+
+def _examine_backends(facts: DeviceFacts, bundle: Bundle) -> list[Finding]:
+    """Say which decoders cannot run here; only the first one, which is the default, has to."""
+    models = bundle.manifest.language_models
+    return [
+        Finding(
+            f"language backend {model.backend}",
+            "problem" if model is models[0] else "note",
+            facts.missing_backends[model.backend],
+            INSTALL[model.backend],
+        )
+        for model in models
+        if model.backend in facts.missing_backends
+    ]
 
 
 def _examine_build_memory(facts: DeviceFacts, onnx_bytes: int, target: Target) -> Finding:

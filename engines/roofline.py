@@ -61,8 +61,24 @@ MODELS = {
     "llava-1.5-13b": TransformerShape(40, 5120, 13824, 40, 40, 32000),
     "tinyllama-1.1b": TransformerShape(22, 2048, 5632, 32, 4, 32000),
 }
+FAMILIES = {
+    "llama": TransformerShape(32, 4096, 11008, 32, 32, 32000),
+    "mistral": TransformerShape(32, 4096, 14336, 32, 8, 32000),
+    "qwen2": TransformerShape(32, 4096, 22016, 32, 32, 151936),
+    "qwen3": TransformerShape(32, 4096, 22016, 32, 32, 151936),
+}
+"""What transformers takes for sizes that a config.json leaves out, as llava-hf's own do."""
 CLIP_L_336 = TransformerShape(23, 1024, 4096, 16, 16, 0, gated_mlp=False)
 CLIP_L_336_POSITIONS = 577
+
+_SIZES = {
+    "num_hidden_layers": "layers",
+    "hidden_size": "hidden",
+    "intermediate_size": "intermediate",
+    "num_attention_heads": "heads",
+    "vocab_size": "vocabulary",
+}
+"""Names of a config.json -> fields of `TransformerShape`."""
 
 
 @dataclass(frozen=True)
@@ -149,15 +165,21 @@ def shape_from_config(path: Path) -> TransformerShape:
             f"directory or one of {', '.join(MODELS)}."
         ) from error
     text = config.get("text_config") or config
-    wanted = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-    missing = [key for key in (*wanted, "vocab_size") if not isinstance(text.get(key), int)]
+    usual = FAMILIES.get(text.get("model_type", ""))
+    sizes: dict[str, Any] = {}
+    for key, field in _SIZES.items():
+        given = text.get(key, None if usual is None else getattr(usual, field))
+        if isinstance(given, int):
+            sizes[field] = given
+    missing = [key for key, field in _SIZES.items() if field not in sizes]
     if missing:
         raise CheckpointError(
             f"{file}: {', '.join(missing)} missing from the text model's configuration."
         )
-    layers, hidden, intermediate, heads = (int(text[key]) for key in wanted)
-    kv_heads = int(text.get("num_key_value_heads") or heads)
-    return TransformerShape(layers, hidden, intermediate, heads, kv_heads, int(text["vocab_size"]))
+    own_heads = "num_attention_heads" in text
+    default = usual.kv_heads if usual is not None and not own_heads else sizes["heads"]
+    kv_heads = int(text.get("num_key_value_heads") or default)
+    return TransformerShape(**sizes, kv_heads=kv_heads)
 
 
 def roof_of(target: Target) -> Roof:

@@ -113,9 +113,15 @@ def write_checkpoint(root: Path, model: LlavaForConditionalGeneration) -> Path:
     """Write a checkpoint as save_pretrained does, with tokenizer, template and processor."""
     half = {name: tensor.half() for name, tensor in model.state_dict().items()}
     model.save_pretrained(root, state_dict=half)
+    write_checkpoint_words(root, model.config)
+    return root
+
+
+def write_checkpoint_words(root: Path, config: LlavaConfig) -> None:
+    """Write what a checkpoint has beside weights and config: tokenizer, template, processor."""
     tiny_tokenizer().save_pretrained(root)
     (root / "chat_template.jinja").write_text(TEMPLATE)
-    size = model.config.vision_config.image_size
+    size = config.vision_config.image_size
     processor = {
         "image_processor_type": "CLIPImageProcessor",
         "size": {"shortest_edge": size},
@@ -126,12 +132,11 @@ def write_checkpoint(root: Path, model: LlavaForConditionalGeneration) -> Path:
     (root / "preprocessor_config.json").write_text(json.dumps(processor))
     slots = {
         "processor_class": "LlavaProcessor",
-        "patch_size": model.config.vision_config.patch_size,
+        "patch_size": config.vision_config.patch_size,
         "num_additional_image_tokens": 1,
         "vision_feature_select_strategy": "default",
     }
     (root / "processor_config.json").write_text(json.dumps(slots))
-    return root
 
 
 def stand_in_graph(hidden_size: int) -> onnx.ModelProto:

@@ -20,6 +20,7 @@ from calibration.int8.report import (
 from engines import cli
 from engines.errors import GateError
 from engines.progress_bar import show_progress
+from engines.termination import end_in_order
 from export.build.plan import BuildOptions, BuildPlan, plan_build
 from export.build.steps import BuildReport, build_bundle
 
@@ -39,8 +40,9 @@ def main(
 ) -> int:
     """Build a bundle: one vision graph (tower, reducer, projector) and a quantized decoder.
 
-    The bundle is written whole or not at all. What it needs of the checkpoint is read part by
-    part, so a 7B model needs memory for its largest part only.
+    The bundle is written whole or not at all. The checkpoint is read tensor by tensor; how much
+    memory, disk and time the build will take is told first (--dry-run), and what cannot fit is
+    refused. A build that was stopped goes on where it was, by the same command.
 
     `--precision int8` calibrates on your own frames (--frames): 128 distinct ones or more, by day
     and night if the robot works by day and night. Every eighth is held out; on these INT8 must keep
@@ -50,7 +52,7 @@ def main(
         _tell_plan(plan_build(options), options, as_json)
         return 0
     try:
-        with show_progress() as progress:
+        with end_in_order(), show_progress() as progress:
             report = build_bundle(options, progress)
     except GateError as error:
         return tell_missed_gate(error, as_json)
@@ -78,6 +80,12 @@ def _tell_plan(plan: BuildPlan, options: BuildOptions, as_json: bool) -> None:
                 "patches": plan.patches,
                 "vision": graphs,
                 "bundle": str(options.out),
+                "needs": {
+                    "memory_bytes": plan.cost.memory_bytes,
+                    "disk_bytes": plan.cost.disk_bytes,
+                    "bundle_bytes": plan.cost.bundle_bytes,
+                    "seconds": round(plan.cost.seconds),
+                },
             }
         )
         return
@@ -92,6 +100,7 @@ def _tell_plan(plan: BuildPlan, options: BuildOptions, as_json: bool) -> None:
     for backend in options.decoders.backends:
         print(f"  decoder       {options.decoders.precision_of(backend)}, {backend}")
     print(f"  into          {options.out}")
+    print(f"  needs         {plan.cost.describe()}")
 
 
 def _tell_report(report: BuildReport, as_json: bool) -> None:
@@ -100,6 +109,7 @@ def _tell_report(report: BuildReport, as_json: bool) -> None:
             "bundle": str(report.bundle),
             "bytes": report.bytes,
             "seconds": report.seconds,
+            "total_seconds": report.total_seconds,
             "notes": report.notes,
         }
         if report.int8 is not None:
@@ -109,7 +119,7 @@ def _tell_report(report: BuildReport, as_json: bool) -> None:
     for name, size in report.bytes.items():
         print(f"  {size / 1e6:10.2f} MB  {name}")
     total = sum(report.bytes.values()) / 1e6
-    print(f"  {total:10.2f} MB  {report.bundle} in {sum(report.seconds.values()):.0f} s")
+    print(f"  {total:10.2f} MB  {report.bundle} in {report.total_seconds:.0f} s")
     if report.int8 is not None:
         print_searches(report.int8)
         print("\n".join(lines_from_frames(report.frames) + lines_from_int8(report.int8)))

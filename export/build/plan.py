@@ -20,6 +20,7 @@ from engines.errors import OptionError
 from engines.manifest import Precision
 from engines.option_groups import Given, Typed
 from engines.targets import Target, find_target
+from export.build.cost import BuildCost, predict_cost, refuse_what_cannot_fit
 from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.language.language_models import DecoderOptions, check_language_models
 from export.options import ModelOption, ReducerOption
@@ -125,6 +126,7 @@ class BuildPlan:
         precision: of the vision graphs.
         reducers: a graph is built for each.
         opset: of the graphs.
+        cost: what it will take.
         record: the calibration to be used again, if one is.
     """
 
@@ -133,6 +135,7 @@ class BuildPlan:
     precision: Precision
     reducers: tuple[Reducer, ...]
     opset: int
+    cost: BuildCost
     record: Calibration | None = None
 
     @property
@@ -155,7 +158,9 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     checkpoint = open_checkpoint(options.model)
     check_language_models(checkpoint, options.decoders)
     reducers = tuple(_choose_reducer(options, budget, checkpoint) for budget in options.budgets)
-    return BuildPlan(checkpoint, target, precision, reducers, opset, record)
+    cost = predict_cost(checkpoint.weights, precision, len(reducers), options.decoders)
+    refuse_what_cannot_fit(cost, options.out, options.decoders)
+    return BuildPlan(checkpoint, target, precision, reducers, opset, cost, record)
 
 
 def _choose_opset(given: int | None, precision: Precision, target: Target) -> int:

@@ -7,8 +7,6 @@ export the language model, publish. The bundle is written completely or not at a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +21,9 @@ from engines.manifest import Manifest
 from engines.progress_bar import Progress
 from engines.trt.on_device import write_device_files
 from export.build.plan import USUAL_OPSET, BuildOptions, BuildPlan, plan_build
+from export.build.stopwatch import Steps
 from export.build.vision import export_vision
+from export.kept_parts import KeptParts
 from export.language.language_models import export_language_models
 
 _TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
@@ -37,6 +37,7 @@ class BuildReport:
         bundle: its directory.
         bytes: size of each file in it.
         seconds: how long each step took.
+        total_seconds: of all, opening the checkpoint and hashing the bundle included.
         notes: what did not come out as asked for, in words.
         int8: how INT8 came about; None for other precisions.
         frames: what it was calibrated on.
@@ -45,6 +46,7 @@ class BuildReport:
     bundle: Path
     bytes: dict[str, int]
     seconds: dict[str, float]
+    total_seconds: float
     notes: tuple[str, ...] = ()
     int8: Int8Graphs | None = None
     frames: CalibrationSet | None = None
@@ -59,27 +61,27 @@ def build_bundle(
         GateError: INT8 agrees too little with FP32; nothing is left.
         FoveateError: the options, the checkpoint or the disk do not allow it; nothing is left.
     """
+    begun = time.perf_counter()
     progress(f"Opening {options.model}", 0.0)
     plan = plan_build(options)
-    steps = _Steps(progress, len(plan.reducers) + (2 if options.int8.frames is None else 4))
+    steps = Steps(progress, _expected_seconds(plan, options))
+    progress(f"Needs {plan.cost.describe()}", 0.0)
     frames = None
     if options.int8.frames is not None:
         with steps.step("frames", "Reading frames") as part:
             preprocessing = plan.checkpoint.preprocessing
             patch_pixels = preprocessing.height // plan.checkpoint.patch_side
             frames = collect(options.int8, preprocessing, patch_pixels, part)
-    unfinished = ResumeFolder(options.out)
-    with unfinished.kept(), write_bundle(options.out, overwrite=options.overwrite) as draft:
-        vision = export_vision(plan, options, frames, draft, steps.step)
-        names = ", ".join(options.decoders.backends)
-        with steps.step("language_model", f"Language model for {names}") as part:
+    unfinished, kept = ResumeFolder(options.out), KeptParts(options.out, plan.checkpoint)
+    with (
+        unfinished.kept(),
+        kept.until_done(),
+        write_bundle(options.out, overwrite=options.overwrite) as draft,
+    ):
+        vision = export_vision(plan, options, frames, draft, kept, steps.step)
+        with steps.step("language_model", "Language model") as part:
             language = export_language_models(
-                plan.checkpoint,
-                draft.root,
-                options.decoders,
-                progress=lambda done, layers: part(
-                    f"Language model: layer {done} of {layers}", done / layers
-                ),
+                plan.checkpoint, draft.root, options.decoders, kept, progress=part
             )
         write_device_files(draft.root, vision.graphs, plan.target)
         draft.describe(
@@ -100,7 +102,8 @@ def build_bundle(
     files = sorted(file for file in options.out.rglob("*") if file.is_file())
     sizes = {file.relative_to(options.out).as_posix(): file.stat().st_size for file in files}
     notes = (*_notes_of(plan, options), *language.notes)
-    return BuildReport(options.out, sizes, steps.seconds, notes, vision.made, frames)
+    total = round(time.perf_counter() - begun, 2)
+    return BuildReport(options.out, sizes, steps.seconds, total, notes, vision.made, frames)
 
 
 def _notes_of(plan: BuildPlan, options: BuildOptions) -> list[str]:
@@ -112,28 +115,14 @@ def _notes_of(plan: BuildPlan, options: BuildOptions) -> list[str]:
     return []
 
 
-class _Steps:
-    """Keeps the time of each step and tells how far the whole is.
-
-    Attributes:
-        seconds: of each step that is done.
-    """
-
-    def __init__(self, progress: Progress, count: int) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress = progress
-        self._count = count
-
-    @property
-    def behind(self) -> float:
-        """The share of the steps that is done."""
-        return min(len(self.seconds) / self._count, 1.0)
-
-    @contextmanager
-    def step(self, name: str, line: str) -> Iterator[Progress]:
-        """Begin a step and give it somewhere to tell its own progress."""
-        begun = self.behind
-        self._progress(line, begun)
-        start = time.perf_counter()
-        yield lambda line, done: self._progress(line, min(begun + done / self._count, 1.0))
-        self.seconds[name] = round(time.perf_counter() - start, 2)
+def _expected_seconds(plan: BuildPlan, options: BuildOptions) -> dict[str, float]:
+    """Return about how long each step takes, so that the whole moves evenly."""
+    predicted = {step.name: step.seconds for step in plan.cost.steps}
+    graphs = {
+        f"vision_{reducer.token_count(plan.patches)}": predicted["vision"] / len(plan.reducers)
+        for reducer in plan.reducers
+    }
+    decoders = sum(predicted[f"decoder_{backend}"] for backend in options.decoders.backends)
+    calibrating = {} if options.int8.frames is None else dict.fromkeys(("frames", "int8"), 60.0)
+    publishing = {"publishing": predicted["publishing"]}
+    return graphs | calibrating | {"language_model": decoders + predicted["text"]} | publishing

@@ -20,6 +20,7 @@ from engines.manifest import Precision, ReducerSpec, VisionGraph
 from engines.progress_bar import Progress
 from export.build.plan import BuildOptions, BuildPlan
 from export.checkpoint.accuracy_table import AccuracyTable
+from export.kept_parts import KeptParts
 from export.reducers import Reducer
 from export.vision.to_onnx import trace_graph
 from export.vision.visual_graph import build_visual_graph
@@ -27,6 +28,9 @@ from graphs.float16 import convert_to_fp16
 from graphs.graph_file import write_graph
 from graphs.operator_check import check_graph, oldest_tensorrt
 from graphs.shared_weights import SharedWeights
+
+_PART = "vision"
+"""What `KeptParts` calls the graphs."""
 
 
 class Step(Protocol):
@@ -54,6 +58,7 @@ def export_vision(
     options: BuildOptions,
     frames: CalibrationSet | None,
     draft: BundleDraft,
+    kept: KeptParts,
     step: Step,
 ) -> Vision:
     """Write the vision graphs.
@@ -63,6 +68,7 @@ def export_vision(
         options: what it was made from.
         frames: to calibrate with, for INT8.
         draft: the bundle that is being written.
+        kept: graphs of a build that did not come to its end.
         step: called for each graph.
 
     Raises:
@@ -70,12 +76,13 @@ def export_vision(
         FoveateError: a graph cannot be had in this precision.
     """
     if plan.precision in ("fp32", "fp16"):
-        return Vision(_export_graphs(plan, plan.precision, draft.root, step))
+        return Vision(_export_graphs(plan, plan.precision, draft.root, kept, step))
     # Inside the draft, so that it goes with it should the process be killed.
-    with TemporaryDirectory(dir=draft.root, prefix=".fp32-") as folder:
-        exact = _export_graphs(plan, "fp32", Path(folder), step)
+    with TemporaryDirectory(dir=draft.root, prefix=".fp32-") as name:
+        folder = Path(name)
+        exact = _export_graphs(plan, "fp32", folder, kept, step)
         task = Int8Task(
-            sources={graph.file: Path(folder) / graph.file for graph in exact},
+            sources={graph.file: folder / graph.file for graph in exact},
             root=draft.root,
             precision=plan.precision,
             tensorrt=oldest_tensorrt(plan.target),
@@ -90,8 +97,17 @@ def export_vision(
 
 
 def _export_graphs(
-    plan: BuildPlan, precision: Precision, root: Path, step: Step
+    plan: BuildPlan, precision: Precision, root: Path, kept: KeptParts, step: Step
 ) -> tuple[VisionGraph, ...]:
+    made_with = {
+        "precision": [precision, plan.precision],
+        "reducers": [(one.name, dict(one.options)) for one in plan.reducers],
+        "opset": plan.opset,
+        "target": plan.target.name,
+    }
+    found = kept.restore(_PART, made_with, root)
+    if found is not None:
+        return tuple(map(VisionGraph.model_validate, found))
     several = len(plan.reducers) > 1
     shared = SharedWeights(root / "vision/weights.data") if several else None
     graphs = []
@@ -100,6 +116,9 @@ def _export_graphs(
         line = f"Vision graph: {reducer.name}, {count} of {plan.patches} visual tokens"
         with step(f"vision_{count}", line):
             graphs.append(_export_graph(plan, reducer, precision, root, shared))
+    files = {name for graph in graphs for name in (graph.file, graph.weights) if name}
+    said = [graph.model_dump(mode="json") for graph in graphs]
+    kept.keep(_PART, made_with, root, sorted(files), said)
     return tuple(graphs)
 
 

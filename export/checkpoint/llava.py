@@ -125,7 +125,7 @@ class Checkpoint:
         """
         self.check(Part.LANGUAGE_MODEL)
         state = self.weights.read(Part.LANGUAGE_MODEL)
-        config = self._plain_text_config()
+        config = self.plain_text_config()
         architecture = _causal_lm(config)
         return _fill(self.root, architecture, config, state, dtype or state[_EMBEDDINGS].dtype)
 
@@ -185,8 +185,7 @@ class Checkpoint:
         Raises:
             CheckpointError: a tensor is missing, too many, has another shape or is not finite.
         """
-        self.check(Part.LANGUAGE_MODEL)
-        directory.mkdir(parents=True, exist_ok=True)
+        self.write_language_config(directory)
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(self.weights.read_by_shard(Part.LANGUAGE_MODEL), start=1):
             name = f"model-{number:05d}.safetensors"
@@ -194,12 +193,18 @@ class Checkpoint:
             weight_map |= dict.fromkeys(shard, name)
         index = {"metadata": {}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=1), "utf-8")
-        self._plain_text_config().save_pretrained(directory)
+
+    def write_language_config(self, directory: Path) -> None:
+        """Write the plain causal LM's configuration and tokenizer, without its weights."""
+        self.check(Part.LANGUAGE_MODEL)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.plain_text_config().save_pretrained(directory)
         copied = [*self.tokenizer_files(), self.root / "generation_config.json"]
         for file in filter(Path.is_file, copied):
             shutil.copy2(file, directory / file.name)
 
-    def _plain_text_config(self, dtype: torch.dtype | None = None) -> PretrainedConfig:
+    def plain_text_config(self, dtype: torch.dtype | None = None) -> PretrainedConfig:
+        """Return the language model's configuration as a plain causal LM has it."""
         config = copy.deepcopy(self.text_config)
         config.architectures = [_causal_lm(config).__name__]
         config.dtype = dtype or self.embedding_table().dtype
@@ -336,7 +341,7 @@ def _expected_tensors(
         elif part is Part.PROJECTOR:
             model = LlavaMultiModalProjector(checkpoint.config)
         else:
-            config = checkpoint._plain_text_config(torch.float32)
+            config = checkpoint.plain_text_config(torch.float32)
             model = _causal_lm(config)(config)
     tied = part is Part.LANGUAGE_MODEL and bool(checkpoint.config.tie_word_embeddings)
     shapes = {

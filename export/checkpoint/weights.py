@@ -76,9 +76,9 @@ class LlavaWeights:
     location: dict[tuple[Part, str], tuple[str, str]]
 
     def shapes(self, part: Part) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each of a part's tensors; reads headers only."""
+        """Return each tensor's shape, in the order of `read_one_by_one`; reads headers only."""
         found: dict[str, tuple[int, ...]] = {}
-        for file, named in self._by_file(part, None).items():
+        for file, named in sorted(self._by_file(part, None).items()):
             with _opened(self.root / file) as shard:
                 for name, stored in named:
                     found[name] = tuple(shard.get_slice(stored).get_shape())
@@ -112,6 +112,19 @@ class LlavaWeights:
             for name, stored in named:
                 _refuse_not_finite(tensors[name], self.root / file, stored)
             yield tensors
+
+    def read_one_by_one(self, part: Part) -> Iterator[tuple[str, Tensor]]:
+        """Yield a part's tensors in the order of `read_by_shard`, one in memory at a time.
+
+        Raises:
+            CheckpointError: a file is damaged, or a tensor holds NaN or infinity.
+        """
+        for file, named in sorted(self._by_file(part, None).items()):
+            for name, stored in named:
+                with _opened(self.root / file) as shard:
+                    tensor = shard.get_tensor(stored)
+                _refuse_not_finite(tensor, self.root / file, stored)
+                yield name, tensor
 
     def _by_file(self, part: Part, wanted: set[str] | None) -> dict[str, list[tuple[str, str]]]:
         by_file: dict[str, list[tuple[str, str]]] = {}

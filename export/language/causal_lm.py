@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from export.checkpoint.llava import Checkpoint
-from export.checkpoint.weights import INDEX_FILE
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _ROTARY_KINDS = ("default", "llama3")
 _HEAD_SIZE_STEP = 16
 _PADDING_ROWS = 8
-_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def read_limits(config: Any) -> list[str]:
@@ -43,14 +41,19 @@ def read_limits(config: Any) -> list[str]:
 
 
 def write_causal_lm(checkpoint: Checkpoint, directory: Path) -> None:
-    """Write the language model as a plain checkpoint, its vocabulary unlike any other width."""
-    checkpoint.write_language_model(directory)
+    """Write the plain language model's configuration and tokenizer, for the builder to read.
+
+    The vocabulary is padded until it is unlike any other width; `padded` does it to the weights.
+    """
+    checkpoint.write_language_config(directory)
     config: Any = checkpoint.text_config
     rows = config.vocab_size
     while rows in layer_widths(config):
         rows += _PADDING_ROWS
     if rows != config.vocab_size:
-        _pad_vocabulary(directory, rows)
+        file = directory / "config.json"
+        fields = json.loads(file.read_text("utf-8")) | {"vocab_size": rows}
+        file.write_text(json.dumps(fields, indent=2), "utf-8")
 
 
 def head_size(config: Any) -> int:
@@ -67,18 +70,9 @@ def layer_widths(config: Any) -> set[int]:
     return heads | {config.hidden_size, config.intermediate_size}
 
 
-def _pad_vocabulary(directory: Path, rows: int) -> None:
-    """Give the embedding table and the head zero rows up to ``rows``."""
-    weight_map = json.loads((directory / INDEX_FILE).read_text("utf-8"))["weight_map"]
-    for file in {weight_map[name] for name in (_EMBEDDINGS, _HEAD) if name in weight_map}:
-        tensors = load_file(directory / file)
-        for name in {_EMBEDDINGS, _HEAD} & set(tensors):
-            tensors[name] = _padded(tensors[name], rows)
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-    config_file = directory / "config.json"
-    fields = json.loads(config_file.read_text("utf-8")) | {"vocab_size": rows}
-    config_file.write_text(json.dumps(fields, indent=2), "utf-8")
-
-
-def _padded(table: Tensor, rows: int) -> Tensor:
-    return torch.cat([table, table.new_zeros(rows - table.shape[0], table.shape[1])])
+def padded(table: Tensor, rows: int) -> Tensor:
+    """Return an embedding table or head, [V, D], with zero rows up to ``rows``."""
+    missing = rows - table.shape[0]
+    if missing <= 0:
+        return table
+    return torch.cat([table, table.new_zeros(missing, table.shape[1])])

@@ -7,7 +7,8 @@ the bundle's embedding table makes the rows for every backend.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,8 +63,11 @@ class _Layout:
             )
         return f"{found}.{suffix}"
 
-    def dtype_of(self, tensor: Tensor) -> np.dtype[Any]:
-        return self.dtype if tensor.ndim > 1 else np.dtype(np.float32)
+    def dtype_of(self, shape: tuple[int, ...]) -> np.dtype[Any]:
+        return self.dtype if len(shape) > 1 else np.dtype(np.float32)
+
+    def bytes_of(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * self.dtype_of(shape).itemsize
 
     def array(self, plain: str, tensor: Tensor) -> NDArray[Any]:
         heads = {
@@ -74,7 +78,7 @@ class _Layout:
         if self.interleaved and count is not None:
             tensor = _interleave_halves(tensor, count)
         with np.errstate(over="ignore"):
-            values: NDArray[Any] = tensor.float().numpy().astype(self.dtype_of(tensor))
+            values: NDArray[Any] = tensor.float().numpy().astype(self.dtype_of(tuple(tensor.shape)))
         if not np.isfinite(values).all():
             raise CheckpointError(
                 f"The language model's {plain} holds numbers up to "
@@ -85,16 +89,20 @@ class _Layout:
 
 
 def write_gguf(
-    checkpoint: Checkpoint, file: Path, precision: Literal["f16", "f32"] = "f16"
+    checkpoint: Checkpoint,
+    file: Path,
+    precision: Literal["f16", "f32"] = "f16",
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write the language model of a checkpoint as a GGUF file.
 
-    Shard by shard, so memory holds one shard of the checkpoint at a time.
+    Tensor by tensor, so memory holds one of them at a time.
 
     Args:
         checkpoint: an opened LLaVA checkpoint.
         file: where to write.
         precision: of the matrices; ``"f32"`` is exact, to compare with.
+        progress: called with the bytes written and the bytes there are.
 
     Raises:
         CheckpointError: llama.cpp would not compute what this model computes, or a weight does
@@ -125,17 +133,22 @@ def write_gguf(
         factors = _rotary_factors(config)
         if factors is not None:
             writer.add_tensor_info(_ROTARY_FACTORS, factors.shape, factors.dtype, factors.nbytes)
-        for plain, tensor in _tensors(checkpoint):
-            dtype = layout.dtype_of(tensor)
-            nbytes = tensor.numel() * dtype.itemsize
-            writer.add_tensor_info(layout.name_of(plain), tensor.shape, dtype, nbytes)
+        shapes = _shapes(checkpoint)
+        for plain, shape in shapes.items():
+            dtype, nbytes = layout.dtype_of(shape), layout.bytes_of(shape)
+            writer.add_tensor_info(layout.name_of(plain), shape, dtype, nbytes)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         if factors is not None:
             writer.write_tensor_data(factors)
-        for plain, tensor in _tensors(checkpoint):
-            writer.write_tensor_data(layout.array(plain, tensor))
+        written, total = 0, sum(map(layout.bytes_of, shapes.values()))
+        for plain, tensor in checkpoint.weights.read_one_by_one(Part.LANGUAGE_MODEL):
+            if plain in shapes:
+                writer.write_tensor_data(layout.array(plain, tensor))
+                written += layout.bytes_of(shapes[plain])
+                if progress is not None:
+                    progress(written, total)
         writer.close()
         unfinished.replace(file)
     finally:
@@ -181,19 +194,20 @@ def _describe(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     writer.add_vocab_size(checkpoint.embedding_table().shape[0])
 
 
-def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """Yield the language model's tensors in a fixed order; the head only if it is its own."""
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors to write, in order; the head only if it is its own."""
     tied = bool(checkpoint.config.tie_word_embeddings)
-    names = checkpoint.weights.names(Part.LANGUAGE_MODEL)
-    if not tied and _HEAD not in names:
+    shapes = checkpoint.weights.shapes(Part.LANGUAGE_MODEL)
+    if not tied and _HEAD not in shapes:
         raise CheckpointError(
             f"{checkpoint.root}: no {_HEAD}, although tie_word_embeddings is false. The download "
             "is incomplete, or config.json is of another model: download the checkpoint again."
         )
-    for shard in checkpoint.weights.read_by_shard(Part.LANGUAGE_MODEL):
-        for plain, tensor in shard.items():
-            if not (tied and plain == _HEAD) and not plain.endswith("rotary_emb.inv_freq"):
-                yield plain, tensor
+    return {
+        plain: shape
+        for plain, shape in shapes.items()
+        if not (tied and plain == _HEAD) and not plain.endswith("rotary_emb.inv_freq")
+    }
 
 
 def _interleave_halves(weight: Tensor, heads: int) -> Tensor:

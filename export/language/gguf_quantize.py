@@ -7,8 +7,11 @@ Q4_K_M works on blocks of 256 columns. A matrix of another width falls back to a
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
 from typing import Literal
 
 import gguf
@@ -27,6 +30,9 @@ _FILE_TYPES: dict[Quantized, gguf.LlamaFileType] = {
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
     "q4_k_m": gguf.LlamaFileType.MOSTLY_Q4_K_M,
 }
+_SHRINKS_TO: dict[Quantized, float] = {"q8_0": 0.53, "q4_k_m": 0.31}
+"""A file's size in these, as a share of float16; about."""
+_WATCH_EVERY_S = 1.0
 _BLOCK_COLUMNS: dict[Quantized, int] = {"q8_0": 32, "q4_k_m": 256}
 
 
@@ -69,7 +75,12 @@ class GgufDecoder:
         )
 
 
-def export_gguf(checkpoint: Checkpoint, root: Path, precision: GgufPrecision) -> GgufDecoder:
+def export_gguf(
+    checkpoint: Checkpoint,
+    root: Path,
+    precision: GgufPrecision,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> GgufDecoder:
     """Write the language model for llama.cpp into a bundle.
 
     Args:
@@ -77,6 +88,7 @@ def export_gguf(checkpoint: Checkpoint, root: Path, precision: GgufPrecision) ->
         root: the bundle's directory, while it is being written.
         precision: ``"q4_k_m"`` (about 4.8 bits a weight), ``"q8_0"``, ``"f16"``, or ``"f32"``
             (exact, to compare with).
+        progress: called with the bytes written and the bytes there will be, about.
 
     Raises:
         CheckpointError: llama.cpp cannot run this language model, or could not quantize it.
@@ -87,12 +99,22 @@ def export_gguf(checkpoint: Checkpoint, root: Path, precision: GgufPrecision) ->
     )
     file = root / model.file
     if precision == "f16" or precision == "f32":  # noqa: PLR1714, which mypy cannot narrow by
-        write_gguf(checkpoint, file, precision)
+        write_gguf(checkpoint, file, precision, progress)
         return GgufDecoder(model, ())
     whole = file.with_name(".model-f16.gguf")
     try:
-        write_gguf(checkpoint, whole)
-        quantize_gguf(whole, file, precision)
+        write_gguf(
+            checkpoint,
+            whole,
+            progress=lambda done, total: progress(done, int(total * (1 + _SHRINKS_TO[precision]))),
+        )
+        half_bytes = whole.stat().st_size
+        expected = int(half_bytes * _SHRINKS_TO[precision])
+        with _watch_file(
+            _unfinished(file),
+            lambda size: progress(half_bytes + min(size, expected), half_bytes + expected),
+        ):
+            quantize_gguf(whole, file, precision)
     finally:
         whole.unlink(missing_ok=True)
     return GgufDecoder(model, read_fallbacks(file, precision))
@@ -109,7 +131,7 @@ def quantize_gguf(source: Path, destination: Path, precision: Quantized) -> None
     options = library.llama_model_quantize_default_params()
     options.ftype = int(_FILE_TYPES[precision])
     options.nthread = os.cpu_count() or 1
-    unfinished = destination.with_name(f".{destination.name}.part")
+    unfinished = _unfinished(destination)
     take_log()
     try:
         status = library.llama_model_quantize(os.fsencode(source), os.fsencode(unfinished), options)
@@ -131,3 +153,26 @@ def read_fallbacks(file: Path, precision: Quantized) -> tuple[Fallback, ...]:
         for tensor in gguf.GGUFReader(file).tensors
         if len(tensor.shape) > 1 and int(tensor.shape[0]) % block
     )
+
+
+def _unfinished(destination: Path) -> Path:
+    return destination.with_name(f".{destination.name}.part")
+
+
+@contextmanager
+def _watch_file(file: Path, tell: Callable[[int], None]) -> Iterator[None]:
+    """Tell the size of a file that grows, while llama.cpp, which says nothing, writes it."""
+    done = Event()
+
+    def watch() -> None:
+        while not done.wait(_WATCH_EVERY_S):
+            if file.exists():
+                tell(file.stat().st_size)
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

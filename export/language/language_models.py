@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,15 +13,18 @@ import typer
 from engines.errors import CheckpointError, OptionError
 from engines.manifest import LanguageModel, LlmPrecision, Prompt, Text
 from engines.option_groups import Typed, one_of
+from engines.progress_bar import Progress
 from export.checkpoint.llava import Checkpoint
+from export.kept_parts import KeptParts
 from export.language.gguf_decoder import read_gguf_limits
 from export.language.gguf_quantize import GgufPrecision, export_gguf
 from export.language.onnx_decoder import (
     TOKENIZER_FILE,
-    export_language,
+    export_decoder,
     write_embeddings,
     write_tokenizer,
 )
+from runtime.backends.llama_library import load_llama_library
 
 DecoderBackend = Literal["ort", "llamacpp"]
 
@@ -90,6 +93,7 @@ def check_language_models(checkpoint: Checkpoint, options: DecoderOptions) -> No
 
     Raises:
         OptionError: no backend, one twice, or llama-cpp-python is needed and missing.
+        BackendError: llama-cpp-python is installed and does not load.
         CheckpointError: llama.cpp cannot run this language model.
     """
     backends = options.backends
@@ -106,19 +110,23 @@ def check_language_models(checkpoint: Checkpoint, options: DecoderOptions) -> No
             f"{'; '.join(problems)}. Build with --llm-backend ort."
         )
     precision = options.chosen_gguf_precision
-    if precision not in ("f16", "f32") and find_spec("llama_cpp") is None:
+    if precision in ("f16", "f32"):
+        return
+    if find_spec("llama_cpp") is None:
         raise OptionError(
             f"Quantizing a GGUF file to {precision} needs llama-cpp-python, which is not "
             'installed. Install it with `pip install "foveate[llamacpp]"`, or build with '
             "--gguf-precision f16."
         )
+    load_llama_library()  # quantizing comes last, so what is missing is told now
 
 
 def export_language_models(
     checkpoint: Checkpoint,
     root: Path,
     options: DecoderOptions,
-    progress: Callable[[int, int], None] | None = None,
+    kept: KeptParts,
+    progress: Progress = lambda line, done: None,
 ) -> LanguageModels:
     """Write the language half of a bundle.
 
@@ -126,24 +134,57 @@ def export_language_models(
         checkpoint: an opened LLaVA checkpoint.
         root: the bundle's directory, while it is being written.
         options: which decoders.
-        progress: called with the ONNX decoder's layers read so far and how many there are.
+        kept: decoders of a build that did not come to its end.
+        progress: told of each decoder's bytes as they are written.
 
     Raises:
         FoveateError: a language model that one of the backends cannot run.
     """
     check_language_models(checkpoint, options)
+    notes: list[str] = []
     written: dict[DecoderBackend, LanguageModel] = {}
-    notes: Sequence[str] = ()
-    if "ort" in options.backends:
-        language = export_language(checkpoint, root, options.precision, progress=progress)
-        written["ort"], text, prompt = language.model, language.text, language.prompt
-    else:
-        text = write_embeddings(checkpoint, root)
-        write_tokenizer(checkpoint, root)
-        prompt = checkpoint.prompt(TOKENIZER_FILE)
-    if "llamacpp" in options.backends:
-        gguf = export_gguf(checkpoint, root, options.chosen_gguf_precision)
-        written["llamacpp"] = gguf.model
-        notes = [note for note in (gguf.describe_fallbacks(),) if note]
+    for index, backend in enumerate(options.backends):
+        part = f"decoder_{backend}"
+        made_with = {"precision": options.precision_of(backend)}
+        found = kept.restore(part, made_with, root)
+        if found is None:
+            told = _tell_bytes(progress, f"Decoder for {backend}", index, len(options.backends))
+            model, said = _export_decoder(checkpoint, root, backend, options, told)
+            folder = (root / model.file).parent
+            files = [f.relative_to(root).as_posix() for f in folder.iterdir() if f.is_file()]
+            kept.keep(part, made_with, root, files, [model.model_dump(mode="json"), said])
+        else:
+            model, said = LanguageModel.model_validate(found[0]), found[1]
+        written[backend] = model
+        notes += [said] if said else []
+    text = write_embeddings(checkpoint, root)
+    write_tokenizer(checkpoint, root)
+    prompt = checkpoint.prompt(TOKENIZER_FILE)
     models = tuple(written[backend] for backend in options.backends)
     return LanguageModels(models, text, prompt, tuple(notes))
+
+
+def _export_decoder(
+    checkpoint: Checkpoint,
+    root: Path,
+    backend: DecoderBackend,
+    options: DecoderOptions,
+    told: Callable[[int, int], None],
+) -> tuple[LanguageModel, str]:
+    """Write one decoder and return what the manifest and the notes say of it."""
+    if backend == "ort":
+        return export_decoder(checkpoint, root, options.precision, progress=told), ""
+    gguf = export_gguf(checkpoint, root, options.chosen_gguf_precision, told)
+    return gguf.model, gguf.describe_fallbacks()
+
+
+def _tell_bytes(
+    progress: Progress, name: str, index: int, decoders: int
+) -> Callable[[int, int], None]:
+    """Return what tells the bytes of one decoder as a share of all of them."""
+
+    def tell(done: int, total: int) -> None:
+        share = done / total if total else 1.0
+        progress(f"{name}: {done / 1e9:.2f} of {total / 1e9:.2f} GB", (index + share) / decoders)
+
+    return tell

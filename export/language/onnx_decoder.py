@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,13 +31,15 @@ from engines.manifest import LanguageModel, LlmPrecision, Prompt, Text
 from export.checkpoint.llava import Checkpoint
 from export.checkpoint.processor import load_tokenizer
 from export.language.causal_lm import head_size, read_limits, write_causal_lm
+from export.language.decoder_process import FAILED, PROGRESS, DecoderTask
+from export.release_memory import release_memory
 
 GRAPH_FILE = "llm/ort/model.onnx"
 EMBEDDINGS_FILE = "llm/embeddings.safetensors"
 TOKENIZER_FILE = "llm/tokenizer.json"
 
 Progress = Callable[[int, int], None]
-"""Called with the layers read so far and how many there are."""
+"""Called with the bytes written so far and how many there will be."""
 
 _LOG_LINES = 15
 _PR_SET_PDEATHSIG = 1
@@ -67,7 +71,27 @@ def export_language(
         precision: ``"int4"`` (weights in blocks of 32, the language model's head included) or
             ``"fp32"`` (exact).
         device: where the decoder will run; for ``"cuda"`` it computes in float16.
-        progress: called as layers are read.
+        progress: called as weights are written.
+
+    Raises:
+        CheckpointError: a language model that cannot be exported.
+        OptionError: a precision that the device has no kernel for.
+    """
+    model = export_decoder(checkpoint, root, precision, device=device, progress=progress)
+    text = write_embeddings(checkpoint, root)
+    write_tokenizer(checkpoint, root)
+    return Language(model, text, checkpoint.prompt(TOKENIZER_FILE))
+
+
+def export_decoder(
+    checkpoint: Checkpoint,
+    root: Path,
+    precision: LlmPrecision = "int4",
+    *,
+    device: Literal["cpu", "cuda"] = "cpu",
+    progress: Progress | None = None,
+) -> LanguageModel:
+    """Write the decoder alone, as `export_language` does.
 
     Raises:
         CheckpointError: a language model that cannot be exported.
@@ -85,11 +109,8 @@ def export_language(
             "An fp32 decoder runs on the CPU only, because grouped-query attention has no float32 "
             "kernel on CUDA. Choose --llm-precision int4 for a GPU."
         )
-    text = write_embeddings(checkpoint, root)
-    write_tokenizer(checkpoint, root)
     write_decoder(checkpoint, root, precision, device=device, progress=progress)
-    model = LanguageModel(backend="ort", file=GRAPH_FILE, precision=precision)
-    return Language(model, text, checkpoint.prompt(TOKENIZER_FILE))
+    return LanguageModel(backend="ort", file=GRAPH_FILE, precision=precision)
 
 
 def write_embeddings(checkpoint: Checkpoint, root: Path) -> Text:
@@ -152,50 +173,47 @@ def write_decoder(
     with tempfile.TemporaryDirectory(prefix=".decoder-", dir=root) as scratch:
         plain, built = Path(scratch, "causal_lm"), Path(scratch, "built")
         write_causal_lm(checkpoint, plain)
-        command = _builder_command(plain, built, Path(scratch, "cache"), precision, device)
-        _run_builder(command, checkpoint, progress)
+        _run_builder(DecoderTask(checkpoint.weights, plain, built, precision, device), progress)
         _fix_head_size(built / "model.onnx", checkpoint)
         for name in ("model.onnx", "model.onnx.data"):
             shutil.move(built / name, destination.parent / name)
 
 
-def _builder_command(
-    plain: Path, built: Path, cache: Path, precision: LlmPrecision, device: str
-) -> list[str]:
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-    command += ["-i", str(plain), "-o", str(built), "-c", str(cache), "-p", precision, "-e", device]
-    return [*command, "--extra_options", "exclude_embeds=true", "prune_lm_head=true"]
-
-
-def _run_builder(command: list[str], checkpoint: Checkpoint, progress: Progress | None) -> None:
-    layers = int(checkpoint.text_config.num_hidden_layers)
+def _run_builder(task: DecoderTask, progress: Progress | None) -> None:
+    release_memory()
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1"}
     log: list[str] = []
     with subprocess.Popen(
-        command,
+        [sys.executable, "-m", "export.language.decoder_process"],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
         env={**os.environ, **offline},
         preexec_fn=_end_with_parent if _LIBC is not None else None,  # noqa: PLW1509
     ) as process:
         try:
-            for line in process.stdout or ():
-                log.append(line.rstrip())
-                if line.startswith("Reading layer") and progress is not None:
-                    progress(int(line.split()[2]) + 1, layers)
+            with process.stdin or nullcontext() as stdin:
+                pickle.dump(task, stdin)  # type: ignore[arg-type]
+            for raw in process.stdout or ():
+                line = raw.decode("utf-8", "replace").rstrip()
+                if not line.startswith(PROGRESS):
+                    log.append(line)
+                elif progress is not None:
+                    progress(*map(int, line.split()[1:]))
         except BaseException:
             process.kill()
             raise
-    if process.returncode != 0:
-        last = "\n".join([line for line in log if line and "it/s]" not in line][-_LOG_LINES:])
-        raise CheckpointError(
-            f"{checkpoint.root}: onnxruntime-genai's model builder could not build the decoder "
-            f"(exit status {process.returncode}"
-            f"{', killed, perhaps for want of memory' if process.returncode < 0 else ''}). It said "
-            f"at the end:\n{last}"
-        )
+    if process.returncode == 0:
+        return
+    told = next((line for line in log if line.startswith(FAILED)), None)
+    if told is not None:
+        raise CheckpointError(f"{task.weights.root}: {told.removeprefix(FAILED).strip()}")
+    last = "\n".join([line for line in log if line][-_LOG_LINES:])
+    killed = ", killed, perhaps for want of memory" if process.returncode < 0 else ""
+    raise CheckpointError(
+        f"{task.weights.root}: onnxruntime-genai's model builder could not build the decoder "
+        f"(exit status {process.returncode}{killed}). It said at the end:\n{last}"
+    )
 
 
 def _end_with_parent() -> None:

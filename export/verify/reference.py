@@ -6,6 +6,8 @@ papers' code. It shares nothing with `export.towers.clip`, so a mistake there sh
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +19,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from calibration.agreement.stages import EMBEDDINGS, KEYS, MERGING, SCORES, layer_stage
+from engines.free_memory import read_free_memory
 from export.checkpoint.llava import Checkpoint
+from export.checkpoint.weights import Part as CheckpointPart
+from export.language.streamed_model import stream_language_model
 from export.reducers import Reducer
 from export.towers import Scoring, TowerOutput
 from runtime.language.parts import Part
 from runtime.vision import VisualTokens
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,12 +138,27 @@ def observe_tower(
 class LanguageReference:
     """The checkpoint's language model in PyTorch, in float32.
 
+    Where that would take more than half of the memory there is, beside the bundle that it is
+    compared with, its layers are read from the checkpoint as they run: slower, the same numbers.
+
     Raises:
         CheckpointError: a tensor of the language model is missing or misshapen.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.model: Any = checkpoint.language_model(torch.float32)
+        shapes = checkpoint.weights.shapes(CheckpointPart.LANGUAGE_MODEL).values()
+        needed_bytes = 4 * sum(map(math.prod, shapes))
+        room = read_free_memory()
+        if room is not None and needed_bytes > room / 2:
+            _log.warning(
+                "The language model in float32 takes %.1f GB and %.1f GB are available: PyTorch "
+                "reads it layer by layer, once for each token.",
+                needed_bytes / 1e9,
+                room / 1e9,
+            )
+            self.model: Any = stream_language_model(checkpoint)
+        else:
+            self.model = checkpoint.language_model(torch.float32)
 
     @torch.no_grad()
     def answer(

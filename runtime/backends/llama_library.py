@@ -33,11 +33,17 @@ def load_llama_library() -> Any:
     """Return the `llama_cpp` module, with its log directed here.
 
     Raises:
-        BackendError: llama-cpp-python is not installed, or its library does not load.
+        BackendError: llama-cpp-python is not installed, something that it imports is not, or its
+            library does not load.
     """
     try:
         library = import_module("llama_cpp")
     except ModuleNotFoundError as error:
+        if error.name is not None and error.name.split(".")[0] != "llama_cpp":
+            raise BackendError(
+                f"llama-cpp-python is installed, but not {error.name}, which it imports. Install "
+                f"it with `pip install {error.name}`."
+            ) from error
         raise BackendError(
             "The backend 'llamacpp' needs llama-cpp-python, which is not installed. Install it "
             'with `pip install "foveate[llamacpp]"`; on a Jetson with '

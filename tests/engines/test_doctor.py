@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from engines import doctor
+from engines import doctor, language_packages
 from engines.bundle import Bundle, open_bundle
 from engines.cli import make_app
 from engines.device_facts import (
@@ -25,6 +25,7 @@ from engines.doctor import (
     examine_target,
 )
 from engines.gpu import Gpu, NoGpu, read_power_mode
+from engines.language_packages import find_missing_packages
 from engines.targets import find_target
 from engines.trt.build_memory import BASE_BYTES, predict_build_bytes
 from engines.trt.library import TrtLibrary
@@ -294,3 +295,23 @@ def test_command_prints_a_table(tmp_path: Path) -> None:
     cpu = write_small_bundle(tmp_path / "cpu")
     result = run_doctor(cpu)
     assert result.exit_code == 0 and "This machine" in result.stdout
+
+
+def test_a_missing_language_backend_is_a_problem_with_a_command(bundle: Bundle) -> None:
+    backend = bundle.manifest.language_models[0].backend
+    without = replace(ORIN, missing_backends={backend: "it is not installed"})
+    found = by_name(examine_bundle(without, bundle, find_target("jetson-orin-nano")))
+    finding = found[f"language backend {backend}"]
+    assert (finding.status, finding.found) == ("problem", "it is not installed")
+    assert finding.fix.startswith("pip install")
+
+
+def test_what_a_backend_imports_and_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(language_packages.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(
+        language_packages,
+        "requires",
+        lambda package: ["no-such-package>=5.6.1", "numpy", "uvicorn; extra == 'server'"],
+    )
+    missing = find_missing_packages()
+    assert missing["llamacpp"] == "llama-cpp-python is installed, but not no-such-package"

@@ -14,20 +14,24 @@ Both papers ran LLM-Viewer (arXiv 2402.16363). What their tables need and where 
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from engines import estimate
 from engines.cli import make_app
 from engines.errors import CheckpointError, OptionError
 from engines.roofline import (
+    FAMILIES,
     LLM_PRECISIONS,
     MODELS,
     Bits,
     Cost,
     Roof,
+    TransformerShape,
     estimate_answer,
     least_seconds,
     list_costs,
@@ -206,3 +210,20 @@ def test_cli_says_what_does_not_fit() -> None:
 def test_cli_mistakes(arguments: list[str], expected: str) -> None:
     result = run_cli(*arguments)
     assert result.exit_code == 2 and expected in result.stderr
+
+
+def test_sizes_that_a_config_leaves_out_are_transformers_own(tmp_path: Path) -> None:
+    """As llava-hf/llava-1.5-7b-hf's config.json, which names none of its decoder's sizes."""
+    hub = {"text_config": {"model_type": "llama", "vocab_size": 32064}}
+    (tmp_path / "config.json").write_text(json.dumps(hub))
+    assert shape_from_config(tmp_path) == replace(MODELS["llava-1.5-7b"], vocabulary=32064)
+    for family, shape in FAMILIES.items():
+        usual = AutoConfig.for_model(family)
+        assert shape == TransformerShape(
+            usual.num_hidden_layers,
+            usual.hidden_size,
+            usual.intermediate_size,
+            usual.num_attention_heads,
+            usual.num_key_value_heads,
+            usual.vocab_size,
+        )

@@ -64,6 +64,15 @@ def test_a_missing_package_is_explained(monkeypatch: pytest.MonkeyPatch) -> None
         load_llama_library.__wrapped__()
 
 
+def test_a_package_that_it_imports_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(name: str) -> None:
+        raise ModuleNotFoundError("No module named 'diskcache'", name="diskcache")
+
+    monkeypatch.setattr(llama_library, "import_module", lacking)
+    with pytest.raises(BackendError, match=r"is installed, but not diskcache.*pip install diskc"):
+        load_llama_library.__wrapped__()
+
+
 def test_a_library_of_another_machine_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> None:
         raise RuntimeError("libgomp.so.1: cannot open shared object file")
