@@ -61,7 +61,7 @@ REDUCERS: dict[str, tuple[str, dict[str, Any]]] = {
     "visionzip_reference": ("visionzip", {"merge": "reference"}),
     "prumerge": ("prumerge", {}),
     "prumerge_plus": ("prumerge_plus", {}),
-    "uniform": ("uniform", {}),
+    "uniform_sequential": ("uniform", {"layout": "sequential"}),
     "random": ("random", {}),
     "pool": ("pool", {}),
 }

@@ -42,7 +42,8 @@ class Given:
 
     Attributes:
         kinds: the dataclasses.
-        names: which of their fields; without any, every one that has an option.
+        names: which of their fields; without any, every one that has an option. Fields of one name
+            are one option, the first one's.
     """
 
     def __init__(self, *kinds: type, names: tuple[str, ...] = ()) -> None:
@@ -128,10 +129,12 @@ def _options_within(group: Any, default: Any) -> Iterator[_Option]:
 
 
 def _options_given(given: Given) -> Iterator[_Option]:
+    seen: set[str] = set()
     for group in given.kinds:
         for name, kind, _ in _fields(group, None):
-            wanted = not given.names or name in given.names
+            wanted = (not given.names or name in given.names) and name not in seen
             if wanted and _note(kind, ParameterInfo) is not None:
+                seen.add(name)
                 yield _option(name, _optional(kind), None, group)
 
 

@@ -7,13 +7,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from engines.errors import CheckpointError
-from export.reducers import Reducer, reducer_for_budget
+from export.reducers import REDUCERS, Reducer, reducer_for_budget
 
 ACCURACY_FILE = "accuracy_by_budget.json"
+_VARIANTS = ("merge", "layout")
+"""Options that are measured, each other value than the usual one under a name of its own."""
 
 
 class AccuracyTable:
@@ -37,8 +40,8 @@ class AccuracyTable:
     def accuracy_of(self, reducer: Reducer, patches: int, precision: str) -> float | None:
         """Return the share of questions answered exactly; None where it was not measured.
 
-        Measured are the options that a budget implies, and VisionZip's other merge under a name of
-        its own.
+        Measured are the options that a budget implies. Another merge or layout than the usual one
+        stands under a name of its own, such as ``visionzip_reference``.
 
         Args:
             reducer: of the graph.
@@ -49,13 +52,15 @@ class AccuracyTable:
             CheckpointError: the table holds something else.
         """
         tokens = reducer.token_count(patches)
-        merge = {"merge": reducer.options["merge"]} if "merge" in reducer.options else {}
-        if reducer.name != "none":
-            implied = reducer_for_budget(reducer.name, tokens, patches, **merge)
+        name = reducer.name
+        variants = {key: reducer.options[key] for key in _VARIANTS if key in reducer.options}
+        if name != "none":
+            implied = reducer_for_budget(name, tokens, patches, **variants)
             if reducer.options != implied.options:
                 return None
-        reference = merge.get("merge") == "reference"
-        name = f"{reducer.name}_reference" if reference else reducer.name
+            usual = {field.name: field.default for field in fields(REDUCERS[name])}
+            others = [str(value) for key, value in variants.items() if value != usual[key]]
+            name = "_".join([name, *others])
         try:
             cell = self._cells.get(name, {}).get(precision, {}).get(str(tokens))
             exact = None if cell is None else float(cell["exact"])

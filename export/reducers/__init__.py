@@ -25,9 +25,12 @@ from typing import Any, Literal
 from engines.errors import OptionError
 from export.reducers.base import BudgetReducer, Reducer
 from export.reducers.baselines import KeepAll, Random, Uniform
+from export.reducers.divprune import DivPrune
 from export.reducers.pool import Pool
 from export.reducers.prumerge import PruMerge, PruMergePlus
 from export.reducers.reduced import Reduced
+from export.reducers.scope import Scope
+from export.reducers.top_attention import TopAttention
 from export.reducers.visionzip import VisionZip
 
 __all__ = [
@@ -47,7 +50,8 @@ Budget = int | Literal["all"]
 USUAL_BUDGETS: tuple[Budget, ...] = (64,)
 
 _BUILTIN: tuple[type[Reducer], ...] = (
-    *(KeepAll, Pool, PruMerge, PruMergePlus, Random, Uniform, VisionZip),
+    *(DivPrune, KeepAll, Pool, PruMerge, PruMergePlus, Random, Scope, TopAttention, Uniform),
+    VisionZip,
 )
 REDUCERS: dict[str, type[Reducer]] = {kind.name: kind for kind in _BUILTIN}
 """Registry name -> reducer; put your own in, under a name of its own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import isfinite
 from typing import Any, ClassVar
 
 from engines.errors import OptionError
@@ -50,6 +51,11 @@ class Reducer(ABC):
         """What `make_reducer` takes to make this reducer again."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    @property
+    def ranks(self) -> bool:
+        """Whether `Reduced.order` says in which order the tokens were taken."""
+        return False
+
     @abstractmethod
     def token_count(self, patches: int) -> int:
         """Return N for a tower of ``patches`` patches.
@@ -67,16 +73,22 @@ class Reducer(ABC):
     def __call__(self, tower: TowerOutput) -> Reduced:
         """Reduce a batch."""
 
-    def check_budget(self, tokens: int, patches: int) -> int:
+    def check_budget(self, tokens: int, patches: int, merged: int = 0) -> int:
         """Return ``tokens`` if a tower of ``patches`` patches can give as many.
+
+        Args:
+            tokens: asked for.
+            patches: of the tower.
+            merged: tokens there may be beside the patches.
 
         Raises:
             OptionError: it cannot.
         """
-        if tokens > patches:
+        if tokens > patches + merged:
+            most = f"{patches} + {merged}" if merged else f"{patches}"
             raise OptionError(
                 f"reducer {self.name}: a budget of {tokens} tokens is more than the {patches} "
-                f"patches the tower has. Ask for at most {patches}."
+                f"patches the tower has. Ask for at most {most}."
             )
         return tokens
 
@@ -105,6 +117,11 @@ class BudgetReducer(Reducer):
     def options_for(cls, tokens: int | None, given: Mapping[str, Any]) -> dict[str, Any]:
         """Complete the options the user gave to leave ``tokens`` tokens."""
         return {"budget": tokens, **given} if tokens is not None else dict(given)
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a finite number (a boolean is not)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def is_whole(value: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isqrt
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -11,8 +12,11 @@ import torch
 import typer
 
 from export.reducers.base import BudgetReducer, Reducer
+from export.reducers.grid import grid_of
 from export.reducers.reduced import Reduced
 from export.towers import Scoring, TowerOutput
+
+LAYOUTS = ("grid", "sequential")
 
 
 @dataclass(frozen=True)
@@ -51,20 +55,57 @@ class KeepAll(Reducer):
 
 @dataclass(frozen=True)
 class Uniform(BudgetReducer):
-    """Patches evenly spread over the raster: floor((i + 1/2) P / N).
+    """Patches evenly spread over the picture.
+
+    ``grid``: of each cell of `grid_of`, patch (floor((i + 1/2) S / rows), floor((j + 1/2) S /
+    columns)) of S x S. ``sequential``: floor((i + 1/2) P / N) of the patches in reading order,
+    whose pattern depends on N: stripes where N divides the side's multiples, staggered elsewhere.
 
     Attributes:
-        budget: N.
+        budget: N; for a grid, rows x columns with neither larger than the square's side.
+        layout: ``"grid"`` or ``"sequential"``.
     """
+
+    layout: Annotated[str, typer.Option(help="Reducer `uniform`: `grid` or `sequential`.")] = "grid"
 
     name: ClassVar[str] = "uniform"
     scoring: ClassVar[Scoring] = Scoring.NONE
 
+    def problems(self) -> list[str]:
+        """Return what is wrong with the options, one phrase each."""
+        known = self.layout in LAYOUTS
+        wrong = f"layout is {self.layout!r}, expected one of {', '.join(LAYOUTS)}"
+        return [*super().problems(), *([] if known else [wrong])]
+
+    def token_count(self, patches: int) -> int:
+        """Return N for a tower of ``patches`` patches.
+
+        Raises:
+            OptionError: the budget is larger than that, or no grid.
+        """
+        return len(self.kept(patches))
+
+    def kept(self, patches: int) -> list[int]:
+        """Return the patches that are kept, in reading order.
+
+        Raises:
+            OptionError: see `token_count`.
+        """
+        count = self.check_budget(self.budget, patches)
+        if self.layout == "sequential":
+            return _spread(count, patches)
+        rows, columns = grid_of(self.name, count, patches)
+        side = isqrt(patches)
+        return [y * side + x for y in _spread(rows, side) for x in _spread(columns, side)]
+
     def __call__(self, tower: TowerOutput) -> Reduced:
         """Keep the same patches of every picture."""
-        patches = tower.features.shape[1] - 1
-        count = self.token_count(patches)
-        return _keep(tower, [(2 * i + 1) * patches // (2 * count) for i in range(count)])
+        return _keep(tower, self.kept(tower.features.shape[1] - 1))
+
+
+def _spread(count: int, length: int) -> list[int]:
+    """Return the middles of ``count`` equal parts of ``length``, rounded down."""
+    return [(2 * i + 1) * length // (2 * count) for i in range(count)]
 
 
 @dataclass(frozen=True)

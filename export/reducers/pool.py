@@ -8,9 +8,10 @@ from typing import ClassVar
 
 import torch
 
-from engines.errors import OptionError
 from export.reducers.base import BudgetReducer
+from export.reducers.grid import grid_of
 from export.reducers.reduced import Reduced
+from export.reducers.selection import finite_patches
 from export.towers import Scoring, TowerOutput
 
 
@@ -19,7 +20,8 @@ class Pool(BudgetReducer):
     """The mean of each cell of a regular grid laid over the square of patches, in raster order.
 
     The grid has N cells, as nearly square as N allows (64: 8 x 8, 128: 8 x 16). Patch row y of S
-    belongs to cell row floor(y * rows / S), and so for columns, so every patch is in one cell.
+    belongs to cell row floor(y * rows / S), and so for columns, so every patch is in one cell. One
+    that is not finite (`finite_patches`) is left out of its mean.
 
     Attributes:
         budget: N; must be rows x columns with neither larger than the square's side.
@@ -44,23 +46,7 @@ class Pool(BudgetReducer):
             OptionError: see `token_count`.
         """
         self.check_budget(self.budget, patches)
-        side = isqrt(patches)
-        if side * side != patches:
-            raise OptionError(
-                f"reducer pool: the tower has {patches} patches, expected a square number of them."
-                " Use the reducer uniform instead."
-            )
-        shape = _grid_of(self.budget, side)
-        if shape is None:
-            near = sorted(
-                (n for n in range(1, patches + 1) if _grid_of(n, side)),
-                key=lambda n: abs(n - self.budget),
-            )
-            raise OptionError(
-                f"reducer pool: {self.budget} tokens cannot be laid out as rows x columns within "
-                f"{side} x {side} patches. Ask for {near[0]} or {near[1]}."
-            )
-        return shape
+        return grid_of(self.name, self.budget, patches)
 
     def __call__(self, tower: TowerOutput) -> Reduced:
         """Pool a batch; the class token is left out."""
@@ -72,18 +58,13 @@ class Pool(BudgetReducer):
         cell = (line * rows // side)[:, None] * columns + line * columns // side  # [S, S]
         cells = torch.arange(self.budget, device=features.device)
         member = (cells[:, None] == cell.flatten()).float()  # [N, P]
-        share = member / member.sum(dim=1, keepdim=True)
-        tokens = share @ features.float()[:, 1:]  # [B, N, D]
+        finite = finite_patches(features.float()[:, 1:])  # [B, P]
+        member = member * finite.float()[:, None, :]  # [B, N, P]
+        sums = member @ torch.where(finite[:, :, None], features.float()[:, 1:], 0.0)
+        tokens = sums / member.sum(dim=-1, keepdim=True).clamp(min=1.0)  # [B, N, D]
         return Reduced(
             tokens=tokens.to(features.dtype),
             valid=torch.full((batch,), self.budget, device=features.device),
             origin=torch.full((batch, self.budget), -1, device=features.device),
-            assignment=(-(cell.flatten() + 2)).expand(batch, -1),
+            assignment=torch.where(finite, -(cell.flatten() + 2), -1),
         )
-
-
-def _grid_of(tokens: int, side: int) -> tuple[int, int] | None:
-    for rows in range(min(isqrt(tokens), side), 0, -1):
-        if tokens % rows == 0 and tokens // rows <= side:
-            return rows, tokens // rows
-    return None

@@ -19,9 +19,14 @@ class Reduced:
         assignment: int64[B, P]; what became of each patch. ``slot >= 0``: it is the patch that
             token ``slot`` was made from (kept, or the target others were merged into);
             ``-(slot + 2)``: merged into token ``slot``; ``-1``: in no token.
+        order: int64[B, N] where the reducer ranks, else None; each token's place in the ranking, 0
+            for the first, -1 for padding. The tokens whose place is below n are what the same
+            reducer leaves with a budget of n (where it takes several patches a step, n ends a
+            step), so one pass serves every smaller budget.
     """
 
     tokens: Tensor
     valid: Tensor
     origin: Tensor
     assignment: Tensor
+    order: Tensor | None = None

@@ -7,6 +7,8 @@ Everything here is FP32, has static shapes, and uses only operators that TensorR
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -86,6 +88,22 @@ def unit_rows(rows: Tensor) -> Tensor:
         float32[B, P, D].
     """
     return rows / (rows * rows).sum(dim=-1, keepdim=True).sqrt().clamp(min=1e-12)
+
+
+def finite_patches(*parts: Tensor) -> Tensor:
+    """Return which patches hold finite numbers only.
+
+    Told by the sum of squares, so a patch whose squares overflow float32 counts as not finite, too.
+
+    Args:
+        *parts: float32[B, P, n] each.
+
+    Returns:
+        bool[B, P].
+    """
+    largest = torch.finfo(torch.float32).max
+    checked = [(part * part).sum(dim=-1) <= largest for part in parts]  # each [B, P]
+    return reduce(torch.logical_and, checked)
 
 
 def mark_index(index: Tensor, patches: int) -> Tensor:

@@ -22,7 +22,7 @@ from onnx_ir.passes import common as passes
 from onnxscript import opset18 as op
 
 from engines import __version__
-from export.vision.visual_graph import INPUT, OUTPUTS, VisualGraph
+from export.vision.visual_graph import INPUT, VisualGraph
 from graphs.graph_file import ExportedGraph, check_opset, write_graph
 from graphs.modules import MODULE_KEY
 
@@ -66,7 +66,7 @@ def trace_graph(graph: VisualGraph) -> ir.Model:
             graph,
             (example,),
             input_names=[INPUT],
-            output_names=list(OUTPUTS),
+            output_names=list(graph.outputs),
             dynamic_shapes=({0: batch},),
             opset_version=18,
             dynamo=True,

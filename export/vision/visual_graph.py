@@ -18,6 +18,8 @@ from export.towers.registry import make_tower
 
 INPUT = "pixel_values"
 OUTPUTS = ("visual_tokens", "valid_count", "patch_index", "assignment")
+ORDER_OUTPUT = "token_order"
+"""One more output, of reducers that rank."""
 
 
 class VisualGraph(nn.Module):
@@ -49,13 +51,14 @@ class VisualGraph(nn.Module):
         self.image_size = image_size
         self.patches = patches
         self.token_count = reducer.token_count(patches)
+        self.outputs = (*OUTPUTS, ORDER_OUTPUT) if reducer.ranks else OUTPUTS
 
     @property
     def patch_side(self) -> int:
         """Patches along one side of the picture."""
         return isqrt(self.patches)
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Encode a batch of pictures.
 
         Args:
@@ -66,9 +69,12 @@ class VisualGraph(nn.Module):
             valid_count: int64[B].
             patch_index: int64[B, N]; `Reduced.origin`.
             assignment: int64[B, P]; `Reduced.assignment`.
+            token_order: int64[B, N]; `Reduced.order`, where the reducer ranks.
         """
         reduced = self.reducer(self.tower(pixel_values))
-        return self.projector(reduced.tokens), reduced.valid, reduced.origin, reduced.assignment
+        visual = self.projector(reduced.tokens)  # [B, N, D_llm]
+        outputs = (visual, reduced.valid, reduced.origin, reduced.assignment)
+        return outputs if reduced.order is None else (*outputs, reduced.order)
 
 
 class ReducerModule(nn.Module):

@@ -26,14 +26,23 @@ EVERY_REDUCER = [
     make_reducer("visionzip", dominant=1, contextual=15),
     make_reducer("visionzip", dominant=16, contextual=0),
     make_reducer("prumerge", budget=16),
+    make_reducer("prumerge", budget=16, ratio=0.2, merge="average"),
+    make_reducer("prumerge", budget=16, merge="none"),
     make_reducer("prumerge_plus", budget=16),
     make_reducer("uniform", budget=16),
+    make_reducer("uniform", budget=13, layout="sequential"),
+    make_reducer("top_attention", budget=16),
     make_reducer("random", budget=16, seed=3),
     make_reducer("pool", budget=16),
+    make_reducer("scope", budget=16),
+    make_reducer("scope", budget=16, alpha=0.0, picks_per_step=4, merge="nearest"),
+    make_reducer("scope", budget=16, coverage=0.6),
+    make_reducer("divprune", budget=16),
+    make_reducer("divprune", budget=16, coverage=0.6, merge="nearest"),
     make_reducer("none"),
     make_reducer("none", class_token=True),
 ]
-"""Each registered reducer leaving 16 tokens (all 64 for `none`)."""
+"""Each registered reducer leaving 13 to 16 tokens (all 64 for `none`)."""
 
 
 def tower_from_golden(name):
@@ -45,6 +54,18 @@ def tower_from_golden(name):
         dominant, contextual = int(case["dominant"]), int(case["contextual"])
         options = {"dominant": dominant, "contextual": contextual, "merge": "reference"}
         reducer = make_reducer("visionzip", **options)
+    elif name.startswith(("scope", "divprune")):
+        features = torch.nn.functional.pad(case["features"], (0, 0, 1, 0))  # a class token of zeros
+        case["kept_patches"] = _patches_kept(case)
+        case["tokens"] = case["features"].gather(
+            1, case["kept_patches"][:, :, None].expand(-1, -1, features.shape[2])
+        )
+        budget = int(case["budget"])
+        if name.startswith("divprune"):
+            reducer = make_reducer("divprune", budget=budget)
+            return TowerOutput(features, features[:, :0, 0], features[:, :, :0]), reducer, case
+        reducer = make_reducer("scope", budget=budget, alpha=float(case["alpha"]))
+        return TowerOutput(features, case["scores"], features[:, :, :1]), reducer, case
     else:
         width = case["keys"].shape[-1]
         logits = torch.einsum("bc,bsc->bs", case["query_cls"], case["keys"]) / width**0.5
@@ -52,6 +73,13 @@ def tower_from_golden(name):
         torch.testing.assert_close(scores, case["cls_attention"], atol=1e-6, rtol=0)
         reducer = make_reducer(name.rsplit("_", 1)[0], budget=256 if "plus" in name else 128)
     return TowerOutput(case["features"], scores, case["keys"]), reducer, case
+
+
+def _patches_kept(case):
+    """Return the patches a coverage method kept, in spatial order, int64[B, budget]."""
+    if "picked_in_order" in case:
+        return case["picked_in_order"].sort(dim=1).values
+    return torch.stack([row.nonzero()[:, 0] for row in case["kept"]])
 
 
 def random_tower(batch, patches, width=8, seed=0, scoring=Scoring.SELECTED_LAYER):
@@ -78,7 +106,8 @@ class _Graph(torch.nn.Module):
 
     def forward(self, features, scores, keys):
         reduced = self.reducer(TowerOutput(features, scores, keys))
-        return reduced.tokens, reduced.valid, reduced.origin, reduced.assignment
+        every = (getattr(reduced, name) for name in Reduced.__dataclass_fields__)
+        return tuple(tensor for tensor in every if tensor is not None)
 
 
 @cache
@@ -90,7 +119,7 @@ def onnx_of(reducer, patches, width, key_width, opset=18):
         torch.rand(2, patches if scored else 0),
         torch.randn(2, 1 + patches, key_width if scored else 0),
     )
-    names = ("tokens", "valid", "origin", "assignment")
+    names = ["tokens", "valid", "origin", "assignment", "order"][: 4 + reducer.ranks]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own, about itself
         program = torch.onnx.export(

@@ -18,6 +18,8 @@ TABLE = {
         "none": {"fp32": {"256": {"exact": 0.977}}},
         "visionzip": {"fp32": {"64": {"exact": 0.961}}, "fp16": {"64": {"exact": 0.96}}},
         "visionzip_reference": {"fp32": {"64": {"exact": 0.95}}},
+        "uniform_sequential": {"fp32": {"31": {"exact": 0.5}}},
+        "scope": {"fp32": {"16": {"exact": 0.94}}},
     },
 }
 
@@ -35,6 +37,9 @@ def test_cells_are_found(tmp_path: Path) -> None:
     reference = reducer_for_budget("visionzip", 64, PATCHES, merge="reference")
     assert table.accuracy_of(reference, PATCHES, "fp32") == 0.95
     assert table.accuracy_of(make_reducer("none"), PATCHES, "fp32") == 0.977
+    spread = make_reducer("uniform", budget=31, layout="sequential")
+    assert table.accuracy_of(spread, PATCHES, "fp32") == 0.5
+    assert table.accuracy_of(make_reducer("scope", budget=16), PATCHES, "fp32") == 0.94
 
 
 def test_what_was_not_measured_is_unknown(tmp_path: Path) -> None:
@@ -45,6 +50,10 @@ def test_what_was_not_measured_is_unknown(tmp_path: Path) -> None:
     # As many tokens, but not the options that were measured.
     other = make_reducer("visionzip", dominant=10, contextual=54)
     assert table.accuracy_of(other, PATCHES, "fp32") is None
+    merged = make_reducer("scope", budget=16, merge="nearest")
+    assert table.accuracy_of(merged, PATCHES, "fp32") is None
+    assert table.accuracy_of(make_reducer("scope", budget=16, alpha=1), PATCHES, "fp32") is None
+    assert table.accuracy_of(make_reducer("uniform", budget=16), PATCHES, "fp32") is None
     assert AccuracyTable(tmp_path / "elsewhere").accuracy_of(zipped, PATCHES, "fp32") is None
 
 

@@ -9,7 +9,7 @@ TOLERANCE = 1e-4
 
 
 def test_all_golden_files_are_here():
-    assert len(GOLDEN_NAMES) == 9
+    assert len(GOLDEN_NAMES) == 17
 
 
 @pytest.mark.parametrize("runs_in", ["pytorch", "onnxruntime"])
@@ -27,6 +27,11 @@ def test_golden(name, runs_in):
         if "kept_indices" in case:
             kept = case["kept_indices"][rows]
             assert torch.equal(out.origin[:, : kept.shape[1]] + 1, kept)
+        if "kept_patches" in case:
+            assert torch.equal(out.origin, case["kept_patches"][rows])
+        if "picked_in_order" in case:
+            picked = case["picked_in_order"][rows]
+            assert torch.equal(out.origin.gather(1, out.order.argsort(dim=1)), picked)
 
 
 @pytest.mark.parametrize("name", [name for name in GOLDEN_NAMES if "prumerge" in name])

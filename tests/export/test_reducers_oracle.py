@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from export.reducers import make_reducer
 from export.towers import Scoring, TowerOutput
 from tests.export import oracles
-from tests.export.reducer_cases import EVERY_REDUCER, run_onnx
+from tests.export.reducer_cases import EVERY_REDUCER, random_tower, run_onnx
 
 SETTINGS = settings(max_examples=60, deadline=None)
 
@@ -50,6 +50,8 @@ def check(out, tower, oracle):
         assert out.valid[b] == len(answer.tokens)
         assert out.origin[b].tolist() == answer.origin + [-1] * padding
         assert out.assignment[b].tolist() == [answer.assignment.get(p, -1) for p in range(patches)]
+        if out.order is not None:
+            assert out.order[b].tolist() == answer.order + [-1] * padding
         expected = np.concatenate([np.stack(answer.tokens), np.zeros((padding, 4))])
         np.testing.assert_allclose(out.tokens[b].numpy(), expected, atol=1e-4)
 
@@ -70,17 +72,143 @@ def test_visionzip(tower, data):
 @SETTINGS
 @given(tower=towers(), data=st.data())
 def test_prumerge(name, tower, data):
-    budget = data.draw(st.integers(2, tower.scores.shape[1]), label="budget")
-    out = make_reducer(name, budget=budget)(tower)
-    check(out, tower, lambda *arrays: oracles.prumerge(*arrays, budget, plus=name != "prumerge"))
+    merge = data.draw(st.sampled_from(["sum", "average", "none"]), label="merge")
+    budget = data.draw(st.integers(2, tower.scores.shape[1] + (merge != "none")), label="budget")
+    options = {"ratio": data.draw(st.sampled_from([0.0, 0.125, 0.3, 1.0])), "merge": merge}
+    out = make_reducer(name, budget=budget, **options)(tower)
+    plus = name != "prumerge"
+    check(out, tower, lambda *arrays: oracles.prumerge(*arrays, budget, plus, **options))
+
+
+def test_prumerge_plus_can_keep_every_patch_and_the_merged_token():
+    scores = torch.full((1, 16), 0.01)
+    scores[0, [3, 9, 15]] = 0.2  # r = 3/16, so the grid has every patch but the last, which is out
+    tower = TowerOutput(torch.randn(1, 17, 4), scores, torch.randn(1, 17, 4))
+    out = make_reducer("prumerge_plus", budget=17)(tower)
+    assert out.valid.tolist() == [17]
+    assert sorted(out.origin[0, :16].tolist()) == list(range(16))
+    assert not out.tokens[0, 16].any()  # nothing was pruned
+
+
+def axis_tower(draw, patches):
+    """Draw a tower of features on axes, so that cosines are -1, 0 or 1 and what ties, ties."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    batch = draw(st.integers(1, 3))
+    axes = np.eye(4)[rng.integers(0, 4, (batch, 1 + patches))]
+    features = axes * rng.choice([-2.0, 0.0, 1.0, 4.0], (batch, 1 + patches, 1))
+    scores = rng.integers(0, 4, (batch, patches)) / 64
+    parts = (features, scores, rng.standard_normal((batch, 1 + patches, 3)))
+    return TowerOutput(*(torch.tensor(part, dtype=torch.float32) for part in parts))
+
+
+def smooth_tower(draw, patches):
+    """Draw a tower of features without exact ties."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    batch = draw(st.integers(1, 3))
+    features = rng.standard_normal((batch, 1 + patches, 4)) + 0.5
+    scores = rng.random((batch, patches)) + 0.05
+    parts = (features, scores, rng.standard_normal((batch, 1 + patches, 3)))
+    return TowerOutput(*(torch.tensor(part, dtype=torch.float32) for part in parts))
+
+
+@st.composite
+def axis_towers(draw):
+    """Draw a tower of 64 patches whose gains, sums of cosines, tie exactly or differ clearly."""
+    return axis_tower(draw, 64)
+
+
+@st.composite
+def ranked_cases(draw, **more):
+    """Draw a tower and options of a reducer that ranks; with ties, or without any."""
+    patches, ties = draw(st.integers(1, 24)), draw(st.booleans())
+    options = {
+        "budget": draw(st.integers(1, patches)),
+        "coverage": draw(st.sampled_from([0.33, 0.61, 0.87, 1.0])),
+        "merge": draw(st.sampled_from(["none", "nearest"])),
+        "merge_from": draw(st.sampled_from([-1.0, 0.4, 0.7])),
+    }
+    make = axis_tower if ties else smooth_tower
+    return make(draw, patches), options | {name: draw(kind) for name, kind in more.items()}, ties
+
+
+def picture_of(batch, at):
+    """Return one picture of a tower's output or of a reducer's."""
+    parts = vars(batch).values()
+    return type(batch)(*(part if part is None else part[at : at + 1] for part in parts))
+
+
+def check_ranked(name, case, oracle):
+    """Compare with the oracle; near ties without exact ones may fall either way."""
+    tower, options, ties = case
+    out = make_reducer(name, **options)(tower)
+    ranked = make_reducer(name, **options | {"merge": "none"})(tower)
+    for b in range(len(tower.features)):
+        padding = int((ranked.order[b] < 0).sum())
+        picked = ranked.origin[b][ranked.order[b].argsort()][padding:].tolist()
+        alone, one = (
+            type(batch)(
+                *(None if part is None else part[b : b + 1] for part in vars(batch).values())
+            )
+            for batch in (out, tower)
+        )
+        follow = {} if ties else {"follow": picked}
+        check(alone, one, lambda x, scores, _, kw=options | follow: oracle(x[1:], scores, kw))
+
+
+@SETTINGS
+@given(
+    ranked_cases(
+        # Powers that leave ties ties.
+        alpha=st.sampled_from([0.0, 1.0, 2.0]),
+        picks_per_step=st.sampled_from([1, 2, 3, 8]),
+    )
+)
+def test_scope(case):
+    check_ranked("scope", case, lambda x, scores, options: oracles.scope(x, scores, **options))
+
+
+@SETTINGS
+@given(ranked_cases())
+def test_divprune(case):
+    check_ranked("divprune", case, lambda x, _, options: oracles.divprune(x, **options))
+
+
+@pytest.mark.parametrize("options", [{"alpha": 0.5}, {"alpha": 0.0}, {"alpha": 1.0}], ids=str)
+def test_a_ranking_serves_every_smaller_budget(options):
+    tower = random_tower(3, 40, seed=4)
+    for name, given_options in (("scope", options), ("divprune", {})):
+        whole = make_reducer(name, budget=16, **given_options)(tower)
+        for budget in (1, 5, 11):
+            alone = make_reducer(name, budget=budget, **given_options)(tower)
+            for b in range(3):
+                prefix = whole.origin[b][whole.order[b] < budget]
+                assert torch.equal(prefix, alone.origin[b])
 
 
 @SETTINGS
 @given(towers(patches=(1, 70)), st.data())
 def test_uniform(tower, data):
     budget = data.draw(st.integers(1, tower.scores.shape[1]), label="budget")
-    out = make_reducer("uniform", budget=budget)(tower)
+    out = make_reducer("uniform", budget=budget, layout="sequential")(tower)
     check(out, tower, lambda features, *_: oracles.uniform(features, budget))
+
+
+@SETTINGS
+@given(st.sampled_from([1, 2, 3, 4, 7]), st.data())
+def test_uniform_grid(side, data):
+    tower = data.draw(towers(patches=(side * side, side * side)))
+    rows = data.draw(st.integers(1, side), label="rows")
+    shape = make_reducer("pool", budget=rows * side).grid(side * side)
+    out = make_reducer("uniform", budget=rows * side)(tower)
+    check(out, tower, lambda features, *_: oracles.uniform_grid(features, *shape))
+
+
+@SETTINGS
+@given(towers(patches=(1, 70)), st.data())
+def test_top_attention(tower, data):
+    budget = data.draw(st.integers(1, tower.scores.shape[1]), label="budget")
+    out = make_reducer("top_attention", budget=budget)(tower)
+    check(out, tower, lambda x, scores, _: oracles.top_attention(x, scores, budget))
 
 
 @SETTINGS
@@ -99,7 +227,7 @@ def test_pool(side, data):
 )
 def test_onnx_breaks_ties_as_pytorch_does(reducer):
     @settings(max_examples=25, deadline=None)
-    @given(towers(patches=(64, 64), width=8, key_width=6))
+    @given(axis_towers() if reducer.name == "scope" else towers((64, 64), width=8, key_width=6))
     def compare(tower):
         ours, theirs = reducer(tower), run_onnx(reducer, tower)
         assert torch.equal(ours.valid, theirs.valid)

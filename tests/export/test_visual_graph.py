@@ -38,6 +38,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("none", {}),
     "uniform": ("uniform", {"budget": 16}),
     "random": ("random", {"budget": 16}),
+    "scope": ("scope", {"budget": 16, "coverage": 0.8}),
+    "divprune": ("divprune", {"budget": 16, "merge": "nearest"}),
+    "top_attention": ("top_attention", {"budget": 16}),
     "pool": ("pool", {"budget": 16}),
 }
 
@@ -196,6 +199,17 @@ def test_weights_are_stored_once_and_no_path_of_the_machine_is(exported):
     assert b"site-packages" not in content
 
 
+def test_a_reducer_that_ranks_says_so(exported, pixels):
+    for case in CASES:
+        ranks = make_reducer(CASES[case][0], **CASES[case][1]).ranks
+        assert ("token_order" in {o.name for o in exported[case][18].outputs}) == ranks
+        assert ranks == (case in {"scope", "top_attention"})
+    out = run(exported["scope"][18], pixels)
+    for valid, order in zip(out["valid_count"], out["token_order"], strict=True):
+        assert sorted(order[:valid]) == list(range(valid))
+        assert set(order[valid:]) <= {-1}
+
+
 def test_model_says_what_it_is(checkpoint: Checkpoint, tmp_path: Path) -> None:
     reducer = make_reducer("uniform", budget=9)
     graph = build_visual_graph(checkpoint, reducer)
@@ -203,7 +217,7 @@ def test_model_says_what_it_is(checkpoint: Checkpoint, tmp_path: Path) -> None:
     said = {p.key: p.value for p in onnx.load(exported.file).metadata_props}
     assert said["foveate.model"] == "tiny"
     assert said["foveate.reducer"] == "uniform"
-    assert json.loads(said["foveate.reducer_options"]) == {"budget": 9}
+    assert json.loads(said["foveate.reducer_options"]) == {"budget": 9, "layout": "grid"}
     assert (said["foveate.tokens"], said["foveate.version"]) == ("9", __version__)
     assert [(o.name, o.dtype, o.shape) for o in exported.outputs] == [
         ("visual_tokens", "float32", ("batch", 9, 48)),
