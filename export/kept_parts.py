@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -58,7 +58,7 @@ class KeptParts:
             self.drop(name)
             return None
         for file in record["files"]:
-            _link(folder / file, root / file)
+            _put(folder / file, root / file, linked=record["linked"])
         return record["remembered"]
 
     def keep(
@@ -68,13 +68,30 @@ class KeptParts:
         root: Path,
         files: Sequence[str],
         remembered: Any = True,
+        *,
+        linked: bool = True,
     ) -> None:
-        """Keep a finished part: its files, which take no room twice, and a value for JSON."""
+        """Keep a finished part.
+
+        Args:
+            name: of the part.
+            options: what it was made with.
+            root: where its files are.
+            files: their names below it.
+            remembered: a value for JSON.
+            linked: the files take no room twice. ONNX refuses weights that have a second name, so a
+                part that it reads again before the bundle is done is copied.
+        """
         self.drop(name)
         folder = self.folder / name
         for file in files:
-            _link(root / file, folder / file)
-        record = {"key": self._key(options), "files": list(files), "remembered": remembered}
+            _put(root / file, folder / file, linked=linked)
+        record = {
+            "key": self._key(options),
+            "files": list(files),
+            "linked": linked,
+            "remembered": remembered,
+        }
         unfinished = folder / f".{_RECORD}"
         unfinished.write_text(json.dumps(record), "utf-8")
         unfinished.replace(folder / _RECORD)
@@ -116,10 +133,11 @@ def _fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"files": states, "weights": rest, "configs": configs, "tools": tools}
 
 
-def _link(source: Path, destination: Path) -> None:
-    """Give a file a second name, or copy it where the file system cannot."""
+def _put(source: Path, destination: Path, *, linked: bool) -> None:
+    """Give a file a second name; copy it where it may not have one or the file system cannot."""
     destination.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, destination)
-    except OSError:
-        shutil.copy2(source, destination)
+    if linked:
+        with suppress(OSError):
+            os.link(source, destination)
+            return
+    shutil.copy2(source, destination)

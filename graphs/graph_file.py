@@ -129,4 +129,6 @@ def _spec(value: ir.Value) -> TensorSpec:
     if value.name is None or value.dtype is None or value.shape is None:
         raise RuntimeError(f"graph input or output {value!r} has no name, type or shape")
     shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
-    return TensorSpec(name=value.name, dtype=str(value.dtype.numpy()), shape=shape)
+    return TensorSpec.model_validate(
+        {"name": value.name, "dtype": str(value.dtype.numpy()), "shape": shape}
+    )

@@ -118,7 +118,8 @@ def _export_graphs(
             graphs.append(_export_graph(plan, reducer, precision, root, shared))
     files = {name for graph in graphs for name in (graph.file, graph.weights) if name}
     said = [graph.model_dump(mode="json") for graph in graphs]
-    kept.keep(_PART, made_with, root, sorted(files), said)
+    again = precision != plan.precision  # INT8 is made of these
+    kept.keep(_PART, made_with, root, sorted(files), said, linked=not again)
     return tuple(graphs)
 
 

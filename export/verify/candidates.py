@@ -103,7 +103,7 @@ def open_candidates(
                 note(f"{name}: its stages cannot be told apart, only what comes out.")
             if engine == "openvino" and graph.precision == "fp16":
                 note(f"{name}: OpenVINO computes float16 graphs in float32 here; see ort for fp16.")
-            encoder = VisionEncoder(bundle, session, tokens=graph.reducer.tokens)
+            encoder = VisionEncoder(bundle, session, tokens=graph.reducer.tokens, finite=False)
             found.append(Candidate(name, bundle, graph, engine, encoder, stages))
     return found
 

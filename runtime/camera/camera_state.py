@@ -23,7 +23,6 @@ class CameraState:
         arrived_s: monotonic seconds when the last frame came.
         frames: how many came.
         ended: no more frames will come.
-        failure: what a driver raised to end the source; None where it ended by itself.
         visual: tokens of the last frame that was encoded; None where that failed.
         taken: those that an answer was begun about; None where answering failed.
         last: its last answer.
@@ -37,7 +36,6 @@ class CameraState:
     arrived_s: float = 0.0
     frames: int = 0
     ended: bool = False
-    failure: Exception | None = None
     visual: VisualTokens | None = None
     taken: VisualTokens | None = None
     last: CameraAnswer | None = None

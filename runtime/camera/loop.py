@@ -174,10 +174,6 @@ class CameraLoop:
             for frame in source if camera.in_turn else at_their_own_pace(source):
                 if not self._queue(camera, frame):
                     return
-        except Exception as error:  # a driver's: the other cameras go on
-            if not self._stopping:
-                source.errors.count("source failed", repr(error))
-                camera.failure = error
         finally:
             with self._changed:
                 camera.ended = True
@@ -291,7 +287,7 @@ class CameraLoop:
                     return
                 if (answer := self._try_to_answer(each, each is encoded[-1])) is not None:
                     self._put(answer)
-        failures = [camera.failure for camera in self._cameras]
+        failures = [source.failure for source in self.sources]
         self._put(failures[-1] if all(failures) else None)
 
     def _take_round(self) -> list[EncodedFrame]:

@@ -96,12 +96,14 @@ class FrameSource(AbstractContextManager["FrameSource"]):
         name: what the source is called.
         live: whether frames are lost when nobody takes them.
         errors: what could not be read so far.
+        failure: what a driver or a library raised to end it; None where it ended by itself.
     """
 
     def __init__(self, reader: Reader, options: FrameView | None = None) -> None:
         self.name = reader.name
         self.live = reader.live
         self.errors = ReadErrors(reader.name)
+        self.failure: Exception | None = None
         self._reader = reader
         self._options = options or FrameView()
         self._clock = FrameClock(self._options.fps)
@@ -127,6 +129,7 @@ class FrameSource(AbstractContextManager["FrameSource"]):
                     yield partial(self._decode, capture)
         except Exception as error:  # whatever a driver or a library raises costs this source alone
             self.errors.count("source failed", repr(error))
+            self.failure = error
 
     def _decode(self, capture: Capture) -> Frame | None:
         try:

@@ -74,6 +74,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
         engine: str | None = None,
         threads: int | None = None,
         tokens: int | None = None,
+        finite: bool = True,
     ) -> None:
         """Load the graph.
 
@@ -87,6 +88,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
                 out, one per core.
             tokens: which of the bundle's graphs, by its number of visual tokens; the first when
                 left out.
+            finite: refuse tokens that hold NaN or infinity. Only who looks for them allows them.
 
         Raises:
             OptionError: the bundle has no graph with that many tokens.
@@ -96,6 +98,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
         self.bundle = bundle
         self.graph: VisionGraph = bundle.vision(tokens)
         self._owned = session is None
+        self._finite = finite
         self._bands = Bands(threads)
         file = bundle.path(self.graph.file)
         self.session: Session = (
@@ -170,7 +173,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
                 problems.append(
                     f"{name} goes from {array.min()} to {array.max()}, expected {low} to {high}"
                 )
-        if not np.isfinite(seen.tokens).all():
+        if self._finite and not np.isfinite(seen.tokens).all():
             problems.append(f"{_OUTPUTS[0]} holds numbers that are not finite")
         if problems:
             raise EngineError(

@@ -14,7 +14,7 @@ from engines.bundle import Bundle, open_bundle, write_bundle
 from engines.errors import BundleError, EngineError
 from engines.graph_contents import MICROSOFT_DOMAIN, ONNX_DOMAINS, check_graph_contents
 from engines.manifest import Manifest
-from engines.open_session import open_session
+from engines.opening import open_session
 from tests.tiny_bundle import tiny_manifest, tiny_vision_graph
 
 ENDLESS = """

@@ -17,6 +17,7 @@ import typer
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from engines import cli
+from engines.option_groups import one_of
 from export.checkpoint.weights import INDEX_FILE
 from tests.tiny_language import SPECIAL, write_checkpoint_words
 
@@ -138,7 +139,7 @@ def main(
     layers: Annotated[int | None, typer.Option(help="Of the language model; all.")] = None,
 ) -> None:
     """Write a LLaVA-1.5 of random weights, in its real size."""
-    print(write_random_llava(directory, cli.one_of("--size", size, Size), layers))
+    print(write_random_llava(directory, one_of("--size", size, Size), layers))
 
 
 if __name__ == "__main__":

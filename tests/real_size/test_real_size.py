@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from engines import cli
+from engines.option_groups import one_of
 from tests.photographs import load_photographs
 from tests.real_size.random_llava import Size, write_random_llava
 from tests.real_size.watched_run import Measured, run_watched
@@ -26,7 +26,7 @@ from tests.real_size.watched_run import Measured, run_watched
 pytestmark = pytest.mark.real_size
 
 MOST_BYTES = 12e9
-SIZE: Size = cli.one_of("FOVEATE_REAL_SIZE", os.environ.get("FOVEATE_REAL_SIZE", "7b"), Size)
+SIZE: Size = one_of("FOVEATE_REAL_SIZE", os.environ.get("FOVEATE_REAL_SIZE", "7b"), Size)
 
 
 @pytest.fixture(scope="module")
