@@ -240,6 +240,7 @@ def open_model(
     visual_tokens: int | None = None,
     context_length: int | None = None,
     server: ServerOptions | None = None,
+    batch: int = 1,
 ) -> Model:
     """Load everything that answering takes.
 
@@ -252,6 +253,7 @@ def open_model(
         visual_tokens: which of the bundle's vision graphs; left out, the first.
         context_length: positions the KV cache holds; left out, all the model was trained for.
         server: where the language model is, if a server runs it.
+        batch: images that are usually encoded at once; see `engines.open_session`.
 
     Raises:
         FoveateError: a part that cannot be loaded, said in words.
@@ -259,7 +261,9 @@ def open_model(
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
     writer = PromptWriter(bundle)
-    encoder = VisionEncoder(bundle, engine=engine, threads=threads, tokens=visual_tokens)
+    encoder = VisionEncoder(
+        bundle, engine=engine, threads=threads, tokens=visual_tokens, batch=batch
+    )
     try:
         language = open_text_backend(
             writer, bundle, backend, threads=threads, context_length=context_length, server=server

@@ -87,8 +87,12 @@ class ModelOptions:
         ),
     ] = 600.0
 
-    def open(self, bundle: str | Path) -> Model:
+    def open(self, bundle: str | Path, batch: int = 1) -> Model:
         """Open a bundle and load what answering takes.
+
+        Args:
+            bundle: its directory.
+            batch: images that are usually encoded at once; see `engines.open_session`.
 
         Raises:
             FoveateError: anything the user can fix.
@@ -105,6 +109,7 @@ class ModelOptions:
             visual_tokens=self.visual_tokens,
             context_length=self.context_length,
             server=server,
+            batch=batch,
         )
 
     def server(self) -> ServerOptions | None:

@@ -112,7 +112,7 @@ def watch(
     with ExitStack() as open_things:
         sources = [open_things.enter_context(_open(each, options.source)) for each in given]
         # Left to the garbage collector: a backend that hangs may still be inside it at the end.
-        model = options.model.open(bundle)
+        model = options.model.open(bundle, batch=len(sources))
         recording = None
         if options.record:
             recording = Recording(options.record, model.bundle, cameras=len(sources))
@@ -159,13 +159,20 @@ def _make_loop(
     answerer: Answerer = FrameAnswerer(model, options.generation, options.system)
     controller = None
     if options.goal is not None:
-        encoder, answerer = _budgeted(model, answerer, options, options.goal, open_things)
+        encoder, answerer = _budgeted(
+            model, answerer, options, options.goal, open_things, len(sources)
+        )
         controller = encoder.controller
     return CameraLoop(sources, encoder, answerer, options.camera), controller
 
 
 def _budgeted(
-    model: Model, answerer: Answerer, options: WatchOptions, goal: Goal, open_things: ExitStack
+    model: Model,
+    answerer: Answerer,
+    options: WatchOptions,
+    goal: Goal,
+    open_things: ExitStack,
+    cameras: int,
 ) -> tuple[BudgetedEncoder, Answerer]:
     """Put a budget controller between the loop and the bundle's graphs."""
     from runtime.camera.budgets.budgeted import BudgetedEncoder, ObservedAnswerer
@@ -178,7 +185,13 @@ def _budgeted(
         )
     given = options.model
     encoder = BudgetedEncoder(
-        GraphPool(model.bundle, engine=given.engine, threads=given.threads, opened=model.encoder)
+        GraphPool(
+            model.bundle,
+            engine=given.engine,
+            threads=given.threads,
+            opened=model.encoder,
+            batch=cameras,
+        )
     )
     meter = open_things.enter_context(Tegrastats()) if goal.kind == "power" else None
     controller = encoder.calibrate(answerer, options.camera.question, goal, meter)

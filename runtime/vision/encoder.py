@@ -74,6 +74,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
         engine: str | None = None,
         threads: int | None = None,
         tokens: int | None = None,
+        batch: int = 1,
         finite: bool = True,
     ) -> None:
         """Load the graph.
@@ -88,6 +89,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
                 out, one per core.
             tokens: which of the bundle's graphs, by its number of visual tokens; the first when
                 left out.
+            batch: images that are usually encoded at once; see `engines.open_session`.
             finite: refuse tokens that hold NaN or infinity. Only who looks for them allows them.
 
         Raises:
@@ -102,7 +104,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
         self._bands = Bands(threads)
         file = bundle.path(self.graph.file)
         self.session: Session = (
-            open_session(bundle, self.graph, engine=engine, threads=threads)
+            open_session(bundle, self.graph, engine=engine, threads=threads, batch=batch)
             if session is None
             else session
         )

@@ -24,6 +24,7 @@ class GraphPool(AbstractContextManager["GraphPool"]):
         threads: int | None = None,
         only: int | None = None,
         opened: VisionEncoder | None = None,
+        batch: int = 1,
     ) -> None:
         """Look what the bundle has; nothing is loaded yet.
 
@@ -33,6 +34,7 @@ class GraphPool(AbstractContextManager["GraphPool"]):
             threads: CPU threads; left out, one per physical core.
             only: the one budget to use; left out, all.
             opened: one that is loaded already; it stays the caller's to close.
+            batch: images that are usually encoded at once; see `engines.open_session`.
 
         Raises:
             OptionError: the bundle has no graph with ``only`` tokens.
@@ -40,6 +42,7 @@ class GraphPool(AbstractContextManager["GraphPool"]):
         graphs = bundle.manifest.vision if only is None else (bundle.vision(only),)
         self.budgets = tuple(sorted({graph.reducer.tokens for graph in graphs}))
         self.bundle, self._engine, self._threads = bundle, engine, threads
+        self._batch = batch
         self._own: dict[int, VisionEncoder] = {}
         self._given = {opened.graph.reducer.tokens: opened} if opened is not None else {}
 
@@ -53,7 +56,11 @@ class GraphPool(AbstractContextManager["GraphPool"]):
         known = self._given.get(tokens) or self._own.get(tokens)
         if known is None:
             known = VisionEncoder(
-                self.bundle, engine=self._engine, threads=self._threads, tokens=tokens
+                self.bundle,
+                engine=self._engine,
+                threads=self._threads,
+                tokens=tokens,
+                batch=self._batch,
             )
             self._own[tokens] = known
         return known

@@ -12,6 +12,8 @@ from engines.bundle import Bundle, open_bundle
 from engines.errors import BundleError, EngineError, OptionError, PictureError
 from engines.ort import OrtSession
 from runtime.vision import VisionEncoder
+from runtime.vision import encoder as encoder_module
+from runtime.vision.graph_pool import GraphPool
 from runtime.vision.preprocess import preprocess
 from tests.tiny_bundle import write_tiny_bundle
 
@@ -53,6 +55,23 @@ def test_a_given_session_is_used_and_stays_open(bundle: Bundle) -> None:
             assert encoder.session is session
         with VisionEncoder(bundle, session) as encoder:
             encoder.encode([picture()])
+
+
+def test_the_number_of_cameras_chooses_the_plan(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def open_session(*_: object, batch: int, **__: object) -> OrtSession:
+        asked.append(batch)
+        return OrtSession(bundle.path("vision.onnx"))
+
+    monkeypatch.setattr(encoder_module, "open_session", open_session)
+    with GraphPool(bundle, batch=4) as pool:
+        pool.encoder(pool.budgets[0]).encode([picture()])
+    with VisionEncoder(bundle):
+        pass
+    assert asked == [4, 1]
 
 
 @pytest.mark.parametrize(
