@@ -30,7 +30,7 @@ def make_small_graph(
     Args:
         seed: of the weights.
         half: FP16 between the input and the scores, which stay FP32.
-        refused: with an operator TensorRT does not know.
+        refused: with an operator of ONNX that TensorRT does not have.
     """
     random = np.random.default_rng(0)
     dtype = np.float16 if half else np.float32
@@ -68,7 +68,7 @@ def make_small_graph(
         make("GatherElements", ["wide_features", "all_rows"], ["visual_tokens"], axis=1),
     ]
     if refused:
-        nodes[-1] = make("Unknown", ["wide_features"], ["visual_tokens"], domain="nowhere")
+        nodes[-1] = make("Unique", ["wide_features"], ["visual_tokens"])
     graph = helper.make_graph(
         nodes,
         "small",
@@ -79,10 +79,7 @@ def make_small_graph(
         ],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
-    opsets = [helper.make_opsetid("", 17)]
-    if refused:
-        opsets.append(helper.make_opsetid("nowhere", 1))
-    return helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
 
 
 def write_small_bundle(

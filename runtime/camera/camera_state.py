@@ -51,8 +51,11 @@ class CameraState:
         return self.in_turn or self.ended
 
     def reusable(self, question: str, visual: VisualTokens) -> CameraAnswer | None:
-        """Return the last answer if it is one to this question about these very tokens."""
+        """Return the last answer if it is one to this question about these very tokens.
+
+        One that broke the form it must have is not given again: another try may keep it.
+        """
         last = self.last
         if last is None or last.encoded.visual is not visual or last.question != question:
             return None
-        return last
+        return None if last.answer.finish == "broken_form" else last

@@ -360,6 +360,8 @@ class CameraLoop:
         answer = self._answerer.answer(encoded.visual, question, prefilled, lambda: self._stopping)
         self._timing.prefill.add(answer.milliseconds["prefill"] / 1e3)
         self._timing.decode.add(answer.milliseconds["decode"] / 1e3)
+        if answer.finish == "broken_form":
+            camera.source.errors.count("answer of another form", repr(answer.text))
         return CameraAnswer(encoded, question, answer, age_ms, reused=False)
 
     def _expect_free(self, busy_s: float) -> None:

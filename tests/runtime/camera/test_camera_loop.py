@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -180,6 +181,20 @@ def test_a_small_change_ends_the_reuse() -> None:
 def test_without_reuse_every_frame_is_looked_at() -> None:
     _, encoder, answerer, _ = watch_each(noisy_scene(9), replace(EACH, reuse=False))
     assert encoder.calls == answerer.calls == 9
+
+
+def test_an_answer_that_broke_its_form_is_counted_and_tried_again() -> None:
+    class Breaks(ShadeAnswerer):
+        def answer(self, *arguments: Any) -> Answer:
+            said = super().answer(*arguments)
+            return replace(said, finish="broken_form") if self.calls < 3 else said
+
+    answerer = Breaks()
+    source = source_of(iter(noisy_scene(9)), live=False, period_s=0.0)
+    loop = CameraLoop([source], ShadeEncoder(), answerer, EACH)
+    assert [answer.reused for answer in answers_of(loop)] == [False] * 3 + [True] * 6
+    assert answerer.calls == 3
+    assert loop.errors == {"answer of another form": 2}
 
 
 def test_another_question_about_a_still_scene_is_asked() -> None:
