@@ -47,7 +47,7 @@ from export.checkpoint.accuracy_table import ACCURACY_FILE
 from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.reducers import Reducer, make_reducer, reducer_for_budget
 from export.vision.to_onnx import trace_graph
-from export.vision.visual_graph import build_visual_graph
+from export.vision.vision_module import build_vision_module
 from graphs.float16 import write_fp16_graph
 from graphs.graph_file import write_graph
 from runtime.vision.pictures import load_picture
@@ -212,7 +212,7 @@ class Bench:
         full = self._folder / f"{stem}_fp32.onnx"
         if not full.exists():
             reducer = setting.make_reducer(self._checkpoint)
-            write_graph(trace_graph(build_visual_graph(self._checkpoint, reducer)), full)
+            write_graph(trace_graph(build_vision_module(self._checkpoint, reducer)), full)
         wanted = full.with_name(f"{stem}_{setting.precision}.onnx")
         if not wanted.exists() and setting.precision == "int8":
             model = ir.load(full)

@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from export.reducers import Reducer
 from export.towers.clip import ClipTower
-from export.vision.visual_graph import VisualGraph
+from export.vision.vision_module import VisionModule
 
 IMAGE_SIZE = 336
 PATCHES = 576
@@ -51,7 +51,9 @@ def random_projector(seed: int = 0) -> nn.Module:
     return projector.eval().requires_grad_(False)
 
 
-def clip_large_graph(model: CLIPVisionModel, projector: nn.Module, reducer: Reducer) -> VisualGraph:
+def clip_large_graph(
+    model: CLIPVisionModel, projector: nn.Module, reducer: Reducer
+) -> VisionModule:
     """Return the whole graph around a reducer."""
     tower = ClipTower(model, FEATURE_LAYER, reducer.scoring)
-    return VisualGraph(tower, reducer, projector, IMAGE_SIZE, PATCHES).eval()
+    return VisionModule(tower, reducer, projector, IMAGE_SIZE, PATCHES).eval()

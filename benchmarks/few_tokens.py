@@ -34,7 +34,7 @@ from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.reducers import Reduced, Reducer, make_reducer, reducer_for_budget
 from export.reducers.selection import unit_rows
 from export.towers import Scoring, TowerOutput
-from export.vision.visual_graph import VisualGraph, build_visual_graph
+from export.vision.vision_module import VisionModule, build_vision_module
 from runtime.vision.pictures import load_picture
 from runtime.vision.preprocess import preprocess_batch
 
@@ -117,7 +117,7 @@ def measure_checkpoint(
     kept = {(one.reducer, one.tokens): one for one in map(Answers.from_line, lines)}
     rows = list(list_rows(names, budgets, checkpoint))
     if missing := [row for row in rows if row[:2] not in kept]:
-        graph = build_visual_graph(checkpoint, rows[0][2])
+        graph = build_vision_module(checkpoint, rows[0][2])
         tower = see_pictures(checkpoint, examination)
         for name, tokens, reducer in track(missing, str(model), console=Console(stderr=True)):
             one = answer_with(graph, tower, examination, (name, tokens, reducer))
@@ -132,7 +132,7 @@ def measure_checkpoint(
 @torch.no_grad()
 def see_pictures(checkpoint: Checkpoint, examination: Examination) -> list[TowerOutput]:
     """Return what the tower makes of the pictures, with scores, in batches."""
-    graph = build_visual_graph(checkpoint, make_reducer("top_attention", budget=1))
+    graph = build_vision_module(checkpoint, make_reducer("top_attention", budget=1))
     batches = []
     for start in range(0, len(examination.pictures), _PICTURES_AT_ONCE):
         files = examination.pictures[start : start + _PICTURES_AT_ONCE]
@@ -143,7 +143,7 @@ def see_pictures(checkpoint: Checkpoint, examination: Examination) -> list[Tower
 
 @torch.no_grad()
 def answer_with(
-    graph: VisualGraph,
+    graph: VisionModule,
     tower: Sequence[TowerOutput],
     examination: Examination,
     row: tuple[str, int, Reducer],

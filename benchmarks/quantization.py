@@ -34,7 +34,7 @@ from calibration.sensitivity.search import search_exclusions
 from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.reducers import reducer_for_budget
 from export.vision.to_onnx import trace_graph
-from export.vision.visual_graph import build_visual_graph
+from export.vision.vision_module import build_vision_module
 from graphs.graph_file import write_graph
 from runtime.vision.pictures import load_picture
 from runtime.vision.preprocess import preprocess_batch
@@ -106,7 +106,7 @@ class _Bench:
         file = self.folder / f"{reducer}_{tokens}.onnx"
         if not file.exists():
             chosen = reducer_for_budget(reducer, tokens, self.checkpoint.patch_side**2)
-            write_graph(trace_graph(build_visual_graph(self.checkpoint, chosen)), file)
+            write_graph(trace_graph(build_vision_module(self.checkpoint, chosen)), file)
         return file
 
     def compare_methods(self, frames: Frames, options: CalibrationOptions) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from engines.manifest import TensorSpec
 from export.reducers import REDUCERS, reducer_for_budget
 from export.towers.registry import make_tower
 from export.vision.to_onnx import export_onnx
-from export.vision.visual_graph import VisualGraph
+from export.vision.vision_module import VisionModule
 from graphs import graph_file
 from graphs.float16 import convert_to_fp16, write_fp16_graph
 
@@ -50,7 +50,7 @@ def make_projector(config: CLIPVisionConfig) -> nn.Module:
     return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
 
-def make_graph(reducer: str, config: CLIPVisionConfig) -> VisualGraph:
+def make_graph(reducer: str, config: CLIPVisionConfig) -> VisionModule:
     """Return the graph of a reducer in PyTorch, FP32, random weights."""
     torch.manual_seed(0)
     model = CLIPVisionModel(config).eval()
@@ -60,7 +60,7 @@ def make_graph(reducer: str, config: CLIPVisionConfig) -> VisualGraph:
     chosen = reducer_for_budget(reducer, tokens, patches)
     projector = make_projector(config)
     tower = make_tower(model, config.num_hidden_layers - 1, chosen.scoring)
-    graph = VisualGraph(tower, chosen, projector, image_size, patches)
+    graph = VisionModule(tower, chosen, projector, image_size, patches)
     return graph.eval().requires_grad_(False)
 
 

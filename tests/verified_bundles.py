@@ -16,7 +16,7 @@ from engines.manifest import ReducerSpec
 from export.checkpoint.llava import open_checkpoint
 from export.reducers import make_reducer
 from export.vision.to_onnx import export_onnx
-from export.vision.visual_graph import build_visual_graph
+from export.vision.vision_module import build_vision_module
 from graphs.float16 import write_fp16_graph
 
 Change = Callable[[Path], "dict[str, Any] | None"]
@@ -67,7 +67,7 @@ def put_prumerge(source: Path, checkpoint: Path, budget: int = 6) -> Change:
 
     def apply(root: Path) -> dict[str, Any]:
         reducer = make_reducer("prumerge", budget=budget)
-        graph = build_visual_graph(open_checkpoint(checkpoint), reducer)
+        graph = build_vision_module(open_checkpoint(checkpoint), reducer)
         exported = export_onnx(graph, root / "vision" / "prumerge.onnx")
         changes = {
             "file": "vision/prumerge.onnx",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from calibration.frames.colour_order import ColourOrder, judge_colour_order
-from calibration.frames.frame_sampler import DistinctFrames
+from calibration.frames.distinct_frames import DistinctFrames
 from calibration.frames.near_duplicates import Signature, count_scenes
 
 FEWEST_FRAMES = 128

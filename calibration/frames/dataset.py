@@ -19,7 +19,7 @@ from typing import Annotated, Protocol
 import typer
 
 from calibration.frames.coverage import Coverage, measure_coverage
-from calibration.frames.frame_sampler import DistinctFrames
+from calibration.frames.distinct_frames import DistinctFrames
 from engines.errors import OptionError, SourceError
 from engines.manifest import Preprocessing
 from runtime.frames import Frame, FrameSource, SourceOptions, open_source

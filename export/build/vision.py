@@ -23,7 +23,7 @@ from export.checkpoint.accuracy_table import AccuracyTable
 from export.kept_parts import KeptParts
 from export.reducers import Reducer
 from export.vision.to_onnx import trace_graph
-from export.vision.visual_graph import build_visual_graph
+from export.vision.vision_module import build_vision_module
 from graphs.float16 import convert_to_fp16
 from graphs.graph_file import write_graph
 from graphs.operator_check import check_graph, oldest_tensorrt
@@ -133,7 +133,7 @@ def _export_graph(
     count = reducer.token_count(plan.patches)
     accuracy = AccuracyTable(plan.checkpoint.root)
     relative = f"vision/{reducer.name}_{count}.onnx"
-    model = trace_graph(build_visual_graph(plan.checkpoint, reducer))
+    model = trace_graph(build_vision_module(plan.checkpoint, reducer))
     model.metadata_props["model"] = plan.checkpoint.name
     if precision == "fp16":
         convert_to_fp16(model)

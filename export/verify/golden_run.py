@@ -32,7 +32,7 @@ from export.verify.golden_scripts.compare_outputs import GOLDEN
 from export.verify.reference import VisionReference
 from export.verify.sides import find_checkpoint, refuse_other_checkpoint
 from export.verify.tolerances import tolerances_for
-from export.vision.visual_graph import OUTPUTS
+from export.vision.vision_module import OUTPUTS
 from graphs.graph_file import write_graph
 from runtime.vision.pictures import load_picture
 from runtime.vision.preprocess import preprocess_batch

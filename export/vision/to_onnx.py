@@ -1,4 +1,4 @@
-"""Export a float32 `VisualGraph` to an ONNX file that ONNX Runtime and TensorRT take.
+"""Export a float32 `VisionModule` to an ONNX file that ONNX Runtime and TensorRT take.
 
 Its nodes are named after the modules they come from, because the quantizer, the FP16 converter and
 the graph check must tell the reducer's nodes from the tower's.
@@ -22,7 +22,7 @@ from onnx_ir.passes import common as passes
 from onnxscript import opset18 as op
 
 from engines import __version__
-from export.vision.visual_graph import INPUT, VisualGraph
+from export.vision.vision_module import INPUT, VisionModule
 from graphs.graph_file import ExportedGraph, check_opset, write_graph
 from graphs.modules import MODULE_KEY
 
@@ -30,7 +30,7 @@ _MAX_BATCH = 1024
 
 
 def export_onnx(
-    graph: VisualGraph,
+    graph: VisionModule,
     file: Path,
     *,
     opset: int = 18,
@@ -55,7 +55,7 @@ def export_onnx(
     return write_graph(model, file, opset=opset, external_weights=external_weights)
 
 
-def trace_graph(graph: VisualGraph) -> ir.Model:
+def trace_graph(graph: VisionModule) -> ir.Model:
     """Return a visual graph as an ONNX model of opset 18, nodes named after their modules."""
     side = graph.image_size
     # A batch of two, because torch.export takes a dimension of one for a constant.

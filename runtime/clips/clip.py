@@ -16,7 +16,7 @@ from runtime.camera.scene_change import block_means, changed_share
 from runtime.clips.clip_options import ClipOptions
 from runtime.clips.token_sharing import share_tokens
 from runtime.frames import Frame, FrameSource, SourceOptions, open_source
-from runtime.frames.even_sample import EvenSample, pick_evenly
+from runtime.frames.frame_sampler import EvenSample, pick_evenly
 from runtime.language.generate import GenerationOptions
 from runtime.model import Answer, Model, Show
 from runtime.vision import Pixels, VisualTokens

@@ -21,7 +21,7 @@ from export.build import vision as build_vision
 from export.build.plan import BuildOptions, plan_build
 from export.language.language_models import DecoderOptions
 from export.vision.to_onnx import trace_graph
-from export.vision.visual_graph import build_visual_graph
+from export.vision.vision_module import build_vision_module
 from graphs.graph_file import write_graph
 from runtime.vision import VisionEncoder
 
@@ -65,7 +65,7 @@ def test_budgets_share_their_weights(
     picture = np.random.default_rng(0).integers(0, 256, (1, 40, 30, 3), dtype=np.uint8)
     apart_bytes = 0
     for graph, reducer in zip(graphs, plan.reducers, strict=True):
-        model = trace_graph(build_visual_graph(plan.checkpoint, reducer))
+        model = trace_graph(build_vision_module(plan.checkpoint, reducer))
         alone = write_graph(model, tmp_path / "alone.onnx").file
         apart_bytes += alone.stat().st_size
         assert built.path(graph.file).stat().st_size < alone.stat().st_size

@@ -39,13 +39,13 @@ def stopped(
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the reducers whose graphs are traced."""
     names: list[str] = []
-    original: Callable[..., Any] = build_vision.build_visual_graph
+    original: Callable[..., Any] = build_vision.build_vision_module
 
     def noted(checkpoint: Any, reducer: Any) -> Any:
         names.append(reducer.name)
         return original(checkpoint, reducer)
 
-    monkeypatch.setattr(build_vision, "build_visual_graph", noted)
+    monkeypatch.setattr(build_vision, "build_vision_module", noted)
     return names
 
 

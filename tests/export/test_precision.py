@@ -14,7 +14,7 @@ from engines.ort import OrtSession
 from export.checkpoint.llava import open_checkpoint
 from export.reducers import make_reducer
 from export.vision.to_onnx import export_onnx
-from export.vision.visual_graph import build_visual_graph
+from export.vision.vision_module import build_vision_module
 from graphs.float16 import (
     FP32_MODULES,
     PRECISION_KEY,
@@ -44,7 +44,7 @@ def graphs(
     checkpoint = open_checkpoint(tiny_checkpoint)
     pairs = {}
     for name, options in CASES.items():
-        graph = build_visual_graph(checkpoint, make_reducer(name, **options))
+        graph = build_vision_module(checkpoint, make_reducer(name, **options))
         full, half = folder / f"{name}.onnx", folder / f"{name}-fp16.onnx"
         export_onnx(graph, full)
         write_fp16_graph(full, half)

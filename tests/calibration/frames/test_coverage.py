@@ -14,7 +14,7 @@ from calibration.frames.coverage import (
     lines_from_coverage,
     measure_coverage,
 )
-from calibration.frames.frame_sampler import DistinctFrames
+from calibration.frames.distinct_frames import DistinctFrames
 from calibration.frames.near_duplicates import sign_frame
 from tests.photographs import load_photographs
 

@@ -24,7 +24,7 @@ from engines.errors import CalibrationError, FoveateError
 from export.checkpoint.llava import open_checkpoint
 from export.reducers import reducer_for_budget
 from export.vision.to_onnx import export_onnx
-from export.vision.visual_graph import build_visual_graph
+from export.vision.vision_module import build_vision_module
 from graphs.graph_file import write_graph
 from runtime.vision.pictures import load_picture
 from runtime.vision.preprocess import preprocess_batch
@@ -191,7 +191,7 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndar
     checkpoint = open_checkpoint(str(POCKET))
     reducer = reducer_for_budget("visionzip", 64, checkpoint.patch_side**2)
     file = tmp_path_factory.mktemp("pocket") / "visionzip.onnx"
-    export_onnx(build_visual_graph(checkpoint, reducer), file)
+    export_onnx(build_vision_module(checkpoint, reducer), file)
     files = sorted((POCKET / "test").glob("*.png"))[::10]
     frames = [
         preprocess_batch([load_picture(picture)], checkpoint.preprocessing) for picture in files

@@ -21,7 +21,7 @@ from export.towers import Scoring
 from export.towers.clip import ClipTower
 from export.towers.registry import make_tower
 from export.vision.to_onnx import export_onnx, trace_graph
-from export.vision.visual_graph import build_visual_graph
+from export.vision.vision_module import build_vision_module
 from graphs.graph_file import OPSETS, ExportedGraph, write_graph
 from graphs.modules import MODULE_KEY
 from graphs.operator_check import TENSORRT_OPS
@@ -68,7 +68,7 @@ def exported(
     folder = tmp_path_factory.mktemp("graphs")
     graphs = {}
     for case, (name, options) in CASES.items():
-        model = trace_graph(build_visual_graph(checkpoint, make_reducer(name, **options)))
+        model = trace_graph(build_vision_module(checkpoint, make_reducer(name, **options)))
         graphs[case] = {
             opset: write_graph(model, folder / f"{case}-{opset}.onnx", opset=opset)
             for opset in (18, 19, 17)
@@ -212,7 +212,7 @@ def test_a_reducer_that_ranks_says_so(exported, pixels):
 
 def test_model_says_what_it_is(checkpoint: Checkpoint, tmp_path: Path) -> None:
     reducer = make_reducer("uniform", budget=9)
-    graph = build_visual_graph(checkpoint, reducer)
+    graph = build_vision_module(checkpoint, reducer)
     exported = export_onnx(graph, tmp_path / "v.onnx", metadata={"foveate.model": "tiny"})
     said = {p.key: p.value for p in onnx.load(exported.file).metadata_props}
     assert said["foveate.model"] == "tiny"
@@ -230,7 +230,7 @@ def test_model_says_what_it_is(checkpoint: Checkpoint, tmp_path: Path) -> None:
 
 
 def test_external_weights_lie_beside_the_graph(checkpoint, pixels, exported, tmp_path):
-    graph = build_visual_graph(checkpoint, make_reducer("uniform", budget=16))
+    graph = build_vision_module(checkpoint, make_reducer("uniform", budget=16))
     apart = export_onnx(graph, tmp_path / "v.onnx", external_weights=True)
     assert apart.weights_file == tmp_path / "v.onnx.data"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["v.onnx", "v.onnx.data"]
@@ -241,7 +241,7 @@ def test_external_weights_lie_beside_the_graph(checkpoint, pixels, exported, tmp
 
 
 def test_an_unknown_opset_writes_nothing(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    graph = build_visual_graph(checkpoint, make_reducer("none"))
+    graph = build_vision_module(checkpoint, make_reducer("none"))
     with pytest.raises(OptionError, match="opset 20 is not one of 17, 18, 19"):
         export_onnx(graph, tmp_path / "v.onnx", opset=20)
     assert not list(tmp_path.iterdir())
@@ -249,7 +249,7 @@ def test_an_unknown_opset_writes_nothing(checkpoint: Checkpoint, tmp_path: Path)
 
 def test_a_budget_larger_than_the_patches_is_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(OptionError, match="65 tokens is more than the 64 patches"):
-        build_visual_graph(checkpoint, make_reducer("uniform", budget=65))
+        build_vision_module(checkpoint, make_reducer("uniform", budget=65))
 
 
 def test_a_checkpoint_that_keeps_the_class_token(make_checkpoint, pixels):
@@ -259,8 +259,8 @@ def test_a_checkpoint_that_keeps_the_class_token(make_checkpoint, pixels):
     (root / "config.json").write_text(json.dumps(config))
     checkpoint = open_checkpoint(root)
     with pytest.raises(OptionError, match=r"class_token is False, but .* is 'full'"):
-        build_visual_graph(checkpoint, make_reducer("none"))
-    graph = build_visual_graph(checkpoint, make_reducer("none", class_token=True))
+        build_vision_module(checkpoint, make_reducer("none"))
+    graph = build_vision_module(checkpoint, make_reducer("none", class_token=True))
     images = torch.from_numpy(pixels[:2])
     with torch.no_grad():
         expected = checkpoint.llava().get_image_features(images).pooler_output

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from calibration.frames.near_duplicates import Signature, is_repeated, measure_change, sign_frame
-from runtime.frames.even_sample import EvenSample
+from runtime.frames.frame_sampler import EvenSample
 from runtime.vision import Pixels
 
 

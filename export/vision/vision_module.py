@@ -22,7 +22,7 @@ ORDER_OUTPUT = "token_order"
 """One more output, of reducers that rank."""
 
 
-class VisualGraph(nn.Module):
+class VisionModule(nn.Module):
     """Pixels in, visual tokens out.
 
     Args:
@@ -89,7 +89,7 @@ class ReducerModule(nn.Module):
         return self.reduce(tower)
 
 
-def build_visual_graph(checkpoint: Checkpoint, reducer: Reducer) -> VisualGraph:
+def build_vision_module(checkpoint: Checkpoint, reducer: Reducer) -> VisionModule:
     """Put a checkpoint's tower and projector around a reducer, in float32.
 
     Raises:
@@ -101,7 +101,7 @@ def build_visual_graph(checkpoint: Checkpoint, reducer: Reducer) -> VisualGraph:
     model: Any = checkpoint.vision_model()
     tower = make_tower(model, checkpoint.feature_layer, reducer.scoring)
     embeddings = getattr(model, "vision_model", model).embeddings
-    graph = VisualGraph(
+    graph = VisionModule(
         tower,
         reducer,
         checkpoint.projector(),
