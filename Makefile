@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (PyTorch is about 200 MB, the rest about as much) ..." >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch==2.13.0
-	@$(PIP) --editable '.[export,constrained,metrics,openvino,ros,tensorrt,tuning,video,dev]'
+	@$(PIP) --editable '.[export,constrained,label,metrics,openvino,ros,tensorrt,tuning,video,dev]'
 	@touch $@
 
 demo: install  ## Build the bundled checkpoint and answer a question about a picture.

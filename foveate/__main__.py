@@ -36,6 +36,7 @@ WAY: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "ask": ("runtime.commands.ask", "Ask about a picture or a clip."),
         "chat": ("runtime.commands.chat", "Talk about pictures."),
         "watch": ("runtime.commands.watch", "Watch cameras and answer again and again."),
+        "label": ("runtime.commands.label", "Ask about recordings, into a Parquet file."),
     },
 }
 """Panel of `--help` -> command -> the module that holds it, and what it does."""

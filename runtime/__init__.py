@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from engines.bundle import open_bundle as open_bundle
     from runtime.commands.ask import ask as ask
+    from runtime.commands.label import label as label
     from runtime.commands.watch import watch as watch
     from runtime.model import open_model as open_model
     from runtime.vision.encoder import VisionEncoder as VisionEncoder
@@ -24,6 +25,7 @@ else:
         {
             "VisionEncoder": "runtime.vision.encoder",
             "ask": "runtime.commands.ask",
+            "label": "runtime.commands.label",
             "open_bundle": "engines.bundle",
             "open_model": "runtime.model",
             "watch": "runtime.commands.watch",

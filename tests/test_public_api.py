@@ -13,13 +13,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXPORTED = {
     "engines": ["build_engines", "open_bundle", "open_session"],
-    "runtime": ["VisionEncoder", "ask", "open_bundle", "open_model", "watch"],
+    "runtime": ["VisionEncoder", "ask", "label", "open_bundle", "open_model", "watch"],
     "calibration": ["calibrate_bundle"],
     "export": [
         *("BuildOptions", "VerifyOptions", "build_bundle", "make_reducer", "verify_bundles"),
     ],
 }
-DOORS = {"runtime.ask", "runtime.chat", "runtime.watch"}
+DOORS = {"runtime.ask", "runtime.chat", "runtime.label", "runtime.watch"}
 """Modules for `python -m` alone: to import one would hide the function of the same name."""
 
 

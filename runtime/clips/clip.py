@@ -8,7 +8,7 @@ make little of several.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engines.errors import SourceError
@@ -17,6 +17,7 @@ from runtime.clips.clip_options import ClipOptions
 from runtime.clips.token_sharing import share_tokens
 from runtime.frames import Frame, FrameSource, SourceOptions, open_source
 from runtime.frames.frame_sampler import EvenSample, pick_evenly
+from runtime.frames.source import UndecodedFrame
 from runtime.language.generate import GenerationOptions
 from runtime.model import Answer, Model, Show
 from runtime.vision import Pixels, VisualTokens
@@ -78,15 +79,15 @@ def spread_frames(source: FrameSource, most: int) -> list[Frame]:
 
     Only what is returned is decoded. One frame alone is the last, about now.
     """
-    sample: EvenSample[Callable[[], Frame | None]] = EvenSample(most)
-    last: Callable[[], Frame | None] | None = None
+    sample: EvenSample[UndecodedFrame] = EvenSample(most)
+    last: UndecodedFrame | None = None
     for last in source.undecoded():
         if sample.wants_next():
             sample.add(last)
     if last is None:
         return []
     taken = sample.kept if sample.kept[-1] is last else [*sample.kept, last]
-    decoded = (frame() for frame in pick_evenly(taken if most > 1 else [last], most))
+    decoded = (frame.decode() for frame in pick_evenly(taken if most > 1 else [last], most))
     return [frame for frame in decoded if frame is not None]
 
 

@@ -51,6 +51,7 @@ class Bag:
             self._reader.close()
             raise
         self.name = f"{path}:{self._connections[0].topic}"
+        self.length: int | None = sum(connection.msgcount for connection in self._connections)
 
     def captures(self, errors: ReadErrors) -> Iterator[Capture]:
         """Yield the topic's messages in the order they were recorded."""

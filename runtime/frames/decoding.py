@@ -119,6 +119,7 @@ def captures_of(
                 errors.count("corrupt packet", error)
                 bad_reads += 1
                 if bad_reads == _BAD_READS:
+                    errors.count("read failed", f"{_BAD_READS} packets in a row are corrupt")
                     return
                 continue
             except (av.FFmpegError, OSError) as error:

@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from runtime.vision import Pixels
@@ -86,3 +86,14 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Stop, from any thread, and free the device; calling it again does nothing."""
+
+
+@runtime_checkable
+class Recorded(Protocol):
+    """A reader that can say how much there is.
+
+    Attributes:
+        length: about how many frames; None where the recording does not say.
+    """
+
+    length: int | None

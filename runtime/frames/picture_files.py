@@ -40,6 +40,7 @@ class PictureFiles:
                 f"{path} has no pictures in it. Give a folder that holds files ending in "
                 f"{suffixes}; sub-folders are not looked into."
             )
+        self.length: int | None = len(self._files)
 
     def captures(self, errors: ReadErrors) -> Iterator[Capture]:
         """Yield one capture per file."""

@@ -17,7 +17,7 @@ import typer
 
 from engines.errors import OptionError, PictureError, SourceError
 from engines.option_groups import Typed
-from runtime.frames.frame import Capture, Frame, Reader, ReadErrors
+from runtime.frames.frame import Capture, Frame, Reader, ReadErrors, Recorded
 
 if TYPE_CHECKING:
     from runtime.vision import Pixels
@@ -42,13 +42,12 @@ def crop_from_text(text: str) -> tuple[int, int, int, int]:
 
 
 @dataclass(frozen=True)
-class FrameView:
-    """How frames are looked at.
+class FrameShape:
+    """How each frame is cut and turned.
 
     Attributes:
         rotate: degrees clockwise, applied after the crop.
         crop: x, y, width and height in pixels of the source's own frames; None for all of it.
-        fps: most frames per second; None for all of them, and of a camera to calibrate on, 1.
     """
 
     rotate: Annotated[Rotation, typer.Option(help="Degrees clockwise: 0, 90, 180 or 270.")] = 0
@@ -57,9 +56,13 @@ class FrameView:
         typer.Option(help="Part of the frame to look at: x,y,width,height in pixels."),
         Typed(crop_from_text),
     ] = None
-    fps: Annotated[float | None, typer.Option(help="Most frames per second to read.")] = None
 
     def __post_init__(self) -> None:
+        if problems := self.problems():
+            raise OptionError(" ".join(problems))
+
+    def problems(self) -> list[str]:
+        """Return what cannot be served, a sentence each."""
         problems = []
         if self.rotate not in (0, 90, 180, 270):
             problems.append(f"rotate is {self.rotate}, expected 0, 90, 180 or 270 degrees.")
@@ -70,10 +73,23 @@ class FrameView:
                 f"crop is {self.crop}, expected x, y, width, height in pixels, for example "
                 "100,0,800,600."
             )
-        if self.fps is not None and not self.fps > 0:
-            problems.append(f"fps is {self.fps}, expected more than 0.")
-        if problems:
-            raise OptionError(" ".join(problems))
+        return problems
+
+
+@dataclass(frozen=True)
+class FrameView(FrameShape):
+    """How frames are looked at.
+
+    Attributes:
+        fps: most frames per second; None for all of them, and of a camera to calibrate on, 1.
+    """
+
+    fps: Annotated[float | None, typer.Option(help="Most frames per second to read.")] = None
+
+    def problems(self) -> list[str]:
+        """Return what cannot be served, a sentence each."""
+        wrong = self.fps is not None and not self.fps > 0
+        return super().problems() + [f"fps is {self.fps}, expected more than 0."] * wrong
 
 
 @dataclass(frozen=True)
@@ -89,12 +105,29 @@ class SourceOptions(FrameView):
     )
 
 
+@dataclass(frozen=True)
+class UndecodedFrame:
+    """A frame of a source whose picture was not decoded yet.
+
+    Attributes:
+        index: which frame of the source it is, from 0, those that `FrameView.fps` leaves out
+            counted too.
+        timestamp_ns: as in `Frame`.
+        decode: gives the frame; None, and counted, if it cannot be decoded.
+    """
+
+    index: int
+    timestamp_ns: int
+    decode: Callable[[], Frame | None]
+
+
 class FrameSource(AbstractContextManager["FrameSource"]):
     """Frames of one reader; iterate over it once, and use it as a context manager.
 
     Attributes:
         name: what the source is called.
         live: whether frames are lost when nobody takes them.
+        length: about how many frames a recording has; None where it does not say.
         errors: what could not be read so far.
         failure: what a driver or a library raised to end it; None where it ended by itself.
     """
@@ -102,6 +135,7 @@ class FrameSource(AbstractContextManager["FrameSource"]):
     def __init__(self, reader: Reader, options: FrameView | None = None) -> None:
         self.name = reader.name
         self.live = reader.live
+        self.length = reader.length if isinstance(reader, Recorded) else None
         self.errors = ReadErrors(reader.name)
         self.failure: Exception | None = None
         self._reader = reader
@@ -118,15 +152,16 @@ class FrameSource(AbstractContextManager["FrameSource"]):
             wants_next: asked once before each frame of the source.
         """
         for frame in self.undecoded():
-            if wants_next() and (decoded := frame()) is not None:
+            if wants_next() and (decoded := frame.decode()) is not None:
                 yield decoded
 
-    def undecoded(self) -> Iterator[Callable[[], Frame | None]]:
-        """Yield for each frame a way to get it; None, and counted, if it cannot be decoded."""
+    def undecoded(self) -> Iterator[UndecodedFrame]:
+        """Yield each frame with a way to get its picture."""
         try:
-            for capture in self._reader.captures(self.errors):
+            for index, capture in enumerate(self._reader.captures(self.errors)):
                 if self._clock.wants(capture.timestamp_ns):
-                    yield partial(self._decode, capture)
+                    decode = partial(self._decode, capture)
+                    yield UndecodedFrame(index, capture.timestamp_ns, decode)
         except Exception as error:  # whatever a driver or a library raises costs this source alone
             self.errors.count("source failed", repr(error))
             self.failure = error

@@ -31,6 +31,7 @@ class VideoFile:
         self._container = open_container(
             self.name, target, timeout_s=_TIMEOUT_S, self_contained=True
         )
+        self.length: int | None = self._container.streams.video[0].frames or None
 
     def captures(self, errors: ReadErrors) -> Iterator[Capture]:
         """Yield every picture of the file."""
