@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-trt test-faults test-gpu test-llamacpp test-vllm \
-  test-real-size train-pocket \
+  test-triton test-real-size train-pocket \
   lint format bench clean
 
 help:  ## List the targets.
@@ -31,7 +31,8 @@ demo: install  ## Build the bundled checkpoint and answer a question about a pic
 
 test: install  ## Run the tests that fit in a few minutes.
 	$(BIN)/python -m pytest -n 2 --dist loadfile \
-	  -m "not slow and not gpu and not trt and not llamacpp and not vllm and not real_size"
+	  -m "not slow and not gpu and not trt and not llamacpp and not vllm and not triton \
+	  and not real_size"
 
 test-slow: install  ## Run the tests at CLIP-L/14-336 size.
 	$(BIN)/python -m pytest -m slow
@@ -81,6 +82,19 @@ build/vllm/.installed:
 
 test-vllm: install build/vllm/.installed  ## Serve the pocket model with vLLM (3.5 GB) and compare.
 	FOVEATE_VLLM_PYTHON=build/vllm/bin/python $(BIN)/python -m pytest -m vllm
+
+# An environment of its own: this server's Python backend misreads the arrays of NumPy 2.
+build/triton/.installed:
+	$(PYTHON) -m venv build/triton
+	{ grep -v ^numpy== requirements-robot.txt; echo numpy==1.26.4; } > build/triton/robot.txt
+	build/triton/bin/pip install --quiet --no-deps -r build/triton/robot.txt
+	echo "nvidia-pytriton==0.7.0 --hash=sha256:21f063ff93bb426d0c06b7a55e7eb9efcfe62c0dddd9a908e9877e18710128df" \
+	  > build/triton/pin.txt
+	build/triton/bin/pip install --quiet --no-deps --require-hashes -r build/triton/pin.txt
+	@touch $@
+
+test-triton: install build/triton/.installed  ## Serve a model repository with Triton (55 MB) and compare.
+	FOVEATE_TRITON_PYTHON=build/triton/bin/python $(BIN)/python -m pytest -m triton
 
 # One test at a time, each step in processes of its own, whose memory is measured.
 test-real-size: install  ## Build and ask a LLaVA-1.5-7B of random weights (60 GB of disk, hours).

@@ -38,6 +38,9 @@ WAY: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "watch": ("runtime.commands.watch", "Watch cameras and answer again and again."),
         "label": ("runtime.commands.label", "Ask about recordings, into a Parquet file."),
     },
+    "5. Serve": {
+        "triton": ("runtime.commands.triton", "Write a model repository for Triton."),
+    },
 }
 """Panel of `--help` -> command -> the module that holds it, and what it does."""
 

@@ -37,6 +37,8 @@ ALLOWED = {
 }
 ONLY_IN = {
     "runtime/ros_node.py": {"rclpy", "sensor_msgs", "std_msgs"},  # they come with ROS
+    "runtime/model_repository/picture_model.py": {"triton_python_backend_utils"},  # with Triton
+    "runtime/model_repository/vision_model.py": {"triton_python_backend_utils"},
 }
 
 

@@ -1,0 +1,1 @@
+"""The vision half of a bundle as a model repository of NVIDIA's Triton server."""
