@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-trt test-faults test-gpu test-llamacpp test-vllm \
-  test-triton test-real-size train-pocket \
+  test-triton test-ray test-real-size train-pocket \
   lint format bench clean
 
 help:  ## List the targets.
@@ -31,7 +31,7 @@ demo: install  ## Build the bundled checkpoint and answer a question about a pic
 
 test: install  ## Run the tests that fit in a few minutes.
 	$(BIN)/python -m pytest -n 2 --dist loadfile \
-	  -m "not slow and not gpu and not trt and not llamacpp and not vllm and not triton \
+	  -m "not slow and not gpu and not trt and not llamacpp and not vllm and not triton and not ray \
 	  and not real_size"
 
 test-slow: install  ## Run the tests at CLIP-L/14-336 size.
@@ -95,6 +95,10 @@ build/triton/.installed:
 
 test-triton: install build/triton/.installed  ## Serve a model repository with Triton (55 MB) and compare.
 	FOVEATE_TRITON_PYTHON=build/triton/bin/python $(BIN)/python -m pytest -m triton
+
+test-ray: install  ## Label recordings on a local Ray cluster (80 MB).
+	@$(PIP) --editable '.[ray]'
+	$(BIN)/python -m pytest -m ray
 
 # One test at a time, each step in processes of its own, whose memory is measured.
 test-real-size: install  ## Build and ask a LLaVA-1.5-7B of random weights (60 GB of disk, hours).

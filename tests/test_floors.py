@@ -25,7 +25,7 @@ OPTIONAL = {
     "engines": {"openvino", "polygraphy", "tensorrt"},
     "runtime": {
         "av", "gguf", "jsonschema_rs", "llama_cpp", "llguidance", "prometheus_client", "pyarrow",
-        "rosbags",
+        "ray", "rosbags",
     },
 }  # fmt: skip
 ALLOWED = {

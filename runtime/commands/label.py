@@ -15,7 +15,7 @@ import typer
 from engines.cli import JsonOption, print_json
 from engines.errors import OptionError
 from engines.progress_bar import Progress, show_progress
-from runtime.labels.job import LabelJob, LabelOptions
+from runtime.labels.job import ClusterOptions, LabelJob, LabelOptions
 from runtime.language.generate import GenerationOptions
 from runtime.model_options import ModelOptions, SystemOption
 
@@ -32,6 +32,7 @@ EXAMPLES = (
 )
 SHORT_ANSWERS = GenerationOptions(max_tokens=64)
 EVERY_FRAME = LabelOptions()
+HERE = ClusterOptions()
 
 
 def label(
@@ -45,6 +46,7 @@ def label(
     generation: GenerationOptions = SHORT_ANSWERS,
     system: str | None = None,
     overwrite: bool = False,
+    cluster: ClusterOptions = HERE,
     progress: Progress = lambda line, done: None,
 ) -> dict[str, Any]:
     """Answer about frames of recordings; a run that was stopped goes on where it was.
@@ -60,6 +62,7 @@ def label(
         generation: how answers are written.
         system: instructions before each question.
         overwrite: replace the answers of another run.
+        cluster: which machines do the work.
         progress: told how far it is.
 
     Returns:
@@ -86,7 +89,12 @@ def label(
     with _writing_to(answers.out):
         summary = answers.begin(found, overwrite=overwrite)
         if summary is None:
-            endings = _label_all(bundle, found, job, model, answers, progress)
+            if cluster.ray is None:
+                endings = _label_here(bundle, found, job, model, answers, progress)
+            else:
+                from runtime.labels.cluster import label_on_cluster
+
+                endings = label_on_cluster(bundle, found, job, model, answers, cluster, progress)
             summary = answers.merge(endings)
     return {**summary, "seconds": round(time.perf_counter() - started, 3)}
 
@@ -111,7 +119,7 @@ def _writing_to(out: Path) -> Iterator[None]:
         yield
 
 
-def _label_all(
+def _label_here(
     bundle: str | Path,
     recordings: list[Recording],
     job: LabelJob,
@@ -122,11 +130,13 @@ def _label_all(
     """Do what is not done, and return how each recording ended."""
     from runtime.labels.labelling import Ending, label_recording
 
-    endings = {recording: answers.ending(recording) for recording in recordings}
+    endings = {each: ending for each in recordings if (ending := answers.ending(each)) is not None}
+    left = [at for at, recording in enumerate(recordings) if recording not in endings]
+    if not left:
+        return endings
     with options.open(bundle) as model:
-        for at, recording in enumerate(recordings):
-            if endings[recording] is not None:
-                continue
+        for at in left:
+            recording = recordings[at]
 
             def tell(name: str, share: float, at: int = at) -> None:
                 progress(f"{at + 1} of {len(recordings)}: {name}", (at + share) / len(recordings))
@@ -138,7 +148,7 @@ def _label_all(
                     answers.end(recording, piece)
                 else:
                     answers.keep(recording, piece)
-    return {recording: ending for recording, ending in endings.items() if ending is not None}
+    return {recording: endings[recording] for recording in recordings}
 
 
 def main(
@@ -158,6 +168,7 @@ def main(
     system: SystemOption = None,
     json_output: JsonOption = False,
     view: LabelOptions,
+    cluster: ClusterOptions,
     model: ModelOptions,
     generation: GenerationOptions = SHORT_ANSWERS,
 ) -> int:
@@ -182,6 +193,7 @@ def main(
             generation=generation,
             system=system,
             overwrite=overwrite,
+            cluster=cluster,
             progress=progress,
         )
     if json_output:

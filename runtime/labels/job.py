@@ -19,6 +19,7 @@ from runtime.model_options import ModelOptions
 
 NOTICEABLE = 6.0
 """Grey levels by which the mean of a block must change to be new; video compression is below."""
+LOCAL_CLUSTER = "local"
 _DECISIVE = ("backend", "engine", "visual_tokens", "context_length", "llm_url", "llm_model")
 """Of the options of the model, those that may change an answer."""
 
@@ -83,6 +84,29 @@ class LabelOptions(FrameShape):
     def source(self) -> SourceOptions:
         """Return how a recording is opened."""
         return SourceOptions(rotate=self.rotate, crop=self.crop, topic=self.topic)
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """Which machines do the work.
+
+    Attributes:
+        ray: address of a Ray cluster; None works here.
+        ray_cpus: processor cores of a worker; also its threads, unless they are given.
+        ray_gpus: GPUs of a worker, or the share of one.
+    """
+
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Spread the recordings over a Ray cluster: its address, auto for the one this "
+            "machine belongs to, or local to start one here.",
+        ),
+    ] = None
+    ray_cpus: Annotated[int, typer.Option(min=1, help="Processor cores of each Ray worker.")] = 1
+    ray_gpus: Annotated[
+        float, typer.Option(min=0.0, help="GPUs of each Ray worker, or the share of one.")
+    ] = 0.0
 
 
 @dataclass(frozen=True)
