@@ -5,9 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.frames.decoding import captures_of, open_container
 from runtime.frames.frame import Capture, ReadErrors
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
 
 _TIMEOUT_S = 60.0
 """Longest wait for the header, and for each packet: a damaged index can send FFmpeg in circles."""
@@ -31,7 +35,7 @@ class VideoFile:
         self._container = open_container(
             self.name, target, timeout_s=_TIMEOUT_S, self_contained=True
         )
-        self.length: int | None = self._container.streams.video[0].frames or None
+        self.length = _length_of(self._container)
 
     def captures(self, errors: ReadErrors) -> Iterator[Capture]:
         """Yield every picture of the file."""
@@ -40,3 +44,11 @@ class VideoFile:
     def close(self) -> None:
         """Stop before the next packet."""
         self._closed.set()
+
+
+def _length_of(container: InputContainer) -> int | None:
+    """Return how many frames there are: as the file says, or as its length and rate tell."""
+    stream = container.streams.video[0]
+    if stream.frames or not (container.duration and stream.average_rate):
+        return stream.frames or None
+    return round(container.duration * stream.average_rate / 1_000_000)  # from microseconds

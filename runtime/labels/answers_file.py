@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from engines.errors import OptionError
+from engines.publishing import partial_prefix
 from engines.staging import staged_file
 from runtime.labels.job import Recording
 from runtime.labels.labelling import Ending, Label, Part
@@ -95,7 +96,7 @@ class AnswersFile:
             if found != self._settings:
                 if not overwrite:
                     raise self._refusal(self.parts, found)
-                shutil.rmtree(self.parts)
+                self._discard_parts()
         elif self.out.exists() and not overwrite:
             document = self._document_of_out()
             if document["settings"] != self._settings or document["keys"] != _keys(recordings):
@@ -179,8 +180,17 @@ class AnswersFile:
                     table = pyarrow.parquet.read_table(path)
                     writer.write_table(table.replace_schema_metadata(schema.metadata))
         if all(ending.complete for ending in endings.values()):
-            shutil.rmtree(self.parts)
+            self._discard_parts()
         return summary
+
+    def _discard_parts(self) -> None:
+        """Remove all parts or none: a process that dies here leaves no half of them.
+
+        Under this name `sole_writer` removes what is left of them.
+        """
+        discarded = self.out.with_name(f"{partial_prefix(self.out)}finished")
+        self.parts.rename(discarded)
+        shutil.rmtree(discarded)
 
     def _parts_of(self, recording: Recording) -> list[tuple[int, int, Path]]:
         """Return the number, the frames and the file of each part, in order."""

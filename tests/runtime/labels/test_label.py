@@ -301,6 +301,23 @@ def test_a_stopped_run_of_other_settings_is_kept_until_it_is_overwritten(
     label(root, [folder], QUESTION, out, generation=SHORT, overwrite=True)
 
 
+def test_a_run_that_dies_while_it_removes_its_parts_has_all_its_answers(
+    language_bundle: Bundle, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "answers.parquet"
+
+    def die_half_way(place: Path) -> None:
+        sorted(place.iterdir())[0].unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("runtime.labels.answers_file.shutil.rmtree", die_half_way)
+        label(language_bundle.root, [folder], QUESTION, out, options=ALL, generation=SHORT)
+    again = label(language_bundle.root, [folder], QUESTION, out, options=ALL, generation=SHORT)
+    assert again["rows"] == len(rows_of(out)) == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.parquet", "pictures"]
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -350,5 +367,21 @@ def test_frames_are_numbered_whatever_is_left_out(
 ) -> None:
     with open_source(str(write_video([10, 90, 170, 250])), SourceOptions(fps=5)) as source:
         frames = list(source.undecoded())
-        assert source.length == 4
     assert [(frame.index, frame.timestamp_ns) for frame in frames] == [(0, 0), (2, 200_000_000)]
+
+
+def test_a_recording_says_about_how_long_it_is(
+    write_video: Callable[..., Path],
+    write_bag: Callable[..., Path],
+    make_message: Callable[..., object],
+    folder: Path,
+) -> None:
+    image = make_message(np.zeros((24, 32, 3), np.uint8))
+    mp4 = write_video([10, 90, 170, 250])
+    mkv = write_video([10, 90, 170, 250], "clip.mkv")  # which holds no number of frames
+    bag = write_bag([("/camera", n, image) for n in range(5)])
+    lengths = []
+    for recording in (mp4, mkv, bag, folder):
+        with open_source(str(recording)) as source:
+            lengths.append(source.length)
+    assert lengths == [4, 4, 5, 7]
