@@ -94,7 +94,7 @@ class AnswersFile:
         if self.parts.exists():
             found = self._settings_of_parts()
             if found != self._settings:
-                if not overwrite:
+                if not overwrite and len(list(self.parts.iterdir())) > 1:  # than its settings
                     raise self._refusal(self.parts, found)
                 self._discard_parts()
         elif self.out.exists() and not overwrite:

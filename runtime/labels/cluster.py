@@ -191,8 +191,9 @@ def _connected(cluster: ClusterOptions) -> Iterator[Any]:
             address=cluster.ray, include_dashboard=False if cluster.ray == LOCAL_CLUSTER else None
         )
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        reason = str(error).rstrip(".")
         raise OptionError(
-            f"--ray {cluster.ray}: there is no Ray cluster to join: {error}. Start one with `ray "
+            f"--ray {cluster.ray}: there is no Ray cluster to join ({reason}). Start one with `ray "
             "start --head`, or use --ray local."
         ) from error
     try:

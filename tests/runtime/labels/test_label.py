@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[3]
 QUESTION = "What is it?"
 SHORT = GenerationOptions(max_tokens=5)
 ALL = LabelOptions(still=0, part_frames=2)
+ALL_CHANGED = LabelOptions(part_frames=2)
 Rows = list[dict[str, Any]]
 
 
@@ -293,10 +294,15 @@ def test_a_stopped_run_of_other_settings_is_kept_until_it_is_overwritten(
     with monkeypatch.context() as patched:
         patched.setattr(labelling, "block_means", lambda image: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            label(root, [folder], QUESTION, out, generation=yes_no)
+            label(root, [folder], QUESTION, out, generation=SHORT)  # it leaves no answer
+        patched.setattr(labelling, "block_means", lambda image: 1 // (230 - int(image[0, 0, 0])))
+        patched.setattr(labelling, "largest_change", lambda *blocks: 255)
+        with pytest.raises(ZeroDivisionError):
+            label(root, [folder], QUESTION, out, options=ALL_CHANGED, generation=yes_no)
     with pytest.raises(OptionError, match="other generation were given"):
-        label(root, [folder], QUESTION, out, generation=SHORT)
-    label(root, [folder], QUESTION, out, generation=yes_no)  # settings survive the disk
+        label(root, [folder], QUESTION, out, options=ALL_CHANGED, generation=SHORT)
+    # Settings survive the disk.
+    label(root, [folder], QUESTION, out, options=ALL_CHANGED, generation=yes_no)
     assert {row["answer"] for row in rows_of(out)} <= {"yes", "no"}
     label(root, [folder], QUESTION, out, generation=SHORT, overwrite=True)
 
