@@ -1,8 +1,8 @@
 """Build the TensorRT plans of a bundle's vision graphs: `python -m engines.build BUNDLE`.
 
-Each graph gets a plan, a sidecar and a layer report in the bundle's `local/` folder, which belongs
-to this machine, and a timing cache. A plan that fits is kept. A plan that does not fit is refused
-with both values named, and replaced with `--rebuild`.
+Each file gets a plan, a sidecar and a layer report in the bundle's `local/` folder, which belongs
+to this machine, and a timing cache. Budgets may share files. A plan that fits is kept. A plan that
+does not fit is refused with both values named, and replaced with `--rebuild`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from engines.device_facts import read_memory
 from engines.errors import EngineError, OptionError
 from engines.gpu import find_gpu
 from engines.graph_contents import check_graph_contents
-from engines.manifest import VisionGraph
+from engines.manifest import Graph
 from engines.targets import Target, find_target
-from engines.trt.batch_profile import ONE_IMAGE, BatchRange, parse_batch, shape_ranges
+from engines.trt.batch_profile import ONE_IMAGE, BatchRange, parse_batch, token_range
 from engines.trt.build_memory import add_swap_command, predict_build_bytes
 from engines.trt.build_progress import ProgressCallback
 from engines.trt.builder import PlanTask, build_plan, choose_gpu, layers_path, workspace_of
@@ -86,7 +86,7 @@ def build_engines(
         bundle: from `open_bundle`, or its directory.
         target: the device; left out, the one the bundle was exported for.
         request: how to build.
-        tokens: one graph of several; left out, a plan for each.
+        tokens: one budget of several; left out, plans for all.
         targets_file: a TOML file of the user's own targets.
         progress: opened around each plan with its title; gives what is told the phase.
         done: told of each plan.
@@ -95,7 +95,8 @@ def build_engines(
         EngineError, OptionError: as `prepare_plan`.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    graphs = opened.manifest.vision if tokens is None else (opened.vision(tokens),)
+    files = opened.manifest.vision_files.files
+    graphs = files if tokens is None else opened.stages(opened.vision(tokens))
     device = find_target(target or opened.manifest.target, targets_file)
     _warn_of_memory(opened, graphs, device, request)
     outcomes = []
@@ -108,7 +109,7 @@ def build_engines(
 
 def prepare_plan(
     bundle: Bundle,
-    graph: VisionGraph,
+    graph: Graph,
     target: Target,
     request: PlanRequest,
     on_progress: ProgressCallback | None = None,
@@ -130,6 +131,7 @@ def prepare_plan(
         precision=graph.precision,
         inputs=graph.inputs,
         batch=request.batch,
+        tokens=token_range(bundle.manifest.vision_files.token_counts),
         workspace_bytes=request.workspace_mb * (1 << 20) if request.workspace_mb else None,
     )
     if options.plan.exists() and not request.rebuild:
@@ -142,7 +144,7 @@ def prepare_plan(
     return PlanOutcome("built", result.plan, result.record)
 
 
-def _check_target(bundle: Bundle, graph: VisionGraph, target: Target) -> None:
+def _check_target(bundle: Bundle, graph: Graph, target: Target) -> None:
     if not target.needs_cuda:
         raise OptionError(
             f"--target {target.name}: its engine, {target.engine}, runs the ONNX file as it is, so "
@@ -164,7 +166,7 @@ def _check_existing(options: PlanTask, *, trust: bool) -> PlanRecord:
     library = load_library_for(options.target)
     machine = machine_here(options.onnx_sha256, library, options.target, gpu)
     differences = list_differences(record, machine)
-    for name, wanted in shape_ranges(options.inputs, options.batch).items():
+    for name, wanted in options.profile.items():
         if record.profile.get(name) != wanted:
             differences.append(
                 f"{name}: the plan takes {record.profile.get(name)}, asked for is {wanted}"
@@ -204,7 +206,7 @@ def main(
     ] = None,
     targets: Annotated[Path | None, typer.Option(help="Your own targets (TOML).")] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="One graph of several; left out, a plan for each.")
+        int | None, typer.Option(help="One budget of several; left out, plans for all.")
     ] = None,
     batch: Annotated[
         str,
@@ -251,7 +253,7 @@ def _print_outcome(outcome: PlanOutcome) -> None:
 
 
 def _warn_of_memory(
-    bundle: Bundle, graphs: Sequence[VisionGraph], target: Target, request: PlanRequest
+    bundle: Bundle, graphs: Sequence[Graph], target: Target, request: PlanRequest
 ) -> None:
     """Warn if memory may not suffice: a builder that runs out is killed without a message."""
     to_build = [

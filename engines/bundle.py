@@ -20,6 +20,7 @@ from engines.manifest import (
     MANIFEST_NAME,
     MOST_MANIFEST_BYTES,
     FileRecord,
+    Graph,
     LanguageModel,
     Manifest,
     Preprocessing,
@@ -91,8 +92,12 @@ class Bundle:
             f"for one of these, or build another with `python -m export.build --tokens {tokens}`."
         )
 
-    def graph_bytes(self, graph: VisionGraph) -> int:
-        """Return the size of a graph with its weights, which others may share."""
+    def stages(self, graph: VisionGraph) -> tuple[Graph, ...]:
+        """Return the files that run one after the other for a budget, from pixels to tokens."""
+        return self.manifest.vision_files.stages(graph)
+
+    def graph_bytes(self, graph: Graph) -> int:
+        """Return the size of a file with its weights, which others may share."""
         names = {graph.file} | ({graph.weights} if graph.weights else set())
         return sum(self.manifest.files[name].bytes for name in names)
 
@@ -312,7 +317,8 @@ def refuse_occupied(goal: Path, overwrite: bool) -> None:
 def _readme(manifest: Manifest) -> str:
     """Write the README of a bundle, which says what the directory is."""
     graphs = "\n".join(
-        f"- `{graph.file}`: {graph.reducer.name}, {graph.reducer.tokens} visual tokens of "
+        f"- {' -> '.join(f'`{stage.file}`' for stage in manifest.vision_files.stages(graph))}: "
+        f"{graph.reducer.name}, {graph.reducer.tokens} visual tokens of "
         f"{graph.patch_rows * graph.patch_columns} patches, {graph.precision}"
         for graph in manifest.vision
     )

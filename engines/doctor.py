@@ -20,7 +20,7 @@ from engines.device_facts import DeviceFacts, read_facts
 from engines.errors import EngineError, FoveateError
 from engines.gpu import NoGpu
 from engines.language_packages import INSTALL
-from engines.manifest import VisionGraph
+from engines.manifest import Graph
 from engines.targets import Target, find_target, targets_of_gpu
 from engines.trt.build_memory import add_swap_command, predict_build_bytes
 from engines.trt.library import TrtLibrary
@@ -177,7 +177,7 @@ def examine_bundle(facts: DeviceFacts, bundle: Bundle, target: Target) -> list[F
     findings += examine_target(facts, target)
     if target.needs_cuda:
         to_build = []
-        for graph in bundle.manifest.vision:
+        for graph in bundle.manifest.vision_files.files:
             plan = find_plan(bundle, graph, target)
             if plan.exists():
                 findings.append(_examine_plan(facts, bundle, graph, target))
@@ -226,9 +226,7 @@ def _examine_build_memory(facts: DeviceFacts, onnx_bytes: int, target: Target) -
     return Finding("build memory", "problem", said, fix)
 
 
-def _examine_plan(
-    facts: DeviceFacts, bundle: Bundle, graph: VisionGraph, target: Target
-) -> Finding:
+def _examine_plan(facts: DeviceFacts, bundle: Bundle, graph: Graph, target: Target) -> Finding:
     plan = find_plan(bundle, graph, target)
     rebuild = f"python -m engines.build {bundle.root} --rebuild"
     try:

@@ -41,6 +41,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
             }
             for graph in manifest.vision
         ],
+        "shared": None if manifest.shared is None else manifest.shared.model_dump(mode="json"),
         "language_models": [model.model_dump() for model in manifest.language_models],
         "context_length": manifest.text.context_length,
         "preprocessing": manifest.preprocessing.model_dump(),
@@ -64,6 +65,9 @@ def _page(bundle: Bundle, verified: str) -> str:
     manifest = bundle.manifest
     total = sum(record.bytes for record in manifest.files.values())
     lines = [f"{manifest.model}, built for {manifest.target} ({total / 1e6:,.1f} MB)", "", "Vision"]
+    if manifest.shared is not None:
+        around = f"{manifest.shared.tower.file}, then a reducer, then"
+        lines.append(f"  {around} {manifest.shared.projector.file}; of each budget the reducer:")
     lines += [_graph_line(graph) for graph in manifest.vision]
     if manifest.calibration_digest:
         lines.append(f"  calibrated on the frames {manifest.calibration_digest[:12]}...")
@@ -95,7 +99,7 @@ def _graph_line(graph: VisionGraph) -> str:
     return (
         f"  {graph.file}  {graph.reducer.name}{f' ({options})' if options else ''}: "
         f"{graph.reducer.tokens} visual tokens from {patches} patches, {graph.precision}, "
-        f"opset {graph.opset}"
+        f"opset {graph.opset}{f', the first of {graph.leaves}' if graph.is_prefix else ''}"
     )
 
 

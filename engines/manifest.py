@@ -15,7 +15,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from engines.errors import BundleError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OLDEST_SCHEMA_VERSION = 1
+"""Still read: it knew neither `Manifest.shared` nor graphs that serve several budgets."""
 MANIFEST_NAME = "bundle.json"
 MOST_MANIFEST_BYTES = 8 << 20
 
@@ -35,6 +37,11 @@ def _checked_relative_path(path: str) -> str:
 RelativePath = Annotated[str, AfterValidator(_checked_relative_path)]
 """A file inside the bundle, with forward slashes: it cannot name anything outside."""
 
+
+TOKENS_AXIS = "tokens"
+"""Name of the axis that the budgets of a bundle differ in."""
+PATCH_INDEX_OUTPUT, ORDER_OUTPUT = "patch_index", "token_order"
+"""Outputs of a vision graph that say how many tokens it leaves and, where it ranks, their rank."""
 
 Side = Annotated[int, Field(gt=0, le=8192)]
 """Pixels; the largest tower in use takes 1024."""
@@ -88,22 +95,76 @@ class ReducerSpec(_Record):
     options: dict[str, int | float | str | bool] = {}
 
 
-class VisionGraph(_Record):
-    """One ONNX file: tower, reducer and projector."""
+class Graph(_Record):
+    """One ONNX file."""
 
     file: RelativePath
     weights: RelativePath | None = None
     """Where its weights lie when not in ``file``; several graphs may share them."""
     inputs: tuple[TensorSpec, ...] = Field(min_length=1)
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
-    reducer: ReducerSpec
     precision: Precision
     opset: int = Field(ge=1, le=100)
+
+
+class VisionGraph(Graph):
+    """One budget of visual tokens.
+
+    The file holds tower, reducer and projector; only the reducer where `Manifest.shared` holds the
+    others. Budgets of a reducer that ranks name one file, the largest one's.
+    """
+
+    reducer: ReducerSpec
     patch_rows: int = Field(gt=0, le=1024)
     patch_columns: int = Field(gt=0, le=1024)
     accuracy: float | None = Field(default=None, ge=0, le=1)
     """Share of questions answered exactly with this reducer, budget and precision, as the
     checkpoint's ``accuracy_by_budget.json`` says; None: not measured."""
+
+    @property
+    def leaves(self) -> int:
+        """How many tokens the file itself leaves; more than the budget where it is a prefix."""
+        shape = next((spec.shape for spec in self.outputs if spec.name == PATCH_INDEX_OUTPUT), ())
+        tokens = shape[-1] if shape else self.reducer.tokens
+        return tokens if isinstance(tokens, int) else self.reducer.tokens
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether the budget is the first tokens, by rank, of a graph with a larger one."""
+        return self.leaves > self.reducer.tokens
+
+
+class SharedGraphs(_Record):
+    """What the vision graphs of a bundle with several of them have in common."""
+
+    tower: Graph
+    """Pixels to what the reducers read."""
+    projector: Graph
+    """The tokens that are left to the language model's width; their number is the axis `tokens`."""
+
+
+class VisionFiles(_Record):
+    """The vision graphs of a bundle and what they have in common."""
+
+    graphs: tuple[VisionGraph, ...] = Field(min_length=1)
+    shared: SharedGraphs | None = None
+
+    def stages(self, graph: VisionGraph) -> tuple[Graph, ...]:
+        """Return the files that run one after the other for a budget, from pixels to tokens."""
+        if self.shared is None:
+            return (graph,)
+        return (self.shared.tower, graph, self.shared.projector)
+
+    @property
+    def files(self) -> tuple[Graph, ...]:
+        """Every file once; the first takes pixels."""
+        stages = (stage for graph in self.graphs for stage in self.stages(graph))
+        return tuple({stage.file: stage for stage in stages}.values())
+
+    @property
+    def token_counts(self) -> tuple[int, ...]:
+        """How many tokens the files leave, the default's first."""
+        return tuple(dict.fromkeys(graph.leaves for graph in self.graphs))
 
 
 class LanguageModel(_Record):
@@ -154,6 +215,8 @@ class Manifest(_Record):
     target: str
     vision: tuple[VisionGraph, ...] = Field(min_length=1)
     """The first one is the default."""
+    shared: SharedGraphs | None = None
+    """Where there are several graphs, what runs before and after each of them."""
     preprocessing: Preprocessing
     text: Text
     prompt: Prompt
@@ -167,6 +230,11 @@ class Manifest(_Record):
     checksum: Sha256 | None = None
     """SHA-256 of all the rest of this file, so that a bit that flips in it is noticed; see
     `checksum_of`. Older bundles have none."""
+
+    @property
+    def vision_files(self) -> VisionFiles:
+        """The vision graphs and what they have in common."""
+        return VisionFiles.model_construct(graphs=self.vision, shared=self.shared)
 
 
 def checksum_of(document: dict[str, Any]) -> str:
@@ -217,8 +285,10 @@ def manifest_from_json(text: str | bytes, source: str) -> Manifest:
 
 def _refuse_other_schema(document: dict[str, Any], source: str) -> None:
     found = document.get("schema_version")
-    if not isinstance(found, int) or isinstance(found, bool) or found == SCHEMA_VERSION:
+    if not isinstance(found, int) or isinstance(found, bool):
         return  # absent or of a wrong type: listed with the other problems
+    if OLDEST_SCHEMA_VERSION <= found <= SCHEMA_VERSION:
+        return
     versions = document.get("versions")
     builder = versions.get("foveate") if isinstance(versions, dict) else None
     if found > SCHEMA_VERSION:
@@ -236,12 +306,14 @@ def _refuse_other_schema(document: dict[str, Any], source: str) -> None:
 
 
 def _reference_problems(manifest: Manifest) -> list[str]:
-    """Return every file that is named in the manifest and absent from its `files`."""
-    named = {f"vision[{at}].file": graph.file for at, graph in enumerate(manifest.vision)}
+    """Return what is named in the manifest and is not there."""
+    graphs: dict[str, Graph] = {f"vision[{at}]": one for at, one in enumerate(manifest.vision)}
+    if manifest.shared is not None:
+        graphs["shared.tower"] = manifest.shared.tower
+        graphs["shared.projector"] = manifest.shared.projector
+    named = {f"{at}.file": graph.file for at, graph in graphs.items()}
     named |= {
-        f"vision[{at}].weights": graph.weights
-        for at, graph in enumerate(manifest.vision)
-        if graph.weights is not None
+        f"{at}.weights": graph.weights for at, graph in graphs.items() if graph.weights is not None
     }
     named |= {
         f"language_models[{at}].file": model.file
@@ -249,10 +321,16 @@ def _reference_problems(manifest: Manifest) -> list[str]:
     }
     named["text.embeddings"] = manifest.text.embeddings
     named["prompt.tokenizer"] = manifest.prompt.tokenizer
-    return [
+    problems = [
         f'{field} is "{path}", which is not among "files"'
         for field, path in named.items()
         if path not in manifest.files
+    ]
+    return problems + [
+        f"vision[{at}].reducer.tokens is {graph.reducer.tokens} and its file leaves {graph.leaves} "
+        f"without saying their order ({ORDER_OUTPUT})"
+        for at, graph in enumerate(manifest.vision)
+        if graph.is_prefix and ORDER_OUTPUT not in {spec.name for spec in graph.outputs}
     ]
 
 

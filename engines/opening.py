@@ -10,10 +10,11 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from engines.bundle import Bundle
+from engines.chained_session import ChainedSession, SharedStages
 from engines.errors import EngineError, OptionError
 from engines.graph_contents import check_graph_contents
-from engines.manifest import VisionGraph
-from engines.session import Session
+from engines.manifest import Graph, VisionGraph
+from engines.session import Session, Stage
 from engines.targets import Target, find_target, load_targets
 
 ENGINES = (
@@ -34,6 +35,7 @@ def open_session(
     threads: int | None = None,
     trust: bool = False,
     batch: int = 1,
+    beside: Session | None = None,
 ) -> Session:
     """Open a graph of a bundle.
 
@@ -45,6 +47,8 @@ def open_session(
         trust: run a TensorRT plan that another user or machine signed.
         batch: images in one run, which choose among the TensorRT plans that were built; every
             session takes any number of them.
+        beside: a session that this function opened for another budget of the bundle, on the same
+            engine. What both need is not loaded again, and is freed when that one is closed.
 
     Raises:
         OptionError: no such engine or target, or the engine cannot take the graph's precision.
@@ -53,22 +57,35 @@ def open_session(
     """
     chosen = graph or bundle.vision()
     name = engine or target_of(bundle).engine
-    path = bundle.path(chosen.file)
-    if name not in ("tensorrt", "tensorrt-rtx"):  # which run a plan
-        check_graph_contents(bundle, chosen.file)
+    if name not in ENGINES:
+        near = get_close_matches(name, ENGINES, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise OptionError(f"--engine {name}: expected one of {', '.join(ENGINES)}.{hint}")
+    shared = beside.shared if isinstance(beside, ChainedSession) else None
+    if name in ("tensorrt", "tensorrt-rtx"):
+        return _open_plans(bundle, chosen, name, trust, batch, shared)
+
+    def open_stage(stage: Graph) -> Stage:
+        return _open_graph(bundle, stage, name, threads)
+
+    if bundle.manifest.shared is None:
+        return open_stage(chosen)
+    if shared is not None:
+        return ChainedSession(shared, open_stage(chosen), owns_shared=False)
+    tower, reducer, projector = map(open_stage, bundle.stages(chosen))
+    return ChainedSession(SharedStages(tower, projector), reducer, owns_shared=True)
+
+
+def _open_graph(bundle: Bundle, graph: Graph, name: str, threads: int | None) -> Stage:
+    """Open one ONNX file as it is."""
+    check_graph_contents(bundle, graph.file)
     if name == "ort":
         from engines.ort import OrtSession
 
-        return OrtSession(path, threads=threads)
+        return OrtSession(bundle.path(graph.file), threads=threads)
     if name in ("ort-cuda", "ort-tensorrt"):
-        return _open_ort_on_gpu(bundle, chosen, name)
-    if name in ("openvino", "openvino-bf16"):
-        return _open_openvino(bundle, chosen, name, threads)
-    if name in ("tensorrt", "tensorrt-rtx"):
-        return _open_plan(bundle, chosen, name, trust, batch)
-    near = get_close_matches(name, ENGINES, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise OptionError(f"--engine {name}: expected one of {', '.join(ENGINES)}.{hint}")
+        return _open_ort_on_gpu(bundle, graph, name)
+    return _open_openvino(bundle, graph, name, threads)
 
 
 def target_of(bundle: Bundle) -> Target:
@@ -92,11 +109,14 @@ def _own_targets() -> Path | None:
     return Path(named) if named else None
 
 
-def _open_openvino(bundle: Bundle, graph: VisionGraph, name: str, threads: int | None) -> Session:
+def _open_openvino(bundle: Bundle, graph: Graph, name: str, threads: int | None) -> Stage:
     """Open OpenVINO; a quantized graph's rest is BF16 where the CPU has it, FP32 stays FP32."""
     from engines.openvino_session import OpenVinoSession, cpu_has_bf16
 
     rounded = graph.precision in ("int8", "mixed") and cpu_has_bf16()
+    shared = bundle.manifest.shared
+    if shared is not None and graph.file != shared.tower.file:
+        rounded, name = False, "openvino"  # what follows the scores is FP32
     return OpenVinoSession(
         bundle.path(graph.file),
         threads=threads,
@@ -105,12 +125,19 @@ def _open_openvino(bundle: Bundle, graph: VisionGraph, name: str, threads: int |
     )
 
 
-def _open_plan(bundle: Bundle, graph: VisionGraph, name: str, trust: bool, batch: int) -> Session:
-    from engines.trt.session import open_trt_session
+def _open_plans(
+    bundle: Bundle,
+    graph: VisionGraph,
+    name: str,
+    trust: bool,
+    batch: int,
+    shared: SharedStages | None,
+) -> Session:
+    from engines.trt.opening import open_plans
 
     target = _target_of_plan(bundle, graph, name)
     try:
-        return open_trt_session(bundle, graph, target, trust=trust, batch=batch)
+        return open_plans(bundle, graph, target, trust=trust, batch=batch, shared=shared)
     except EngineError as error:
         raise EngineError(
             f"{error} To run the graph without TensorRT, slower: --engine ort."
@@ -139,7 +166,7 @@ def _target_of_plan(bundle: Bundle, graph: VisionGraph, name: str) -> Target:
     )
 
 
-def _open_ort_on_gpu(bundle: Bundle, graph: VisionGraph, name: str) -> Session:
+def _open_ort_on_gpu(bundle: Bundle, graph: Graph, name: str) -> Stage:
     """Open ONNX Runtime on a GPU, with TF32 off: a rounded score may keep another patch.
 
     Its CUDA provider has an option for that; TensorRT is told by NVIDIA's environment variable.

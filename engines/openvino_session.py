@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from engines.errors import EngineError
-from engines.openvino_split import split_at_selection
+from engines.openvino_split import has_selection, split_at_selection
 from engines.session import Array, InputSpec, check_inputs
 
 Rest = Literal["fp32", "bf16"]
@@ -98,25 +98,43 @@ class OpenVinoSession(AbstractContextManager["OpenVinoSession"]):
         Raises:
             EngineError: a name, shape or dtype is not what the graph takes, or the run failed.
         """
-        check_inputs(self.path, self._wanted, inputs)
         with self._turn:
-            if not self._requests:
-                raise EngineError(f"{self.path}: the session is closed; open it again to run it.")
-            values: dict[str, Any] = {
-                name: np.ascontiguousarray(array) for name, array in inputs.items()
-            }
-            try:
-                for request in self._requests:
-                    request.infer(values, share_inputs=True)
-                    values = {name: request.get_tensor(name) for name in self._border}
-            except RuntimeError as error:
-                reason = " ".join(str(error).split())
-                raise EngineError(f"{self.path} failed on {self.provider}: {reason}") from error
-            tensors = self._requests[-1].output_tensors
-            return {
-                name: tensor.data.copy()
-                for name, tensor in zip(self._outputs, tensors, strict=True)
-            }
+            return self.fetch(self._advance(inputs))
+
+    @property
+    def most_rows(self) -> None:
+        """Any number of rows is taken at once."""
+        return None
+
+    def advance(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Run on arrays or tensors; return tensors, which the next run overwrites.
+
+        Raises:
+            EngineError: as `run`.
+        """
+        with self._turn:
+            return self._advance(values)
+
+    def fetch(self, values: Mapping[str, Any]) -> dict[str, Array]:
+        """Copy tensors to arrays."""
+        return {name: tensor.data.copy() for name, tensor in values.items()}
+
+    def _advance(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        arrays = {name: one for name, one in inputs.items() if isinstance(one, np.ndarray)}
+        if arrays or not inputs:
+            check_inputs(self.path, self._wanted, arrays)
+        if not self._requests:
+            raise EngineError(f"{self.path}: the session is closed; open it again to run it.")
+        values: dict[str, Any] = dict(inputs)
+        values |= {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        try:
+            for request in self._requests:
+                request.infer(values, share_inputs=True)
+                values = {name: request.get_tensor(name) for name in self._border}
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise EngineError(f"{self.path} failed on {self.provider}: {reason}") from error
+        return dict(zip(self._outputs, self._requests[-1].output_tensors, strict=True))
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -132,6 +150,8 @@ def _halves(openvino: Any, model: Any, rest: Rest) -> tuple[list[tuple[Any, str]
     """Return what to compile with which precision, and the tensors that pass between."""
     if rest == "fp32":
         return [(model, "f32")], ()
+    if not has_selection(model):
+        return [(model, "bf16")], ()
     split = split_at_selection(openvino, model)
     return [(split.tower, "bf16"), (split.selection, "f32")], split.border
 

@@ -25,6 +25,15 @@ class SplitModel:
     border: tuple[str, ...]
 
 
+def has_selection(model: Any) -> bool:
+    """Tell whether a model chooses tokens: a tower by itself need not, if nothing reads scores."""
+    chooses = bool(_names_from_selection_on(model))
+    is_tower = any(
+        node.get_friendly_name().startswith("tower.") for node in model.get_ordered_ops()
+    )
+    return chooses or not is_tower
+
+
 def split_at_selection(openvino: Any, model: Any) -> SplitModel:
     """Cut a model before the nodes that choose tokens.
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from engines.chained_session import ChainedSession, SharedStages
 from engines.errors import EngineError
 from engines.session import Array, InputSpec, check_inputs
 
@@ -263,16 +264,51 @@ class OrtSession(contextlib.AbstractContextManager["OrtSession"]):
             for name, array in inputs.items():
                 binding.bind_cpu_input(name, np.ascontiguousarray(array))
             bound = [self._bind_output(binding, name, sizes) for name in self._outputs]
-            try:
-                self._session.run_with_iobinding(binding)
-            except Exception as error:  # ONNX Runtime's errors share no base class
-                reason = " ".join(str(error).split())
-                raise EngineError(f"{self.path} failed on {self.provider}: {reason}") from error
+            self._run_bound(self._session, binding)
             fetched = None if all(bound) else binding.copy_outputs_to_cpu()
             return {
                 name: self._buffers[name].copy() if ready or fetched is None else fetched[at]
                 for at, (name, ready) in enumerate(zip(self._outputs, bound, strict=True))
             }
+
+    @property
+    def most_rows(self) -> None:
+        """Any number of rows is taken at once."""
+        return None
+
+    def advance(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Run on arrays or OrtValues; return OrtValues where the provider computes.
+
+        Raises:
+            EngineError: as `run`.
+        """
+        arrays = {name: one for name, one in values.items() if isinstance(one, np.ndarray)}
+        if arrays or not values:
+            check_inputs(self.path, self._wanted, arrays)
+        with self._turn:
+            if self._session is None:
+                raise EngineError(f"{self.path}: the session is closed; open it again to run it.")
+            binding = self._session.io_binding()
+            for name, value in values.items():
+                if name in arrays:
+                    binding.bind_cpu_input(name, np.ascontiguousarray(value))
+                else:
+                    binding.bind_ortvalue_input(name, value)
+            for name in self._outputs:
+                binding.bind_output(name, "cpu" if self._provider == CPU else "cuda")
+            self._run_bound(self._session, binding)
+            return dict(zip(self._outputs, binding.get_outputs(), strict=True))
+
+    def fetch(self, values: Mapping[str, Any]) -> dict[str, Array]:
+        """Copy OrtValues to arrays."""
+        return {name: np.array(value.numpy()) for name, value in values.items()}
+
+    def _run_bound(self, session: onnxruntime.InferenceSession, binding: Any) -> None:
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's errors share no base class
+            reason = " ".join(str(error).split())
+            raise EngineError(f"{self.path} failed on {self.provider}: {reason}") from error
 
     def _bind_output(self, binding: Any, name: str, sizes: Mapping[str, int]) -> bool:
         """Bind an output to its buffer; False where its shape is only known after the run."""
@@ -297,3 +333,16 @@ class OrtSession(contextlib.AbstractContextManager["OrtSession"]):
         with self._turn:
             self._session = None
             self._buffers.clear()
+
+
+def open_files(files: Sequence[Path], *, threads: int | None = None) -> OrtSession | ChainedSession:
+    """Open the files of a vision graph on the CPU: one, or tower, reducer and projector.
+
+    Raises:
+        EngineError: as `create_inference_session`.
+    """
+    stages = [OrtSession(file, threads=threads) for file in files]
+    if len(stages) == 1:
+        return stages[0]
+    tower, reducer, projector = stages
+    return ChainedSession(SharedStages(tower, projector), reducer, owns_shared=True)

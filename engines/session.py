@@ -47,6 +47,29 @@ class Session(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
+class Stage(Session, Protocol):
+    """A session that can be one of several that run one after the other on the same device.
+
+    What passes between is of the engine's own kind, and lies where the engine computes.
+    """
+
+    @property
+    def most_rows(self) -> int | None:
+        """The most rows it takes at once; None for any number."""
+
+    def advance(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Run on arrays or on what another stage returned, and hand on.
+
+        What is returned is valid until the stage runs again.
+
+        Raises:
+            EngineError: a name, shape or dtype is not what the graph takes, or the run failed.
+        """
+
+    def fetch(self, values: Mapping[str, Any]) -> dict[str, Array]:
+        """Return as arrays of the caller's what `advance` returned."""
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """What a graph takes as one input.

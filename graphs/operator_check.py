@@ -20,6 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from engines.errors import EngineError, OptionError
+from engines.manifest import TOKENS_AXIS
 from engines.targets import Target
 from graphs.modules import module_of
 
@@ -166,9 +167,16 @@ def _check_opset(model: ir.Model, version: tuple[int, int]) -> Iterator[Refusal]
 
 def _check_inputs(model: ir.Model) -> Iterator[Refusal]:
     for value in model.graph.inputs:
-        dynamic = [axis for axis, size in enumerate(value.shape or ()) if not isinstance(size, int)]
+        dynamic = [
+            axis
+            for axis, size in enumerate(value.shape or ())
+            if not isinstance(size, int) and size.value != TOKENS_AXIS
+        ]
         if any(axis > 0 for axis in dynamic):
-            reason = f"axes {dynamic} are dynamic and only the batch, axis 0, may be"
+            reason = (
+                f"axes {dynamic} are dynamic and only the batch, axis 0, and the number of tokens "
+                "may be"
+            )
             yield Refusal(value.name or "?", "input", "", reason)
 
 

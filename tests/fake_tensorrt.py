@@ -42,7 +42,7 @@ class FakeTensor:
     mode: TensorIOMode
     dtype: DataType
     shape: tuple[int, ...]
-    """-1 is the batch."""
+    """-1 is the batch, -2 the number of tokens, which the first input has as well."""
 
 
 TENSORS = (
@@ -73,6 +73,10 @@ class FakeCuda:
     """Graphs of a shape that the context has no longer."""
     calls: list[str] = field(default_factory=list)
     streams: int = 0
+    captured: FakeContext | None = None
+    """What was executed last."""
+    contexts: dict[int, FakeContext | None] = field(default_factory=dict)
+    """What a graph executes."""
 
     def _enqueue(self, work: Callable[[], None]) -> None:
         (self.queue if self.capture is None else self.capture).append(work)
@@ -126,6 +130,7 @@ class FakeCuda:
             raise EngineError("CUDA refuses cudaStreamEndCapture: capture invalidated")
         number = max(self.graphs, default=0) + 1
         self.graphs[number], self.capture = self.capture, None
+        self.contexts[number] = self.captured
         return number
 
     def launch(self, graph: int, stream: int) -> None:
@@ -142,9 +147,20 @@ def void(_: object) -> None:
     """Turn an expression into a statement."""
 
 
+Model = Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]
+
+
+def run_pixels(inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return run_model(inputs["pixel_values"])
+
+
 class FakeContext:
-    def __init__(self, cuda: FakeCuda, tensors: tuple[FakeTensor, ...]) -> None:
+    def __init__(
+        self, cuda: FakeCuda, tensors: tuple[FakeTensor, ...], model: Model = run_pixels
+    ) -> None:
         self.cuda = cuda
+        self.model = model
+        self.tokens = 0
         self.tensors = {tensor.name: tensor for tensor in tensors}
         self.addresses: dict[str, int] = {}
         self.batch: int | None = None
@@ -157,37 +173,45 @@ class FakeContext:
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        if shape[0] != self.batch:
+        sizes = dict(zip(self.tensors[name].shape, shape, strict=True))
+        batch, tokens = sizes[-1], sizes.get(-2, self.tokens)
+        if (batch, tokens) != (self.batch, self.tokens):
             self.settled = False
-            self.cuda.stale |= set(self.cuda.graphs)
-        self.batch = shape[0]
+            self.cuda.stale |= {
+                number for number, context in self.cuda.contexts.items() if context is self
+            } & set(self.cuda.graphs)
+        self.batch, self.tokens = batch, tokens
         return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         assert self.batch is not None
-        return (self.batch, *self.tensors[name].shape[1:])
+        sizes = {-1: self.batch, -2: self.tokens}
+        return tuple(sizes.get(size, size) for size in self.tensors[name].shape)
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         assert set(self.addresses) == set(self.tensors), "an address was not set"
         self.cuda.calls.append("execute")
-        batch = self.batch
-        assert batch is not None
+        assert self.batch is not None
         assert self.settled or self.cuda.capture is None, "captured before a run settled the shape"
         self.settled = not self.fails
+        self.cuda.captured = self
+        shapes = {name: self.get_tensor_shape(name) for name in self.tensors}
 
         def work() -> None:
-            pixels = self._array("pixel_values", batch)
-            for name, value in run_model(pixels).items():
+            inputs = {
+                name: self._array(name, shapes[name])
+                for name, tensor in self.tensors.items()
+                if tensor.mode is TensorIOMode.INPUT
+            }
+            for name, value in self.model(inputs).items():
                 if name in self.addresses:
-                    self._array(name, batch)[...] = value
+                    self._array(name, shapes[name])[...] = value
 
         self.cuda._enqueue(work)
         return not self.fails
 
-    def _array(self, name: str, batch: int) -> NDArray[Any]:
-        tensor = self.tensors[name]
-        shape = (batch, *tensor.shape[1:])
-        dtype = np.dtype(_NUMPY[tensor.dtype])
+    def _array(self, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
+        dtype = np.dtype(_NUMPY[self.tensors[name].dtype])
         block = self.cuda.memory[self.addresses[name]]
         return block[: int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape)
 
@@ -200,10 +224,12 @@ class FakeEngine:
         *,
         full: bool = False,
         batches: tuple[int, int, int] = (1, 1, 8),
+        tokens: tuple[int, int, int] = (1, 1, 1),
+        model: Model = run_pixels,
     ) -> None:
         self.tensors = tensors
-        self.batches = batches
-        self.context = None if full else FakeContext(cuda, tensors)
+        self.batches, self.tokens = batches, tokens
+        self.context = None if full else FakeContext(cuda, tensors, model)
         self.settings: FakeSettings | None = None
         self.num_io_tensors = len(tensors)
 
@@ -229,8 +255,11 @@ class FakeEngine:
         return self._tensor(name).dtype
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
-        rest = self._tensor(name).shape[1:]
-        return [(batch, *rest) for batch in self.batches]
+        shape = self._tensor(name).shape
+        return [
+            tuple({-1: batch, -2: tokens}.get(size, size) for size in shape)
+            for batch, tokens in zip(self.batches, self.tokens, strict=True)
+        ]
 
 
 class Severity(Enum):
@@ -283,6 +312,8 @@ def make_fake_trt(
     refuses: bool = False,
     full: bool = False,
     batches: tuple[int, int, int] = (1, 1, 8),
+    tokens: tuple[int, int, int] = (1, 1, 1),
+    model: Model = run_pixels,
 ) -> FakeModule:
     """Return a module-like object with what the session uses of the bindings.
 
@@ -292,6 +323,8 @@ def make_fake_trt(
         refuses: a plan is not loaded, with two errors and a warning said.
         full: no memory is left for a context.
         batches: smallest, tuned and largest of the profile.
+        tokens: the same of the number of tokens.
+        model: what its engines compute.
     """
 
     class Runtime:
@@ -304,7 +337,7 @@ def make_fake_trt(
                 self.logger.log(Severity.ERROR, "magicTag\n  failed.")
                 self.logger.log(Severity.INTERNAL_ERROR, "therefore")
                 return None
-            return FakeEngine(cuda, tensors, full=full, batches=batches)
+            return FakeEngine(cuda, tensors, full=full, batches=batches, tokens=tokens, model=model)
 
     return FakeModule(
         ILogger=ILogger,

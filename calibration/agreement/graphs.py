@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +12,7 @@ import numpy as np
 from calibration.agreement.stages import StageError, measure_stages, read_stages, tap_graph
 from calibration.agreement.token_metrics import Agreement, average_agreement, compare_visual_tokens
 from calibration.frames.dataset import Frames
-from engines.ort import OrtSession
+from engines.ort import OrtSession, open_files
 from engines.progress_bar import Progress
 from engines.session import Array
 from runtime.vision import VisualTokens
@@ -20,16 +20,25 @@ from runtime.vision.preprocess import PixelValues
 
 
 def compare_graphs(
-    reference: Path,
-    candidate: Path,
+    reference: Sequence[Path],
+    candidate: Sequence[Path],
     frames: Frames,
     threads: int | None = None,
     progress: Progress = lambda line, done: None,
 ) -> Agreement:
-    """Return how alike two graphs are over frames, of which there is at least one."""
+    """Return how alike two graphs are over frames, of which there is at least one.
+
+    Args:
+        reference: its files, in the order they run.
+        candidate: the same of the other.
+        frames: float32[1, 3, H, W] each.
+        threads: CPU threads.
+        progress: called for every frame.
+    """
+    name = candidate[0].name if len(candidate) == 1 else candidate[1].name
 
     def tell(line: str, done: float) -> None:
-        progress(f"{candidate.name}: check of {line}", done)
+        progress(f"{name}: check of {line}", done)
 
     theirs = run_graph(reference, frames, threads)
     ours = run_graph(candidate, frames, threads, tell)
@@ -37,36 +46,39 @@ def compare_graphs(
 
 
 def run_graph(
-    file: Path,
+    files: Sequence[Path],
     frames: Frames,
     threads: int | None = None,
     progress: Progress = lambda line, done: None,
 ) -> Iterator[VisualTokens]:
     """Yield what a graph makes of each frame, a batch of one each."""
-    with OrtSession(file, threads=threads) as session:
+    with open_files(files, threads=threads) as session:
         for at, pixels in enumerate(frames):
             progress(f"frame {at + 1}", at / len(frames))
             yield tokens_of(session.run({session.input_names[0]: pixels}))
 
 
 def rank_stages(
-    reference: Path, candidate: Path, frames: Iterable[PixelValues], threads: int | None = None
+    reference: Sequence[Path],
+    candidate: Sequence[Path],
+    frames: Iterable[PixelValues],
+    threads: int | None = None,
 ) -> list[StageError]:
     """Return the stages by how much each adds to the error of the one before, the worst first.
 
     Args:
-        reference: the float32 graph.
-        candidate: the one to be judged.
+        reference: the float32 graph's files, in the order they run.
+        candidate: those of the one to be judged.
         frames: a few; float32[1, 3, H, W] each.
         threads: CPU threads.
     """
     found: dict[str, list[StageError]] = defaultdict(list)
     with TemporaryDirectory() as folder:
-        files = [Path(folder) / f"{side}.onnx" for side in ("reference", "candidate")]
-        taps = [tap_graph(*pair) for pair in zip((reference, candidate), files, strict=True)]
+        tapped = [Path(folder) / f"{side}.onnx" for side in ("reference", "candidate")]
+        taps = [tap_graph(*pair) for pair in zip((reference, candidate), tapped, strict=True)]
         with (
-            OrtSession(files[0], threads=threads) as fp32,
-            OrtSession(files[1], threads=threads) as int8,
+            OrtSession(tapped[0], threads=threads) as fp32,
+            OrtSession(tapped[1], threads=threads) as int8,
         ):
             name = fp32.input_names[0]
             for pixels in frames:

@@ -7,7 +7,7 @@ not say where to look, because every later stage carries an error on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from calibration.agreement.token_metrics import Array, kept_overlap, match_tokens, relative_error
 from engines.session import Session
+from graphs.joined import load_joined
 from graphs.modules import is_inside, module_of
 from runtime.vision import VisualTokens
 
@@ -56,18 +57,18 @@ class StageError:
         return isfinite(self.error)
 
 
-def tap_graph(source: Path, file: Path) -> dict[str, list[str]]:
+def tap_graph(source: Sequence[Path], file: Path) -> dict[str, list[str]]:
     """Write a copy of a graph that also returns the value of every stage.
 
     Args:
-        source: a vision graph, with its weights inside or beside it.
+        source: the files of a vision graph, in the order they run; weights inside or beside them.
         file: where to write the copy; its weights go to ``<file>.data``.
 
     Returns:
         By the module a value comes from, the graph's new outputs. Empty (and nothing is written)
         where the nodes do not say which module they come from.
     """
-    model = ir.load(source)
+    model = load_joined(source)
     taps = find_taps(model.graph)
     if not taps:
         return {}

@@ -20,7 +20,7 @@ from calibration.int8.resume import ResumeFolder
 from engines import __version__
 from engines.bundle import Bundle, BundleDraft, refuse_occupied, write_bundle
 from engines.errors import OptionError
-from engines.manifest import Precision, Preprocessing
+from engines.manifest import SCHEMA_VERSION, Precision, Preprocessing
 from engines.progress_bar import Progress
 from engines.targets import find_target
 from engines.trt.on_device import PAGE_NAME, SCRIPT_NAME, write_device_files
@@ -84,7 +84,8 @@ def calibrate_bundle(
     unfinished = ResumeFolder(out)
     with unfinished.kept(), write_bundle(out, overwrite=overwrite) as draft:
         task = Int8Task(
-            sources={graph.file: bundle.path(graph.file) for graph in bundle.manifest.vision},
+            source_root=bundle.root,
+            files=bundle.manifest.vision_files,
             root=draft.root,
             precision=precision,
             tensorrt=oldest_tensorrt(target),
@@ -94,15 +95,17 @@ def calibrate_bundle(
             unfinished=unfinished,
         )
         made = make_int8_graphs(task, progress)
-        graphs = tuple(made.describe(graph, precision) for graph in bundle.manifest.vision)
+        files = made.describe(bundle.manifest.vision_files, precision)
         _copy_rest(bundle, draft)
-        write_device_files(draft.root, graphs, target)
+        write_device_files(draft.root, files, target)
         versions = {"foveate": __version__} | {tool: version(tool) for tool in _TOOLS}
         draft.describe(
             bundle.manifest.model_copy(
                 update={
-                    "vision": graphs,
+                    "vision": files.graphs,
+                    "shared": files.shared,
                     "calibration_digest": made.set_digest,
+                    "schema_version": SCHEMA_VERSION,
                     "versions": {**bundle.manifest.versions, **versions},
                     "files": {},
                 }
@@ -147,8 +150,8 @@ def _refuse_rounded(bundle: Bundle) -> None:
 
 def _copy_rest(bundle: Bundle, draft: BundleDraft) -> None:
     """Link or copy what does not change: the language model, the tokenizer, the embeddings."""
-    replaced = {graph.file for graph in bundle.manifest.vision}
-    replaced |= {graph.weights for graph in bundle.manifest.vision if graph.weights}
+    files = bundle.manifest.vision_files.files
+    replaced = {name for graph in files for name in (graph.file, graph.weights) if name}
     for name in bundle.manifest.files:
         if name in replaced or name in _REWRITTEN:
             continue

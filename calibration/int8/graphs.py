@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import onnx_ir as ir
 
@@ -24,18 +26,19 @@ from calibration.scales.calibration_file import Calibration
 from calibration.sensitivity.report import svg_from_report
 from calibration.sensitivity.search import SensitivityReport, search_exclusions
 from engines.errors import GateError
-from engines.manifest import Precision, VisionGraph
+from engines.manifest import Graph, Precision, SharedGraphs, VisionFiles
 from engines.progress_bar import Progress
 from graphs.float16 import convert_to_fp16
 from graphs.graph_file import ExportedGraph, set_opset, write_graph
 from graphs.operator_check import check_graph
-from graphs.shared_weights import SharedWeights
 
 RECORD_NAME = "vision/calibration.json"
 """Where a bundle keeps what its INT8 graphs were made with."""
 
 HALF_OPSET = 19
 """The first ONNX operator set that quantizes float16."""
+
+AnyGraph = TypeVar("AnyGraph", bound=Graph)
 
 _SET_NOTE = "calibration_set_sha256"
 _SUSPECTS = 5
@@ -47,7 +50,7 @@ class Int8Graphs:
     """The INT8 graphs of a bundle.
 
     Attributes:
-        written: each graph by its place in the bundle.
+        written: each file by its place in the bundle.
         calibration: what they were made with.
         agreements: with FP32 on frames held out, by graph; empty where there were no frames.
         held_out: how many frames that were.
@@ -60,8 +63,15 @@ class Int8Graphs:
     held_out: int
     searches: Mapping[str, SensitivityReport]
 
-    def describe(self, graph: VisionGraph, precision: Precision) -> VisionGraph:
-        """Return what a manifest says of a graph that was float32 before."""
+    def describe(self, files: VisionFiles, precision: Precision) -> VisionFiles:
+        """Return what a manifest says of graphs that were float32 before."""
+        update = partial(self._describe, precision=precision)
+        shared = files.shared
+        if shared is not None:
+            shared = SharedGraphs(tower=update(shared.tower), projector=update(shared.projector))
+        return VisionFiles(graphs=tuple(map(update, files.graphs)), shared=shared)
+
+    def _describe(self, graph: AnyGraph, *, precision: Precision) -> AnyGraph:
         exported = self.written[graph.file]
         weights = exported.weights_file
         return graph.model_copy(
@@ -83,7 +93,8 @@ class Int8Task:
     """What to calibrate and quantize.
 
     Attributes:
-        sources: float32 graphs by their place in the bundle; the first is calibrated on.
+        source_root: where the float32 files lie, at their places in the bundle.
+        files: what they are.
         root: the bundle's (staging) directory.
         precision: ``int8``, or ``mixed`` to give layers back to floating point until the gate
             holds.
@@ -95,7 +106,8 @@ class Int8Task:
         unfinished: where to keep what was measured so far; None keeps nothing.
     """
 
-    sources: Mapping[str, Path]
+    source_root: Path
+    files: VisionFiles
     root: Path
     precision: Precision
     tensorrt: str | None
@@ -108,6 +120,22 @@ class Int8Task:
     def gate(self) -> Gate:
         """The least agreement that is good enough."""
         return self.options.gate_for(self.precision)
+
+    @property
+    def budgets(self) -> Mapping[str, tuple[str, ...]]:
+        """The files that run one after the other, by the vision graph's own."""
+        return {
+            graph.file: tuple(stage.file for stage in self.files.stages(graph))
+            for graph in self.files.graphs
+        }
+
+    def sources(self, name: str) -> tuple[Path, ...]:
+        """Return the float32 files of a vision graph."""
+        return tuple(self.source_root / file for file in self.budgets[name])
+
+    def made(self, name: str) -> tuple[Path, ...]:
+        """Return its INT8 files."""
+        return tuple(self.root / file for file in self.budgets[name])
 
 
 def make_int8_graphs(task: Int8Task, progress: Progress = lambda line, done: None) -> Int8Graphs:
@@ -134,8 +162,8 @@ def make_int8_graphs(task: Int8Task, progress: Progress = lambda line, done: Non
         part = _part(progress, 0.9, 1.0)
         threads = task.options.how.threads
         agreements = {
-            name: compare_graphs(task.sources[name], exported.file, held_out, threads, part)
-            for name, exported in written.items()
+            name: compare_graphs(task.sources(name), task.made(name), held_out, threads, part)
+            for name in task.budgets
         }
         _refuse_below_gate(task, calibration, agreements, held_out)
     calibration.save(task.root / RECORD_NAME)
@@ -147,7 +175,7 @@ def make_int8_graphs(task: Int8Task, progress: Progress = lambda line, done: Non
 
 
 def _calibrate(task: Int8Task, frames: CalibrationSet, progress: Progress) -> Calibration:
-    first = next(iter(task.sources.values()))
+    first = task.source_root / task.files.files[0].file
     resume = task.unfinished.sums if task.unfinished is not None else None
     found = calibrate(first, frames, task.options.how, progress=progress, resume=resume)
     whole = task.frames.digest if task.frames is not None else found.frames.sha256
@@ -159,9 +187,9 @@ def _search(
 ) -> tuple[Calibration, dict[str, SensitivityReport]]:
     """Meet the gate on one graph after the other; what one excludes stays excluded."""
     reports = {}
-    for name, source in task.sources.items():
+    for name in task.budgets:
         reports[name] = search_exclusions(
-            source,
+            task.sources(name),
             calibration,
             frames,
             task.gate,
@@ -176,18 +204,18 @@ def _search(
 def _write_graphs(
     task: Int8Task, calibration: Calibration, progress: Progress
 ) -> Iterator[tuple[str, ExportedGraph]]:
-    several = len(task.sources) > 1
-    shared = SharedWeights(task.root / "vision/weights.data") if several else None
-    for at, (name, source) in enumerate(task.sources.items()):
-        progress(f"Quantizing {name}", at / len(task.sources))
-        model = ir.load(source)
-        apply_calibration(model, calibration)
+    files = task.files.files
+    for at, name in enumerate(graph.file for graph in files):
+        progress(f"Quantizing {name}", at / len(files))
+        model = ir.load(task.source_root / name)
+        if at == 0 or task.files.shared is None:  # the tower is in it
+            apply_calibration(model, calibration)
         opset = model.opset_imports[""]
         if task.tensorrt is not None:
             opset = max(opset, HALF_OPSET)
             set_opset(model, opset)
             convert_to_fp16(model)
-        exported = write_graph(model, task.root / name, opset=opset, shared=shared)
+        exported = write_graph(model, task.root / name, opset=opset)
         if task.tensorrt is not None:
             check_graph(exported.file, task.tensorrt)
         yield name, exported
@@ -210,7 +238,7 @@ def _refuse_below_gate(
     )
     name = next(iter(missed))
     few = islice(held_out, _SUSPECT_FRAMES)
-    worst = rank_stages(task.sources[name], task.root / name, few, task.options.how.threads)
+    worst = rank_stages(task.sources(name), task.made(name), few, task.options.how.threads)
     layers = ", ".join(f"{one.stage} ({one.growth:+.1%})" for one in worst[:_SUSPECTS])
     advice = (
         "--precision mixed leaves such layers in floating point until the gate holds; more and "

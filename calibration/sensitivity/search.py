@@ -64,7 +64,7 @@ class SensitivityReport:
 
 
 def search_exclusions(
-    graph_file: Path,
+    graph_files: Sequence[Path],
     calibration: Calibration,
     frames: Frames,
     gate: Gate,
@@ -81,7 +81,8 @@ def search_exclusions(
     each that turns out not to be needed is quantized again.
 
     Args:
-        graph_file: a float32 vision graph with the reducer that is to be right.
+        graph_files: the files of a float32 vision graph with the reducer that is to be right, in
+            the order they run.
         calibration: of its checkpoint.
         frames: float32[1, 3, H, W] each; better others than it was calibrated on.
         gate: what is to be reached.
@@ -96,12 +97,12 @@ def search_exclusions(
             is damaged.
     """
     with TemporaryDirectory() as folder:
-        trials = Trials(graph_file, calibration, frames, threads, Path(folder), resume)
+        trials = Trials(graph_files, calibration, frames, threads, Path(folder), resume)
         before = trials.measure(calibration.excluded)
         if gate.holds(before):
             return SensitivityReport((), gate, before, before, calibration)
         search = _Search(trials, calibration, gate, progress)
-        costs = search.measure_sites(find_sites(ir.load(graph_file)))
+        costs = search.measure_sites(find_sites(ir.load(graph_files[0])))
         chosen, after = search.choose_exclusions(costs)
     if not gate.holds(after):
         raise _gate_error(costs, gate, before, after)

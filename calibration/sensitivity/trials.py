@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +33,7 @@ class Trials:
 
     def __init__(
         self,
-        graph_file: Path,
+        graph_files: Sequence[Path],
         calibration: Calibration,
         frames: Frames,
         threads: int | None,
@@ -43,8 +43,8 @@ class Trials:
         """Prepare.
 
         Args:
-            graph_file: the float32 graph, as `graphs.graph_file` writes it: with the digest of
-                its weights in it, if they lie beside it.
+            graph_files: the float32 graph's files in the order they run, as `graphs.graph_file`
+                writes them: with the digest of their weights in them, if they lie beside them.
             calibration: of its checkpoint; what it excludes has no meaning here.
             frames: float32[1, 3, H, W] each.
             threads: CPU threads.
@@ -57,29 +57,30 @@ class Trials:
         """
         if len(frames) == 0:
             raise CalibrationError("There are no frames to search on, expected at least one.")
-        self._graph_file, self._frames, self._threads = graph_file, frames, threads
+        self._graph_files, self._frames, self._threads = graph_files, frames, threads
         self._calibration = calibration
         self._trial_file = folder / "trial.onnx"
         self._kept = kept
         self._known = _load(kept)
-        self._subject = _identify(graph_file, calibration, frames)
+        self._subject = _identify(graph_files, calibration, frames)
 
     def measure(self, excluded: Collection[str]) -> Agreement:
         """Return the agreement of the graph with all but the excluded layers quantized."""
         names = tuple(name for name in self._calibration.layers if name in excluded)
         key = hashlib.sha256("\n".join((self._subject, *names)).encode()).hexdigest()
         if key not in self._known:
-            model = ir.load(self._graph_file)
+            model = ir.load(self._graph_files[0])
             apply_calibration(model, self._calibration.excluding(names))
             ir.save(model, self._trial_file, external_data="trial.data")
-            made = run_graph(self._trial_file, self._frames, self._threads)
+            trial = (self._trial_file, *self._graph_files[1:])
+            made = run_graph(trial, self._frames, self._threads)
             self._known[key] = average_agreement(map(compare_visual_tokens, self._exact, made))
             self._save()
         return self._known[key]
 
     @cached_property
     def _exact(self) -> list[VisualTokens]:
-        return list(run_graph(self._graph_file, self._frames, self._threads))
+        return list(run_graph(self._graph_files, self._frames, self._threads))
 
     def _save(self) -> None:
         if self._kept is None:
@@ -89,9 +90,11 @@ class Trials:
             staged.write_text(json.dumps(content), encoding="utf-8")
 
 
-def _identify(graph_file: Path, calibration: Calibration, frames: Frames) -> str:
+def _identify(graph_files: Sequence[Path], calibration: Calibration, frames: Frames) -> str:
     """Return a digest of what an agreement depends on, beside the layers that are quantized."""
-    digest = hashlib.sha256(np.memmap(graph_file, np.uint8, "r").data)
+    digest = hashlib.sha256()
+    for file in graph_files:
+        digest.update(np.memmap(file, np.uint8, "r").data)
     digest.update(calibration.excluding(()).digest().encode())
     for frame in frames:
         digest.update(np.ascontiguousarray(frame).tobytes())

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engines.errors import OptionError
-from engines.manifest import TensorSpec
+from engines.manifest import TOKENS_AXIS, TensorSpec
 from engines.trt.plan import ShapeRange
 
 
 @dataclass(frozen=True)
 class BatchRange:
-    """Batch sizes a plan takes; it is optimised for `opt`."""
+    """Sizes of an axis that a plan takes, most often the batch; it is optimised for `opt`."""
 
     min: int = 1
     opt: int = 1
@@ -40,15 +41,29 @@ def parse_batch(text: str) -> BatchRange:
     )
 
 
-def shape_ranges(inputs: tuple[TensorSpec, ...], batch: BatchRange) -> dict[str, ShapeRange]:
-    """Return the optimisation profile: every named axis takes the batch sizes.
+def token_range(counts: Sequence[int]) -> BatchRange:
+    """Return the numbers of visual tokens that a projector takes; it is optimised for the first."""
+    return BatchRange(min(counts), counts[0], max(counts))
+
+
+def shape_ranges(
+    inputs: tuple[TensorSpec, ...], batch: BatchRange, tokens: BatchRange = ONE_IMAGE
+) -> dict[str, ShapeRange]:
+    """Return the optimisation profile.
+
+    Args:
+        inputs: of the graph. The axis `TOKENS_AXIS` takes ``tokens``, every other named one
+            ``batch``.
+        batch: sizes of the batch.
+        tokens: numbers of visual tokens.
 
     Raises:
         OptionError: the graph's batch is fixed and another one was asked for.
     """
 
-    def sized(spec: TensorSpec, size: int) -> tuple[int, ...]:
-        return tuple(size if isinstance(axis, str) else axis for axis in spec.shape)
+    def sized(spec: TensorSpec, size: int, count: int) -> tuple[int, ...]:
+        sizes = {axis: count if axis == TOKENS_AXIS else size for axis in spec.shape}
+        return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape)
 
     for spec in inputs:
         fixed = all(isinstance(axis, int) for axis in spec.shape)
@@ -60,9 +75,9 @@ def shape_ranges(inputs: tuple[TensorSpec, ...], batch: BatchRange) -> dict[str,
             )
     return {
         spec.name: ShapeRange(
-            min=sized(spec, batch.min),
-            opt=sized(spec, batch.opt),
-            max=sized(spec, batch.max),
+            min=sized(spec, batch.min, tokens.min),
+            opt=sized(spec, batch.opt, tokens.opt),
+            max=sized(spec, batch.max, tokens.max),
         )
         for spec in inputs
     }

@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-# graph, engine
+# graph, engine, shapes
 graphs=(
 @GRAPHS@
 )
@@ -22,10 +22,10 @@ trtexec=$(command -v trtexec || true)
 # Call "$1" with the trtexec call of each graph.
 with_each_call() {
     local i
-    for ((i = 0; i < ${#graphs[@]}; i += 2)); do
+    for ((i = 0; i < ${#graphs[@]}; i += 3)); do
         "$1" "$trtexec" --onnx="${graphs[i]}" --saveEngine="${graphs[i + 1]}" \
-            --stronglyTyped --noTF32 \
-@SHAPES@            --memPoolSize=workspace:@WORKSPACE@ --profilingVerbosity=detailed \
+            --stronglyTyped --noTF32 ${graphs[i + 2]} \
+            --memPoolSize=workspace:@WORKSPACE@ --profilingVerbosity=detailed \
             --timingCacheFile=local/trtexec.cache --skipInference
     done
 }

@@ -52,8 +52,9 @@ class PlanTask:
         plan: where the plan is to be.
         target: the device it is for.
         precision: what the graph was exported in; it is recorded, not set.
-        inputs: the graph's inputs; a named axis is the batch.
+        inputs: the graph's inputs; a named axis is the batch or the number of visual tokens.
         batch: the optimisation profile.
+        tokens: the same of visual tokens, where their number is not fixed.
         workspace_bytes: scratch memory of the builder; None for the target's.
     """
 
@@ -64,7 +65,17 @@ class PlanTask:
     precision: Precision
     inputs: tuple[TensorSpec, ...]
     batch: BatchRange = ONE_IMAGE
+    tokens: BatchRange = ONE_IMAGE
     workspace_bytes: int | None = None
+
+    @property
+    def profile(self) -> dict[str, ShapeRange]:
+        """The shapes that the plan is to take.
+
+        Raises:
+            OptionError: the graph's batch is fixed and another one was asked for.
+        """
+        return shape_ranges(self.inputs, self.batch, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,7 @@ def build_plan(options: PlanTask, on_progress: ProgressCallback | None = None) -
         OptionError: a batch the graph cannot take.
         KeyboardInterrupt: interrupted; the builder stopped and nothing was written.
     """
-    profile = shape_ranges(options.inputs, options.batch)
+    profile = options.profile
     gpu = choose_gpu(options.target, find_gpu())
     library = load_library_for(options.target)
     options.plan.parent.mkdir(parents=True, exist_ok=True)

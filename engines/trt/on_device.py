@@ -6,14 +6,13 @@ explains it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 from engines.bundle import LOCAL_DIRECTORY
-from engines.manifest import VisionGraph
+from engines.manifest import Graph, VisionFiles
 from engines.targets import Target
-from engines.trt.batch_profile import ONE_IMAGE, BatchRange, shape_ranges
+from engines.trt.batch_profile import ONE_IMAGE, BatchRange, shape_ranges, token_range
 from engines.trt.plan import plan_name
 
 SCRIPT_NAME = "build_on_device.sh"
@@ -21,13 +20,13 @@ PAGE_NAME = "BUILD_ON_DEVICE.md"
 
 
 def write_device_files(
-    folder: Path, graphs: Sequence[VisionGraph], target: Target, batch: BatchRange = ONE_IMAGE
+    folder: Path, files: VisionFiles, target: Target, batch: BatchRange = ONE_IMAGE
 ) -> tuple[str, ...]:
     """Write the build script and page, if the engines are built on the device.
 
     Args:
         folder: the bundle's (staging) directory.
-        graphs: the bundle's graphs; they take the same inputs.
+        files: the bundle's vision graphs.
         target: the device.
         batch: the sizes the engines are to take.
 
@@ -37,23 +36,24 @@ def write_device_files(
     if target.engine != "tensorrt":
         return ()
     script = folder / SCRIPT_NAME
-    script.write_text(make_script(graphs, target, batch), encoding="utf-8")
+    script.write_text(make_script(files, target, batch), encoding="utf-8")
     script.chmod(0o755)
-    (folder / PAGE_NAME).write_text(make_page(graphs, target), encoding="utf-8")
+    (folder / PAGE_NAME).write_text(make_page(files, target), encoding="utf-8")
     return (SCRIPT_NAME, PAGE_NAME)
 
 
-def make_script(graphs: Sequence[VisionGraph], target: Target, batch: BatchRange) -> str:
+def make_script(files: VisionFiles, target: Target, batch: BatchRange) -> str:
     """Return the script."""
+    tokens = token_range(files.token_counts)
     values = {
         "TITLE": target.title,
         "TARGET": target.name,
         "SM": str(target.sm),
         "GRAPHS": "\n".join(
-            f"    {graph.file} {LOCAL_DIRECTORY}/{plan_name(graph, target)}.trtexec"
-            for graph in graphs
+            f"    {graph.file} {LOCAL_DIRECTORY}/{plan_name(graph, target)}.trtexec "
+            f"'{_shape_options(graph, batch, tokens)}'"
+            for graph in files.files
         ),
-        "SHAPES": _shape_options(graphs[0], batch),
         "WORKSPACE": str(target.workspace_mb),
     }
     text = resources.files("engines.trt").joinpath(SCRIPT_NAME).read_text("utf-8")
@@ -62,22 +62,22 @@ def make_script(graphs: Sequence[VisionGraph], target: Target, batch: BatchRange
     return text
 
 
-def _shape_options(graph: VisionGraph, batch: BatchRange) -> str:
-    """Return trtexec's shape options, a line each; none where every shape is fixed."""
+def _shape_options(graph: Graph, batch: BatchRange, tokens: BatchRange) -> str:
+    """Return trtexec's shape options; none where every shape is fixed."""
     if not any(isinstance(axis, str) for spec in graph.inputs for axis in spec.shape):
         return ""
-    ranges = shape_ranges(graph.inputs, batch)
-    lines = ""
+    ranges = shape_ranges(graph.inputs, batch, tokens)
+    options = []
     for option in ("min", "opt", "max"):
         shapes = ",".join(
             f"{name}:{'x'.join(str(axis) for axis in getattr(shape, option))}"
             for name, shape in ranges.items()
         )
-        lines += f"            --{option}Shapes={shapes} \\\n"
-    return lines
+        options.append(f"--{option}Shapes={shapes}")
+    return " ".join(options)
 
 
-def make_page(graphs: Sequence[VisionGraph], target: Target) -> str:
+def make_page(vision: VisionFiles, target: Target) -> str:
     """Return the page."""
     jetpack = ", ".join(
         f"JetPack {release} (TensorRT {version})" for release, version in target.jetpack.items()
@@ -87,7 +87,7 @@ def make_page(graphs: Sequence[VisionGraph], target: Target) -> str:
         f" TensorRT {version} was shipped without kernels for sm_{target.sm}."
         for version in target.tensorrt_without
     )
-    files = "\n".join(f"- `{graph.file}`, {graph.precision}" for graph in graphs)
+    files = "\n".join(f"- `{graph.file}`, {graph.precision}" for graph in vision.files)
     return f"""# The engines of this bundle
 
 {files}

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from engines.bundle import Bundle
 from engines.errors import EngineError
 from engines.gpu import Gpu
-from engines.manifest import Precision, Sha256, VisionGraph
+from engines.manifest import Graph, Precision, Sha256
 from engines.staging import staged_file
 from engines.targets import Target
 from engines.trt.library import LibraryName, TrtLibrary
@@ -109,18 +109,18 @@ def machine_here(
     )
 
 
-def plan_name(graph: VisionGraph, target: Target, batch: int = 1) -> str:
+def plan_name(graph: Graph, target: Target, batch: int = 1) -> str:
     """Return the file name of a graph's plan for a target and up to `batch` images in one run."""
     several = f"-b{batch}" if batch != 1 else ""
     return f"{Path(graph.file).stem}-{target.engine}-sm{target.sm}{several}.plan"
 
 
-def plan_path(bundle: Bundle, graph: VisionGraph, target: Target, batch: int = 1) -> Path:
+def plan_path(bundle: Bundle, graph: Graph, target: Target, batch: int = 1) -> Path:
     """Return where the plan of a graph for a target and up to `batch` images in one run lies."""
     return bundle.local / plan_name(graph, target, batch)
 
 
-def find_plan(bundle: Bundle, graph: VisionGraph, target: Target, batch: int = 1) -> Path:
+def find_plan(bundle: Bundle, graph: Graph, target: Target, batch: int = 1) -> Path:
     """Return the plan to run `batch` images with: the smallest that takes all, else the largest.
 
     Where no plan was built, the path of the plan for one image.

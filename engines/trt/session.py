@@ -12,24 +12,19 @@ import logging
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.bundle import Bundle
 from engines.errors import EngineError
-from engines.gpu import NoGpu, find_gpu, read_power_mode
-from engines.manifest import VisionGraph
 from engines.session import Array, InputSpec, check_inputs
-from engines.targets import Target
-from engines.trt.cuda_memory import Cuda, open_cuda_runtime
+from engines.trt.cuda_memory import Cuda
 from engines.trt.execution_context import make_context, open_kernel_cache
-from engines.trt.library import TrtLibrary, load_library_for
+from engines.trt.library import TrtLibrary
 from engines.trt.logger import process_logger
-from engines.trt.plan import find_plan, machine_here, read_plan, read_record
 
 _LOG = logging.getLogger(__name__)
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -46,7 +41,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class DeviceTensor:
     """One input or output with its two buffers, as large as the profile allows."""
 
     name: str
@@ -57,7 +52,15 @@ class _Tensor:
     """Likewise."""
     max: Shape
     device: int
-    pinned: NDArray[np.uint8]
+    pinned: NDArray[np.uint8] | None
+    """None where it is not copied to or from the host."""
+    borrowed: bool = False
+    """The device buffer is another stage's."""
+
+    @property
+    def most_bytes(self) -> int:
+        """Size of the device buffer."""
+        return int(np.prod(self.max)) * self.dtype.itemsize
 
     def spec(self) -> InputSpec:
         """Return what `check_inputs` compares an input with; any number of rows is taken."""
@@ -66,40 +69,42 @@ class _Tensor:
 
     def view(self, shape: Shape) -> Array:
         """Return the page-locked buffer as an array of a shape."""
+        if self.pinned is None:
+            raise RuntimeError(f"{self.name} stays on the device")
         size = int(np.prod(shape)) * self.dtype.itemsize
         return self.pinned[:size].view(self.dtype).reshape(shape)
 
 
-def open_trt_session(
-    bundle: Bundle, graph: VisionGraph, target: Target, *, trust: bool = False, batch: int = 1
-) -> TrtSession:
-    """Open the plan of a bundle's graph that suits a number of images best.
+@dataclass(frozen=True)
+class Wiring:
+    """How a plan that is one of several stages lies beside the others.
 
-    Args:
-        bundle: an opened bundle.
-        graph: one of its graphs.
-        target: the device.
-        trust: run a plan that another user or machine signed.
-        batch: images in one run. More than the plan takes are run in several parts.
-
-    Raises:
-        EngineError: no plan, no GPU, no library, or a plan for something else.
+    Attributes:
+        stream: what all stages are queued on; None to make one.
+        on_device: inputs and outputs that pass between stages and are not copied to or from the
+            host.
+        buffers: those of them that lie in a buffer of another stage.
     """
-    plan = find_plan(bundle, graph, target, batch)
-    record = read_record(plan)
-    gpu = find_gpu()
-    if isinstance(gpu, NoGpu):
-        raise EngineError(
-            f"{plan} is a plan for sm_{record.sm} ({target.title}) and cannot run here: "
-            f"{gpu.reason}. Run it on that device, or build the bundle for this machine "
-            "(python -m export.build --target cpu)."
-        )
-    library = load_library_for(target)
-    sha256 = bundle.manifest.files[graph.file].sha256
-    machine = machine_here(sha256, library, target, gpu, read_power_mode())
-    data, _ = read_plan(plan, machine, trust=trust)
-    cache = plan.with_suffix(".kernels") if library.name == "tensorrt-rtx" else None
-    return TrtSession(data, library, open_cuda_runtime(), kernel_cache=cache)
+
+    stream: int | None = None
+    on_device: frozenset[str] = frozenset()
+    buffers: Mapping[str, DeviceTensor] = field(default_factory=dict)
+
+
+_ALONE = Wiring()
+
+
+@dataclass(frozen=True)
+class QueuedValue:
+    """An output that is being computed.
+
+    Attributes:
+        shape: as it was queued.
+        rows: how many of its rows were asked for.
+    """
+
+    shape: Shape
+    rows: int
 
 
 class TrtSession(AbstractContextManager["TrtSession"]):
@@ -113,6 +118,7 @@ class TrtSession(AbstractContextManager["TrtSession"]):
         *,
         cuda_graphs: bool = True,
         kernel_cache: Path | None = None,
+        wiring: Wiring = _ALONE,
     ) -> None:
         """Load a plan.
 
@@ -123,9 +129,11 @@ class TrtSession(AbstractContextManager["TrtSession"]):
             cuda_graphs: capture the tuned shape at once, another that comes twice in a row.
             kernel_cache: file of the kernels that TensorRT-RTX compiles at the first run; written
                 when it was not there or did not fit.
+            wiring: for one of several stages.
 
         Raises:
-            EngineError: the library refuses the plan, or memory runs out.
+            EngineError: the library refuses the plan, it does not fit the stages beside it, or
+                memory runs out.
         """
         trt = library.trt
         self._trt = trt
@@ -137,9 +145,9 @@ class TrtSession(AbstractContextManager["TrtSession"]):
         self._settled = False
         """A run has ended well since the shapes last changed."""
         self._graph: int | None = None
-        self._tensors: dict[str, _Tensor] = {}
-        self._inputs: list[_Tensor] = []
-        self._outputs: list[_Tensor] = []
+        self._tensors: dict[str, DeviceTensor] = {}
+        self._inputs: list[DeviceTensor] = []
+        self._outputs: list[DeviceTensor] = []
         self._logger = process_logger(trt)
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
@@ -158,7 +166,8 @@ class TrtSession(AbstractContextManager["TrtSession"]):
                 "other programs, or build it for a smaller batch: python -m engines.build BUNDLE "
                 "--batch 1 --rebuild"
             )
-        self._stream: int | None = cuda.create_stream()
+        self._wiring = wiring
+        self._stream: int | None = cuda.create_stream() if wiring.stream is None else wiring.stream
         try:
             self._allocate()
             self._warm_up()
@@ -206,27 +215,81 @@ class TrtSession(AbstractContextManager["TrtSession"]):
         return {name: np.concatenate([part[name] for part in parts]) for name in self.output_names}
 
     def _run_part(self, inputs: Mapping[str, Array], stream: int) -> dict[str, Array]:
-        """Run as many rows as the plan takes; where it takes no fewer, the last is repeated."""
-        rows = len(inputs[self._inputs[0].name])
+        """Run as many rows as the plan takes at once."""
+        queued = self._queue_run(inputs, stream)
+        self._cuda.synchronize(stream)
+        return self._copy_out(queued)
+
+    @property
+    def most_rows(self) -> int:
+        """The most rows the plan takes at once."""
+        return self._most_rows
+
+    def advance(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Queue a run on arrays, or on what another stage of the same stream has queued.
+
+        Returns:
+            `QueuedValue`s.
+
+        Raises:
+            EngineError: a name, shape or dtype is not what the plan takes, or it cannot be queued.
+        """
+        arrays = {name: one for name, one in values.items() if isinstance(one, np.ndarray)}
+        if arrays or not values:
+            check_inputs("The plan", self._wanted, arrays)
+        with self._turn:
+            if self._stream is None:
+                raise EngineError("The session is closed; open it again to run it.")
+            return dict(self._queue_run(values, self._stream))
+
+    def fetch(self, values: Mapping[str, Any]) -> dict[str, Array]:
+        """Wait for what was queued and copy it."""
+        with self._turn:
+            if self._stream is None:
+                raise EngineError("The session is closed; open it again to run it.")
+            self._cuda.synchronize(self._stream)
+            return self._copy_out(values)
+
+    def device_tensors(self) -> dict[str, DeviceTensor]:
+        """Return the inputs and outputs that stay on the device, for the stages beside."""
+        return {name: self._tensors[name] for name in self._wiring.on_device}
+
+    @property
+    def stream(self) -> int | None:
+        """What runs are queued on; None once it is closed."""
+        return self._stream
+
+    def _queue_run(self, values: Mapping[str, Any], stream: int) -> dict[str, QueuedValue]:
+        """Queue a run; where the plan takes no fewer rows, the last of an array is repeated."""
+        given = [values[tensor.name] for tensor in self._inputs]
+        rows = min(one.rows if isinstance(one, QueuedValue) else len(one) for one in given)
         shapes = tuple(
-            (max(rows, self._fewest_rows), *inputs[tensor.name].shape[1:])
-            for tensor in self._inputs
+            one.shape
+            if isinstance(one, QueuedValue)
+            else (max(rows, self._fewest_rows), *one.shape[1:])
+            for one in given
         )
         if shapes != self._shapes:
             self._change_shapes(shapes)
-        for tensor, shape in zip(self._inputs, shapes, strict=True):
-            view = tensor.view(shape)
-            view[:rows] = inputs[tensor.name]
-            view[rows:] = inputs[tensor.name][-1:]
-        results = self._results()
-        self._execute(results, stream)
-        self._cuda.synchronize(stream)
-        return {name: result[:rows].copy() for name, result in results.items()}
+        for tensor, one, shape in zip(self._inputs, given, shapes, strict=True):
+            if not isinstance(one, QueuedValue):
+                view = tensor.view(shape)
+                view[:rows] = one
+                view[rows:] = one[-1:]
+        outputs = self._output_shapes()
+        self._execute(outputs, stream)
+        return {name: QueuedValue(shape, rows) for name, shape in outputs.items()}
 
-    def _results(self) -> dict[str, Array]:
-        """Return the outputs' page-locked buffers in the shapes of the moment."""
+    def _copy_out(self, queued: Mapping[str, QueuedValue]) -> dict[str, Array]:
         return {
-            tensor.name: tensor.view(tuple(self._context.get_tensor_shape(tensor.name)))
+            name: self._tensors[name].view(value.shape)[: value.rows].copy()
+            for name, value in queued.items()
+        }
+
+    def _output_shapes(self) -> dict[str, Shape]:
+        """Return the outputs' shapes of the moment."""
+        return {
+            tensor.name: tuple(self._context.get_tensor_shape(tensor.name))
             for tensor in self._outputs
         }
 
@@ -237,7 +300,7 @@ class TrtSession(AbstractContextManager["TrtSession"]):
             return
         self._change_shapes(tuple(tensor.opt for tensor in self._inputs))
         for _ in range(2 if self._captures else 1):
-            self._execute(self._results(), stream)
+            self._execute(self._output_shapes(), stream)
             self._cuda.synchronize(stream)
 
     def _change_shapes(self, shapes: tuple[Shape, ...]) -> None:
@@ -252,26 +315,26 @@ class TrtSession(AbstractContextManager["TrtSession"]):
                 )
         self._shapes = shapes
 
-    def _execute(self, results: Mapping[str, Array], stream: int) -> None:
+    def _execute(self, outputs: Mapping[str, Shape], stream: int) -> None:
         """Queue copies and execution, from a captured graph where there is one.
 
         It is captured right after a run of the same shapes: TensorRT settles its state for new
         shapes, and may still allocate, in their first run.
         """
         if self._graph is None and self._captures and self._settled:
-            self._graph = self._capture(results, stream)
+            self._graph = self._capture(outputs, stream)
         if self._graph is not None:
             self._cuda.launch(self._graph, stream)
             return
         self._settled = False
-        self._queue(results, stream)
+        self._queue(outputs, stream)
         self._settled = True
 
-    def _capture(self, results: Mapping[str, Array], stream: int) -> int | None:
+    def _capture(self, outputs: Mapping[str, Shape], stream: int) -> int | None:
         """Return the graph, or None, once and for all, where this plan cannot be captured."""
         self._cuda.begin_capture(stream)
         try:
-            self._queue(results, stream)
+            self._queue(outputs, stream)
             return self._cuda.end_capture(stream)
         except BaseException as error:
             self._captures = False
@@ -287,15 +350,17 @@ class TrtSession(AbstractContextManager["TrtSession"]):
             self._cuda.destroy_graph(self._graph)
             self._graph = None
 
-    def _queue(self, results: Mapping[str, Array], stream: int) -> None:
+    def _queue(self, outputs: Mapping[str, Shape], stream: int) -> None:
         for tensor, shape in zip(self._inputs, self._shapes, strict=True):
-            size = tensor.view(shape).nbytes
-            self._cuda.copy_to_device(tensor.device, tensor.pinned.ctypes.data, size, stream)
+            if tensor.pinned is not None:
+                source = tensor.view(shape)
+                self._cuda.copy_to_device(tensor.device, source.ctypes.data, source.nbytes, stream)
         if not self._context.execute_async_v3(stream):
             raise EngineError(f"{self._provider} could not run the plan: {self._logger.take()}.")
         for tensor in self._outputs:
-            size = results[tensor.name].nbytes
-            self._cuda.copy_to_host(tensor.pinned.ctypes.data, tensor.device, size, stream)
+            if tensor.pinned is not None:
+                result = tensor.view(outputs[tensor.name])
+                self._cuda.copy_to_host(result.ctypes.data, tensor.device, result.nbytes, stream)
 
     def _allocate(self) -> None:
         """Allocate every buffer at the largest shapes and tell the context where they are."""
@@ -315,7 +380,7 @@ class TrtSession(AbstractContextManager["TrtSession"]):
                 shape = tuple(context.get_tensor_shape(name))
                 self._outputs.append(self._make_tensor(name, (), (), shape))
 
-    def _make_tensor(self, name: str, least: Shape, opt: Shape, most: Shape) -> _Tensor:
+    def _make_tensor(self, name: str, least: Shape, opt: Shape, most: Shape) -> DeviceTensor:
         kind = self._engine.get_tensor_dtype(name).name
         if kind not in _DTYPES:
             raise EngineError(
@@ -324,9 +389,19 @@ class TrtSession(AbstractContextManager["TrtSession"]):
             )
         dtype = _DTYPES[kind]
         size = int(np.prod(most)) * dtype.itemsize
-        device, pinned = self._cuda.allocate(size), self._cuda.allocate_pinned(size)
+        lent = self._wiring.buffers.get(name)
+        if lent is not None and (lent.dtype != dtype or lent.most_bytes < size):
+            raise EngineError(
+                f'The plans of the bundle do not fit each other: "{name}" is up to '
+                f"{lent.dtype}{list(lent.max)} in one and {dtype}{list(most)} in the next. Build "
+                "them together: python -m engines.build BUNDLE --rebuild"
+            )
+        device = self._cuda.allocate(size) if lent is None else lent.device
+        pinned = None if name in self._wiring.on_device else self._cuda.allocate_pinned(size)
         self._context.set_tensor_address(name, device)
-        tensor = _Tensor(name, dtype, least, opt, most, device, pinned)
+        tensor = DeviceTensor(
+            name, dtype, least, opt, most, device, pinned, borrowed=lent is not None
+        )
         self._tensors[name] = tensor
         return tensor
 
@@ -341,9 +416,12 @@ class TrtSession(AbstractContextManager["TrtSession"]):
             self._cuda.synchronize(self._stream)
             self._drop_graph()
             for tensor in self._tensors.values():
-                self._cuda.free(tensor.device)
-                self._cuda.free_pinned(tensor.pinned)
-            self._cuda.destroy_stream(self._stream)
+                if not tensor.borrowed:
+                    self._cuda.free(tensor.device)
+                if tensor.pinned is not None:
+                    self._cuda.free_pinned(tensor.pinned)
+            if self._wiring.stream is None:
+                self._cuda.destroy_stream(self._stream)
             self._stream = None
             self._tensors.clear()
             # In this order: a context must not outlive its engine, nor an engine its runtime.

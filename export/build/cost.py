@@ -124,7 +124,7 @@ def predict_cost(
     Args:
         weights: of the checkpoint.
         precision: of the vision graphs.
-        graphs: how many of them; they share their weights.
+        graphs: how many of them; the weights are written once.
         decoders: which of them.
     """
     seen = sum(map(math.prod, weights.shapes(Part.VISION_TOWER).values()))
@@ -151,7 +151,7 @@ def _vision_cost(weights: int, precision: Precision, graphs: int) -> StepCost:
         int(_PROCESS_BYTES + exact * (_INT8_COPIES if quantized else _TOWER_COPIES)),
         exact if quantized else 0,
         stays,
-        graphs * (_GRAPH_S + weights / _GB * _GRAPH_CORE_SECONDS_PER_GIGAWEIGHT),
+        graphs * _GRAPH_S + weights / _GB * _GRAPH_CORE_SECONDS_PER_GIGAWEIGHT,
     )
 
 

@@ -83,12 +83,13 @@ def build_bundle(
             language = export_language_models(
                 plan.checkpoint, draft.root, options.decoders, kept, progress=part
             )
-        write_device_files(draft.root, vision.graphs, plan.target)
+        write_device_files(draft.root, vision.files, plan.target)
         draft.describe(
             Manifest(
                 model=plan.checkpoint.name,
                 target=plan.target.name,
-                vision=vision.graphs,
+                vision=vision.files.graphs,
+                shared=vision.files.shared,
                 preprocessing=plan.checkpoint.preprocessing,
                 text=language.text,
                 prompt=language.prompt,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import isfinite
 from typing import Any, ClassVar
 
@@ -54,6 +54,10 @@ class Reducer(ABC):
     @property
     def ranks(self) -> bool:
         """Whether `Reduced.order` says in which order the tokens were taken."""
+        return False
+
+    def serves(self, other: Reducer) -> bool:
+        """Return whether the first tokens of this one's ranking are what another one leaves."""
         return False
 
     @abstractmethod
@@ -112,6 +116,12 @@ class BudgetReducer(Reducer):
             OptionError: the budget is larger than that.
         """
         return self.check_budget(self.budget, patches)
+
+    def serves(self, other: Reducer) -> bool:
+        """Return whether they rank and differ only in the budget, and this one's is larger."""
+        if not self.ranks or not isinstance(other, type(self)) or other.budget >= self.budget:
+            return False
+        return replace(other, budget=self.budget) == self
 
     @classmethod
     def options_for(cls, tokens: int | None, given: Mapping[str, Any]) -> dict[str, Any]:

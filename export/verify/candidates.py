@@ -122,8 +122,11 @@ def _open_stages(
     opener = _STAGE_SESSIONS.get(engine)
     if opener is None or (engine == "openvino" and graph.precision in ("int8", "mixed")):
         return None
+    if graph.is_prefix:  # the stages of its file are those of more tokens
+        return None
     folder = Path(stack.enter_context(TemporaryDirectory(prefix="foveate-verify-")))
-    taps = tap_graph(bundle.path(graph.file), folder / "stages.onnx")
+    files = [bundle.path(stage.file) for stage in bundle.stages(graph)]
+    taps = tap_graph(files, folder / "stages.onnx")
     if not taps:
         return None
     session = opener(folder / "stages.onnx", threads)

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from calibration.agreement import token_metrics
 from engines.bundle import Bundle, open_bundle
 from engines.errors import OptionError
-from engines.manifest import VisionGraph
+from engines.manifest import TensorSpec, VisionGraph
 from engines.staging import staged_directory
 from export.checkpoint.llava import open_checkpoint
 from export.reducers import make_reducer
@@ -34,6 +33,7 @@ from export.verify.sides import find_checkpoint, refuse_other_checkpoint
 from export.verify.tolerances import tolerances_for
 from export.vision.vision_module import OUTPUTS
 from graphs.graph_file import write_graph
+from graphs.joined import load_joined
 from runtime.vision.pictures import load_picture
 from runtime.vision.preprocess import preprocess_batch
 
@@ -75,6 +75,7 @@ def write_golden_run(
         note(f"The first {len(pictures)} of {len(found)} pictures are taken; see --max-images.")
     bundle = open_bundle(options.bundles[0])
     graph = bundle.vision(options.tokens)
+    _refuse_prefix(bundle, graph)
     limits = replace(tolerances_for(graph.precision, None), **options.tolerances)
     checkpoint = open_checkpoint(options.model or find_checkpoint([bundle]))
     refuse_other_checkpoint(bundle, checkpoint)
@@ -90,7 +91,8 @@ def write_golden_run(
         pixels.append(batch)
     with staged_directory(folder, OptionError) as root:
         _copy_graph(bundle, graph, root)
-        inputs: dict[str, Any] = {graph.inputs[0].name: np.concatenate(pixels)}
+        given = bundle.stages(graph)[0].inputs[0]
+        inputs: dict[str, Any] = {given.name: np.concatenate(pixels)}
         np.savez(root / "inputs.npz", **inputs)
         results = comparator.RunResults()
         results.add(goldens, runner_name=GOLDEN)
@@ -99,8 +101,18 @@ def write_golden_run(
         limits_of = {name: value for name, value in asdict(limits).items() if name in _LIMITS}
         document = {"outputs": list(OUTPUTS), **limits_of}
         (root / "limits.json").write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-        _write_scripts(root, graph, [file.name for file in pictures], checkpoint.name)
+        names = [file.name for file in pictures]
+        _write_scripts(root, graph, given, names, checkpoint.name)
         return tuple(sorted(file.name for file in root.iterdir()))
+
+
+def _refuse_prefix(bundle: Bundle, graph: VisionGraph) -> None:
+    if graph.is_prefix:
+        raise OptionError(
+            f"{bundle.root}: {graph.reducer.tokens} visual tokens are the first, by rank, of the "
+            f"{graph.leaves} that {graph.file} leaves. Polygraphy runs the graph as it is: ask for "
+            f"--tokens {graph.leaves}."
+        )
 
 
 def _import_comparator() -> Any:
@@ -114,19 +126,21 @@ def _import_comparator() -> Any:
 
 
 def _copy_graph(bundle: Bundle, graph: VisionGraph, root: Path) -> None:
-    """Copy the graph with its weights, which in the bundle may lie in a file of several graphs."""
-    model = ir.load(bundle.path(graph.file))
+    """Copy the graph with its weights as one file, which in the bundle may be several."""
+    model = load_joined([bundle.path(stage.file) for stage in bundle.stages(graph)])
     write_graph(model, root / MODEL, opset=graph.opset)
 
 
-def _write_scripts(root: Path, graph: VisionGraph, pictures: list[str], model: str) -> None:
+def _write_scripts(
+    root: Path, graph: VisionGraph, given: TensorSpec, pictures: list[str], model: str
+) -> None:
     scripts = files("export.verify").joinpath("golden_scripts")
     for name in _SCRIPTS:
         text = scripts.joinpath(name).read_text("utf-8")
         text = text.replace(f"from {token_metrics.__name__} import", "from token_metrics import")
         (root / name).write_text(text, "utf-8")
     shutil.copyfile(token_metrics.__file__, root / "token_metrics.py")
-    shapes = _shape_flags(graph)
+    shapes = _shape_flags(given)
     command = scripts.joinpath("run.sh").read_text("utf-8").replace("@SHAPES@", shapes)
     (root / "run.sh").write_text(command, "utf-8")
     (root / "run.sh").chmod(0o755)
@@ -142,9 +156,8 @@ def _write_scripts(root: Path, graph: VisionGraph, pictures: list[str], model: s
     (root / "README.md").write_text(text, "utf-8")
 
 
-def _shape_flags(graph: VisionGraph) -> str:
-    """Return the one shape the inputs have, as TensorRT's optimization profile."""
-    given = graph.inputs[0]
+def _shape_flags(given: TensorSpec) -> str:
+    """Return the one shape the input has, as TensorRT's optimization profile."""
     size = ",".join(str(axis) if isinstance(axis, int) else "1" for axis in given.shape)
     shape = shlex.quote(f"{given.name}:[{size}]")
     return " ".join(f"--trt-{which}-shapes {shape}" for which in ("min", "opt", "max"))

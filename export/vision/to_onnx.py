@@ -11,7 +11,7 @@ import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,17 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
 from onnxscript import opset18 as op
+from torch import nn
 
 from engines import __version__
+from export.reducers import Reducer
 from export.vision.vision_module import INPUT, VisionModule
 from graphs.graph_file import ExportedGraph, check_opset, write_graph
 from graphs.modules import MODULE_KEY
 
 _MAX_BATCH = 1024
+_EXAMPLE_SIZE, _MOST_TOKENS = 5, 2**16
+"""Of an axis of any size: in the example, and at most."""
 
 
 def export_onnx(
@@ -58,16 +62,42 @@ def export_onnx(
 def trace_graph(graph: VisionModule) -> ir.Model:
     """Return a visual graph as an ONNX model of opset 18, nodes named after their modules."""
     side = graph.image_size
+    model = trace_module(graph, {INPUT: (3, side, side)}, graph.outputs)
+    note_reducer(model, graph.reducer.reduce, graph.token_count)
+    return model
+
+
+def trace_module(
+    module: nn.Module,
+    inputs: Mapping[str, tuple[int | str, ...]],
+    outputs: Sequence[str],
+) -> ir.Model:
+    """Return a module as an ONNX model of opset 18, nodes named after the modules in it.
+
+    Args:
+        module: takes and returns float32 tensors.
+        inputs: their names and their shapes behind the batch; a name is an axis of any size.
+        outputs: their names.
+    """
     # A batch of two, because torch.export takes a dimension of one for a constant.
-    example = torch.zeros(2, 3, side, side)
+    examples = tuple(
+        torch.zeros(2, *(_EXAMPLE_SIZE if isinstance(axis, str) else axis for axis in shape))
+        for shape in inputs.values()
+    )
+    names = {axis for shape in inputs.values() for axis in shape if isinstance(axis, str)}
+    axes = {name: torch.export.Dim(name, min=1, max=_MOST_TOKENS) for name in names}
     batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
+    dynamic = tuple(
+        {0: batch} | {at: axes[axis] for at, axis in enumerate(shape, 1) if isinstance(axis, str)}
+        for shape in inputs.values()
+    )
     with _quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
-            graph,
-            (example,),
-            input_names=[INPUT],
-            output_names=list(graph.outputs),
-            dynamic_shapes=({0: batch},),
+            module,
+            examples,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=dynamic,
             opset_version=18,
             dynamo=True,
             custom_translation_table={
@@ -86,17 +116,19 @@ def trace_graph(graph: VisionModule) -> ir.Model:
     ):
         model = tidy(model).model
     _name_after_modules(model)
-    reducer = graph.reducer.reduce
+    model.metadata_props.update({"foveate.version": __version__, "torch": torch.__version__})
+    return model
+
+
+def note_reducer(model: ir.Model, reducer: Reducer, tokens: int) -> None:
+    """Write into a model which reducer is in it."""
     model.metadata_props.update(
         {
             "foveate.reducer": reducer.name,
             "foveate.reducer_options": json.dumps(reducer.options),
-            "foveate.tokens": str(graph.token_count),
-            "foveate.version": __version__,
-            "torch": torch.__version__,
+            "foveate.tokens": str(tokens),
         }
     )
-    return model
 
 
 def _attention_nodes(query: Any, key: Any, value: Any, **options: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from engines.errors import OptionError
+from engines.manifest import ORDER_OUTPUT
 from export.checkpoint.llava import Checkpoint
 from export.reducers import Reduced, Reducer
 from export.towers import TowerOutput
@@ -18,8 +19,6 @@ from export.towers.registry import make_tower
 
 INPUT = "pixel_values"
 OUTPUTS = ("visual_tokens", "valid_count", "patch_index", "assignment")
-ORDER_OUTPUT = "token_order"
-"""One more output, of reducers that rank."""
 
 
 class VisionModule(nn.Module):

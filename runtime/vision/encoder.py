@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import Bundle
-from engines.errors import BundleError, EngineError, PictureError
-from engines.manifest import VisionGraph
+from engines.errors import BundleError, EngineError, OptionError, PictureError
+from engines.manifest import ORDER_OUTPUT, VisionGraph
 from engines.opening import open_session
 from engines.session import Session
 from runtime.vision.parallel_resize import Bands
@@ -35,6 +35,8 @@ class VisualTokens:
         assignment: int64[B, P]; what became of each patch. ``slot >= 0``: token ``slot`` was made
             from it; ``-(slot + 2)``: merged into token ``slot``; ``-1``: in no token.
         milliseconds: time of the stages ``"preprocess"`` and ``"encode"``, for the whole batch.
+        order: int64[B, N], the graph's output `token_order`; each token's place in the reducer's
+            ranking, -1 for padding. None where it does not rank.
     """
 
     tokens: NDArray[np.float32]
@@ -42,6 +44,7 @@ class VisualTokens:
     origin: NDArray[np.int64]
     assignment: NDArray[np.int64]
     milliseconds: dict[str, float]
+    order: NDArray[np.int64] | None = None
 
     def tokens_of(self, at: int) -> NDArray[np.float32]:
         """Return the real tokens of one image of the batch, float32[valid, D]."""
@@ -58,9 +61,46 @@ class VisualTokens:
                 origin=self.origin[at : at + 1],
                 assignment=self.assignment[at : at + 1],
                 milliseconds=share_ms,
+                order=None if self.order is None else self.order[at : at + 1],
             )
             for at in range(count)
         ]
+
+    def first(self, count: int) -> VisualTokens:
+        """Return the first ``count`` tokens by rank, in spatial order as all of them are.
+
+        They are what the same reducer leaves with a budget of ``count``.
+
+        Raises:
+            OptionError: there are no more than that, or the reducer does not rank: what it merged
+                depends on its budget, so a smaller one has other tokens.
+        """
+        if count == self.tokens.shape[1]:
+            return self
+        if self.order is None or not 0 < count < self.tokens.shape[1]:
+            reason = "has merged or does not rank them" if self.order is None else "leaves no more"
+            raise OptionError(
+                f"{count} of {self.tokens.shape[1]} visual tokens were asked for, and the reducer "
+                f"{reason}. Build the bundle with a budget of {count} as well: "
+                f"python -m export.build --tokens {count},{self.tokens.shape[1]}."
+            )
+        kept = (self.order >= 0) & (self.order < count)  # [B, N]
+        at = np.argsort(~kept, axis=1, kind="stable")[:, :count]  # the kept ones, then padding
+        real = np.take_along_axis(kept, at, 1)  # [B, count]
+        origin = np.where(real, np.take_along_axis(self.origin, at, 1), -1)
+        assignment = np.full_like(self.assignment, -1)
+        rows, slots = np.nonzero(real)
+        assignment[rows, origin[rows, slots]] = slots
+        return VisualTokens(
+            tokens=np.where(
+                real[:, :, None], np.take_along_axis(self.tokens, at[:, :, None], 1), np.float32(0)
+            ),
+            valid=real.sum(axis=1),
+            origin=origin,
+            assignment=assignment,
+            milliseconds=self.milliseconds,
+            order=np.where(real, np.take_along_axis(self.order, at, 1), -1),
+        )
 
 
 class VisionEncoder(AbstractContextManager["VisionEncoder"]):
@@ -75,6 +115,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
         threads: int | None = None,
         tokens: int | None = None,
         batch: int = 1,
+        beside: VisionEncoder | None = None,
         finite: bool = True,
     ) -> None:
         """Load the graph.
@@ -90,6 +131,8 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
             tokens: which of the bundle's graphs, by its number of visual tokens; the first when
                 left out.
             batch: images that are usually encoded at once; see `engines.open_session`.
+            beside: an encoder of the same bundle and engine. What both need is loaded once and
+                stays the other one's to close.
             finite: refuse tokens that hold NaN or infinity. Only who looks for them allows them.
 
         Raises:
@@ -99,12 +142,21 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
         """
         self.bundle = bundle
         self.graph: VisionGraph = bundle.vision(tokens)
+        if session is None and beside is not None and beside.graph.file == self.graph.file:
+            session = beside.session
         self._owned = session is None
         self._finite = finite
         self._bands = Bands(threads)
         file = bundle.path(self.graph.file)
         self.session: Session = (
-            open_session(bundle, self.graph, engine=engine, threads=threads, batch=batch)
+            open_session(
+                bundle,
+                self.graph,
+                engine=engine,
+                threads=threads,
+                batch=batch,
+                beside=None if beside is None else beside.session,
+            )
             if session is None
             else session
         )
@@ -116,7 +168,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
                 f"{', '.join(self.session.output_names)}, expected one input and at least "
                 f"{', '.join(_OUTPUTS)}. Build the bundle again with `python -m export.build`."
             )
-        self._dtype = np.dtype(self.graph.inputs[0].dtype)
+        self._dtype = np.dtype(bundle.stages(self.graph)[0].inputs[0].dtype)
 
     def encode(self, images: Pixels | Sequence[Pixels]) -> VisualTokens:
         """Turn images into visual tokens.
@@ -139,6 +191,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
         name = self.session.input_names[0]
         outputs = self.session.run({name: pixel_values.astype(self._dtype, copy=False)})
         tokens, valid, origin, assignment = (outputs[name] for name in _OUTPUTS)
+        order = outputs.get(ORDER_OUTPUT)
         ended = time.perf_counter()
         seen = VisualTokens(
             tokens=tokens.astype(np.float32, copy=False),
@@ -149,9 +202,10 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
                 "preprocess": (prepared - started) * 1e3,
                 "encode": (ended - prepared) * 1e3,
             },
+            order=None if order is None else order.astype(np.int64, copy=False),
         )
         self._check_outputs(seen, len(images))
-        return seen
+        return seen.first(self.graph.reducer.tokens)
 
     def _check_outputs(self, seen: VisualTokens, batch: int) -> None:
         """Refuse what no graph of ours gives: 0.1 ms, and the rest of the runtime can rely on it.
@@ -159,7 +213,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
         Raises:
             EngineError: a wrong shape, a number that is none, or an index out of range.
         """
-        count, patches = self.graph.reducer.tokens, self.graph.patch_rows * self.graph.patch_columns
+        count, patches = self.graph.leaves, self.graph.patch_rows * self.graph.patch_columns
         arrays: tuple[NDArray[Any], ...] = (seen.tokens, seen.valid, seen.origin, seen.assignment)
         width = self.bundle.manifest.text.hidden_size
         expected = ((batch, count, width), (batch,), (batch, count), (batch, patches))
@@ -169,8 +223,11 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
             for name, array, shape in zip(_OUTPUTS, arrays, expected, strict=True)
             if array.shape != shape
         ]
-        ranges = ((0, count), (-1, patches - 1), (-count - 1, count - 1))
-        for name, array, (low, high) in zip(_OUTPUTS[1:], arrays[1:], ranges, strict=True):
+        ranges = [(0, count), (-1, patches - 1), (-count - 1, count - 1)]
+        checked = list(zip(_OUTPUTS[1:], arrays[1:], ranges, strict=True))
+        if seen.order is not None:
+            checked.append((ORDER_OUTPUT, seen.order, (-1, count - 1)))
+        for name, array, (low, high) in checked:
             if array.size and not low <= array.min() <= array.max() <= high:
                 problems.append(
                     f"{name} goes from {array.min()} to {array.max()}, expected {low} to {high}"

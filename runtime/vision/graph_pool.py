@@ -1,4 +1,4 @@
-"""The vision graphs of one bundle, one for each budget of visual tokens, loaded when first used."""
+"""The budgets of visual tokens of one bundle, loaded when first used and what they share once."""
 
 from __future__ import annotations
 
@@ -61,14 +61,21 @@ class GraphPool(AbstractContextManager["GraphPool"]):
                 threads=self._threads,
                 tokens=tokens,
                 batch=self._batch,
+                beside=self._beside(tokens),
             )
             self._own[tokens] = known
         return known
+
+    def _beside(self, tokens: int) -> VisionEncoder | None:
+        """Return an encoder that is open and shares with another budget; best, the same file."""
+        file = self.bundle.vision(tokens).file
+        opened = [*self._given.values(), *self._own.values()]
+        return min(opened, key=lambda one: one.graph.file != file, default=None)
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Free what was loaded here; calling it again does nothing."""
-        for encoder in self._own.values():
+        for encoder in reversed(self._own.values()):  # the first owns what the others share
             encoder.close()

@@ -18,8 +18,9 @@ from engines.trt import cuda_memory
 from engines.trt.cuda_memory import CudaRuntime, open_cuda_runtime
 from engines.trt.library import TrtLibrary, load_library
 from engines.trt.logger import process_logger
+from engines.trt.opening import open_trt_session
 from engines.trt.plan import PlanRecord, plan_path, write_plan
-from engines.trt.session import TrtSession, open_trt_session
+from engines.trt.session import TrtSession
 from tests.fake_tensorrt import (
     TENSORS,
     DataType,

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from engines.bundle import Bundle, open_bundle
-from engines.errors import BundleError, FoveateError
+from engines.chained_session import ChainedSession
+from engines.errors import BundleError, EngineError, FoveateError
+from engines.openvino_session import OpenVinoSession
 from engines.ort import OrtSession
 from export.build import build_bundle
 from export.build import steps as build_steps
@@ -24,6 +26,7 @@ from export.vision.to_onnx import trace_graph
 from export.vision.vision_module import build_vision_module
 from graphs.graph_file import write_graph
 from runtime.vision import VisionEncoder
+from runtime.vision.graph_pool import GraphPool
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +39,9 @@ def built(language_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     )
     report = build_bundle(options, lambda line, done: lines.append(line))
     assert lines[-1] == "Done"
-    assert set(report.seconds) == {"vision_8", "vision_16", "language_model"}
+    assert set(report.seconds) == {"vision_shared", "vision_8", "vision_16", "language_model"}
     assert report.bytes["vision/visionzip_8.onnx"] > 0
-    assert "vision/weights.data" in report.bytes
+    assert report.bytes["vision/tower.onnx"] > report.bytes["vision/visionzip_8.onnx"]
     return open_bundle(out)
 
 
@@ -55,31 +58,49 @@ def test_bundle_holds_a_graph_for_each_budget(built: Bundle) -> None:
         assert encoded.valid.tolist() == [graph.reducer.tokens]
 
 
+@pytest.mark.parametrize("engine", ["ort", "openvino"])
 def test_budgets_share_their_weights(
-    built: Bundle, language_checkpoint: Path, tmp_path: Path
+    built: Bundle, language_checkpoint: Path, tmp_path: Path, engine: str
 ) -> None:
-    """Both graphs point into one file, and each says what it says with weights of its own."""
+    """Tower and projector are there once, and each budget says what its whole graph says."""
     graphs = built.manifest.vision
     plan = plan_build(BuildOptions(str(language_checkpoint), tmp_path / "b", tokens=(8, "all")))
-    assert {graph.weights for graph in graphs} == {"vision/weights.data"}
-    picture = np.random.default_rng(0).integers(0, 256, (1, 40, 30, 3), dtype=np.uint8)
+    assert [stage.file for stage in built.stages(graphs[1])] == [
+        "vision/tower.onnx", "vision/none_16.onnx", "vision/projector.onnx"
+    ]  # fmt: skip
+    picture = np.random.default_rng(0).integers(0, 256, (3, 40, 30, 3), dtype=np.uint8)
     apart_bytes = 0
-    for graph, reducer in zip(graphs, plan.reducers, strict=True):
-        model = trace_graph(build_vision_module(plan.checkpoint, reducer))
-        alone = write_graph(model, tmp_path / "alone.onnx").file
-        apart_bytes += alone.stat().st_size
-        assert built.path(graph.file).stat().st_size < alone.stat().st_size
-        with (
-            VisionEncoder(built, tokens=graph.reducer.tokens) as encoder,
-            OrtSession(alone) as session,
-            VisionEncoder(built, session, tokens=graph.reducer.tokens) as expected,
-        ):
-            got, wanted = encoder.encode(picture), expected.encode(picture)
-        np.testing.assert_array_equal(got.tokens, wanted.tokens)
-    together_bytes = sum(built.path(graph.file).stat().st_size for graph in graphs)
-    weights_bytes = built.path("vision/weights.data").stat().st_size
-    assert built.graph_bytes(graphs[0]) > weights_bytes
-    assert together_bytes + weights_bytes < 0.8 * apart_bytes
+    with GraphPool(built, engine=engine) as pool:
+        for graph, reducer in zip(graphs, plan.reducers, strict=True):
+            model = trace_graph(build_vision_module(plan.checkpoint, reducer))
+            alone = write_graph(model, tmp_path / "alone.onnx").file
+            apart_bytes += alone.stat().st_size
+            session = OrtSession(alone) if engine == "ort" else OpenVinoSession(alone)
+            with session:
+                expected = VisionEncoder(built, session, tokens=graph.reducer.tokens)
+                wanted = expected.encode(picture)
+            for _ in range(2):
+                got = pool.encoder(graph.reducer.tokens).encode(picture)
+                np.testing.assert_array_equal(got.origin, wanted.origin)
+                np.testing.assert_array_equal(got.assignment, wanted.assignment)
+                np.testing.assert_array_equal(got.valid, wanted.valid)
+                assert np.abs(got.tokens - wanted.tokens).max() <= 1e-6
+        first, second = (pool.encoder(graph.reducer.tokens).session for graph in graphs)
+        assert isinstance(first, ChainedSession) and isinstance(second, ChainedSession)
+        assert first.shared is second.shared
+    together_bytes = sum(map(built.graph_bytes, built.manifest.vision_files.files))
+    assert together_bytes < 0.8 * apart_bytes
+
+
+def test_what_was_shared_is_closed_with_its_owner(built: Bundle) -> None:
+    picture = np.zeros((1, 40, 30, 3), np.uint8)
+    with VisionEncoder(built, tokens=8) as owner:
+        with VisionEncoder(built, tokens=16, beside=owner) as other:
+            other.encode(picture)
+        owner.encode(picture)
+        left = VisionEncoder(built, tokens=16, beside=owner)
+    with left, pytest.raises(EngineError, match="closed"):
+        left.encode(picture)
 
 
 def test_bundle_says_what_built_it(built: Bundle) -> None:
