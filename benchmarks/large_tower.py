@@ -74,7 +74,7 @@ def measure_all(folder: Path, threads: int | None) -> dict[str, dict[str, float]
     fp32 = export_onnx(graph, folder / "fp32.onnx").file
     del graph
     fp16 = write_fp16_graph(fp32, folder / "fp16.onnx").file
-    found = {"fp16": asdict(compare_graphs(fp32, fp16, held_out, threads))}
+    found = {"fp16": asdict(compare_graphs([fp32], [fp16], held_out, threads))}
     fp16.unlink()
 
     def tell(line: str, done: float) -> None:
@@ -86,7 +86,7 @@ def measure_all(folder: Path, threads: int | None) -> dict[str, dict[str, float]
     apply_calibration(model, calibration)
     int8 = write_graph(model, folder / "int8.onnx").file
     del model
-    found["int8"] = asdict(compare_graphs(fp32, int8, held_out, threads))
+    found["int8"] = asdict(compare_graphs([fp32], [int8], held_out, threads))
     return found
 
 

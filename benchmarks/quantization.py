@@ -70,7 +70,7 @@ def main(
         options = CalibrationOptions(threads=threads)
         calibration = calibrate(first, drawn[:frames], options, progress=_tell)
         report = search_exclusions(
-            first, calibration, drawn[frames:], Gate(), threads=threads, progress=_tell
+            (first,), calibration, drawn[frames:], Gate(), threads=threads, progress=_tell
         )
         if save is not None:
             report.calibration.save(save)
@@ -125,7 +125,7 @@ class _Bench:
         model, quantized = ir.load(exact), self.folder / "quantized.onnx"
         apply_calibration(model, calibration)
         write_graph(model, quantized)
-        agreement = compare_graphs(exact, quantized, self.test, self.threads)
+        agreement = compare_graphs([exact], [quantized], self.test, self.threads)
         found = {name: round(value, 5) for name, value in asdict(agreement).items()}
         print(f"\n{calibration.method} on {' '.join(map(str, graph))}: {found}", file=sys.stderr)
         return found

@@ -1,11 +1,12 @@
 """Write a vision graph to disk: its operator set, its weights, and ONNX's own check.
 
 The result is one `.onnx` file, or nothing. Weights lie beside it when they are too large for one
-file or shared with other graphs.
+file.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,19 @@ from onnx_ir.passes import common as passes
 from engines.errors import OptionError
 from engines.manifest import TensorSpec
 from engines.staging import staged_file
-from graphs.shared_weights import SharedWeights
 
 OPSETS = (17, 18, 19)
 """What TensorRT 10.3 to 11 all read."""
 
+DIGEST_KEY = "foveate.weights_sha256"
+"""Metadata of a graph whose weights lie beside it: their digest. Who sees only the graph (the
+sidecar of a TensorRT plan) still notices other weights."""
+
 _PROTOBUF_LIMIT_BYTES = 2**31 - 2**20
+_LEAST_BYTES = 4096
+"""Smaller tensors stay in the graph; TensorRT and ONNX Runtime read shapes and axes from there."""
+_PAGE_BYTES = 4096
+"""Every tensor begins on a page, so that ONNX Runtime can map the file instead of reading it."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,6 @@ def write_graph(
     *,
     opset: int = 18,
     external_weights: bool | None = None,
-    shared: SharedWeights | None = None,
 ) -> ExportedGraph:
     """Write a traced graph; nothing appears at `file` unless ONNX's own checker accepts it.
 
@@ -58,7 +65,6 @@ def write_graph(
         file: where to write; external weights go to ``<file>.data``.
         opset: one of `OPSETS`.
         external_weights: keep the weights in a file of their own; None: only beyond 2 GB.
-        shared: keep them there instead, with those of other graphs in the same folder.
 
     Raises:
         OptionError: the opset is not one of `OPSETS`.
@@ -67,27 +73,51 @@ def write_graph(
     set_opset(model, opset)
     size = sum(w.const_value.nbytes for w in model.graph.initializers.values() if w.const_value)
     external = size > _PROTOBUF_LIMIT_BYTES if external_weights is None else external_weights
-    own = external and shared is None
-    weights = SharedWeights(file.with_name(f"{file.name}.data")) if own else shared
+    weights_file = file.with_name(f"{file.name}.data") if external else None
     try:
-        if weights is None:
+        if weights_file is None:
             ir.external_data.load_to_model(model)  # what was read from elsewhere comes along
         else:
-            weights.place(model)
+            _place_weights(model, weights_file)
         with staged_file(file) as staged:
             ir.save(model, staged)
             onnx.checker.check_model(str(staged), full_check=True)
     except BaseException:
-        if own and weights is not None:
-            weights.file.unlink(missing_ok=True)
+        if weights_file is not None:
+            weights_file.unlink(missing_ok=True)
         raise
     return ExportedGraph(
         file=file,
-        weights_file=weights.file if weights else None,
+        weights_file=weights_file,
         inputs=tuple(_spec(value) for value in model.graph.inputs),
         outputs=tuple(_spec(value) for value in model.graph.outputs),
         opset=opset,
     )
+
+
+def _place_weights(model: ir.Model, file: Path) -> None:
+    """Move the large weights of a graph into a file, and note their digest."""
+    whole = hashlib.sha256()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("wb") as stream:
+        for name, value in sorted(model.graph.initializers.items()):
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes < _LEAST_BYTES:
+                continue
+            data = tensor.tobytes()
+            whole.update(name.encode() + hashlib.sha256(data).digest())
+            stream.write(bytes(-stream.tell() % _PAGE_BYTES))
+            value.const_value = ir.ExternalTensor(
+                file.name,
+                stream.tell(),
+                len(data),
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=name,
+                base_dir=file.parent,
+            )
+            stream.write(data)
+    model.metadata_props[DIGEST_KEY] = whole.hexdigest()
 
 
 def check_opset(opset: int) -> None:

@@ -173,10 +173,7 @@ def _check_inputs(model: ir.Model) -> Iterator[Refusal]:
             if not isinstance(size, int) and size.value != TOKENS_AXIS
         ]
         if any(axis > 0 for axis in dynamic):
-            reason = (
-                f"axes {dynamic} are dynamic and only the batch, axis 0, and the number of tokens "
-                "may be"
-            )
+            reason = f"axes {dynamic} are dynamic and only the batch, axis 0, may be"
             yield Refusal(value.name or "?", "input", "", reason)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from engines.bundle import open_bundle, write_bundle
 from engines.errors import BundleError, FoveateError, OptionError
-from engines.manifest import Manifest
+from engines.manifest import SCHEMA_VERSION, Manifest, checksum_of
 from tests.tiny_bundle import tiny_manifest, write_tiny_bundle
 
 
@@ -103,10 +103,23 @@ def test_paths_out_of_the_bundle_are_refused(bundle: Path, name: str) -> None:
 
 
 def test_a_newer_schema_says_which_foveate_reads_it(bundle: Path) -> None:
-    edit_manifest(bundle, schema_version=2, versions={"foveate": "9.1.0"}, unknown=1)
+    edit_manifest(
+        bundle, schema_version=SCHEMA_VERSION + 1, versions={"foveate": "9.1.0"}, unknown=1
+    )
     message = refusal(bundle)
-    assert "schema version 2" in message
+    assert f"schema version {SCHEMA_VERSION + 1}" in message
     assert 'pip install "foveate>=9.1.0"' in message
+
+
+def test_a_bundle_of_the_first_schema_opens(bundle: Path) -> None:
+    """It has neither `shared` nor the field that says so."""
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    del manifest["shared"]
+    manifest |= {"schema_version": 1}
+    manifest["checksum"] = checksum_of(manifest)
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    opened = open_bundle(bundle)
+    assert opened.stages(opened.vision()) == (opened.vision(),)
 
 
 def test_problems_of_the_schema_are_listed_together_in_plain_words(bundle: Path) -> None:

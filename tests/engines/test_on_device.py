@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engines.bundle import open_bundle, write_bundle
-from engines.manifest import Manifest
+from engines.manifest import Manifest, VisionFiles
 from engines.targets import find_target
 from engines.trt.batch_profile import ONE_IMAGE
 from engines.trt.on_device import PAGE_NAME, SCRIPT_NAME, make_page, write_device_files
@@ -27,7 +27,8 @@ def device(tmp_path: Path) -> Path:
     folder.mkdir()
     first = bundle.vision()
     graphs = (first, first.model_copy(update={"file": "vision/few.onnx"}))
-    written = write_device_files(folder, graphs, find_target("jetson-orin"), ONE_IMAGE)
+    files = VisionFiles(graphs=graphs)
+    written = write_device_files(folder, files, find_target("jetson-orin"), ONE_IMAGE)
     assert written == (SCRIPT_NAME, PAGE_NAME)
     return folder
 
@@ -117,7 +118,7 @@ def test_no_placeholder_is_left(device: Path) -> None:
 def test_the_page_names_the_releases_that_work() -> None:
     target = find_target("jetson-orin")
     graph = _graph()
-    page = make_page((graph,), target)
+    page = make_page(VisionFiles(graphs=(graph,)), target)
     assert "JetPack 6.2 (TensorRT 10.3)" in page
     assert "TensorRT 10.13 was shipped without kernels for sm_87" in page
     assert "built on the Jetson AGX Orin" in page
@@ -133,7 +134,7 @@ def test_a_fixed_batch_needs_no_shapes(tmp_path: Path) -> None:
     graph = _graph()
     fixed = graph.inputs[0].model_copy(update={"shape": (1, 3, 8, 8)})
     graph = graph.model_copy(update={"inputs": (fixed,)})
-    write_device_files(tmp_path, (graph,), find_target("l4"))
+    write_device_files(tmp_path, VisionFiles(graphs=(graph,)), find_target("l4"))
     done = run_script(tmp_path, "--print")
     assert "Shapes" not in done.stdout and "--noTF32" in done.stdout
 
@@ -142,7 +143,8 @@ def test_a_fixed_batch_needs_no_shapes(tmp_path: Path) -> None:
 def test_a_bundle_that_is_not_built_on_its_device_carries_nothing(
     tmp_path: Path, target: str
 ) -> None:
-    assert write_device_files(tmp_path, (_graph(),), find_target(target)) == ()
+    files = VisionFiles(graphs=(_graph(),))
+    assert write_device_files(tmp_path, files, find_target(target)) == ()
     assert not list(tmp_path.iterdir())
 
 
@@ -158,7 +160,7 @@ def test_a_bundle_with_the_files_opens(tmp_path: Path) -> None:
             "decoder/model.onnx",
         ):
             draft.path(name).write_text(name)
-        write_device_files(draft.root, manifest.vision, find_target("jetson-orin"))
+        write_device_files(draft.root, manifest.vision_files, find_target("jetson-orin"))
         draft.describe(manifest)
     bundle = open_bundle(tmp_path / "bundle")
     assert SCRIPT_NAME in bundle.manifest.files

@@ -75,7 +75,7 @@ def write_graph(file: Path, *, named: bool = True) -> Path:
 
 def test_a_graph_is_tapped_where_stages_end(tmp_path):
     file = write_graph(tmp_path / "vision.onnx")
-    taps = tap_graph(file, tmp_path / "stages.onnx")
+    taps = tap_graph([file], tmp_path / "stages.onnx")
     assert taps == {
         "tower.embeddings": ["embedded"],
         "tower.layers.0": ["hidden"],  # not what was rounded for the next stage
@@ -98,7 +98,7 @@ def test_a_graph_is_tapped_where_stages_end(tmp_path):
 
 def test_a_graph_without_modules_has_no_stages(tmp_path):
     file = write_graph(tmp_path / "vision.onnx", named=False)
-    assert tap_graph(file, tmp_path / "stages.onnx") == {}
+    assert tap_graph([file], tmp_path / "stages.onnx") == {}
     assert not (tmp_path / "stages.onnx").exists()
 
 

@@ -52,14 +52,14 @@ def calibration(graph, frames) -> Calibration:
 
 @pytest.fixture(scope="module")
 def report(graph, calibration, frames) -> SensitivityReport:
-    with_all = search_exclusions(graph, calibration, frames[4:6], Gate(0.97, 0.5), threads=1)
+    with_all = search_exclusions((graph,), calibration, frames[4:6], Gate(0.97, 0.5), threads=1)
     assert with_all.sites == ()
     between = 1 - (1 - with_all.before.cosine) / 3
-    return search_exclusions(graph, calibration, frames[4:6], Gate(0.97, between), threads=1)
+    return search_exclusions((graph,), calibration, frames[4:6], Gate(0.97, between), threads=1)
 
 
 def test_a_gate_that_holds_excludes_nothing(graph, calibration, frames) -> None:
-    report = search_exclusions(graph, calibration, frames[4:6], Gate(0.9, 0.9), threads=1)
+    report = search_exclusions((graph,), calibration, frames[4:6], Gate(0.9, 0.9), threads=1)
     assert report.calibration is calibration
     assert report.before == report.after
     assert "holds as it is" in svg_from_report(report)
@@ -79,11 +79,11 @@ def test_its_result_is_replayed_from_a_file(report, graph, frames, tmp_path) -> 
     model = ir.load(graph)
     apply_calibration(model, load_calibration(tmp_path / "c.json"))
     write_graph(model, tmp_path / "mixed.onnx")
-    assert compare_graphs(graph, tmp_path / "mixed.onnx", frames[4:6], 1) == report.after
+    assert compare_graphs([graph], [tmp_path / "mixed.onnx"], frames[4:6], 1) == report.after
 
 
 def test_what_is_excluded_already_stays_so(report, graph, frames) -> None:
-    again = search_exclusions(graph, report.calibration, frames[4:6], report.gate, threads=1)
+    again = search_exclusions((graph,), report.calibration, frames[4:6], report.gate, threads=1)
     assert again.calibration.excluded == report.calibration.excluded
 
 
@@ -112,7 +112,7 @@ def test_an_interrupted_search_measures_nothing_twice(
                 raise KeyboardInterrupt
 
         return search_exclusions(
-            graph, calibration, frames[4:6], report.gate, threads=1, progress=tell, resume=kept
+            (graph,), calibration, frames[4:6], report.gate, threads=1, progress=tell, resume=kept
         )
 
     with pytest.raises(KeyboardInterrupt):
@@ -130,35 +130,35 @@ def test_trials_of_something_else_are_not_taken(
     graph, calibration, frames, tmp_path, measured
 ) -> None:
     kept, loose = tmp_path / "trials.json", Gate(0.0, 0.0)
-    search_exclusions(graph, calibration, frames[:1], loose, threads=1, resume=kept)
-    search_exclusions(graph, calibration, frames[:1], loose, threads=1, resume=kept)
+    search_exclusions((graph,), calibration, frames[:1], loose, threads=1, resume=kept)
+    search_exclusions((graph,), calibration, frames[:1], loose, threads=1, resume=kept)
     assert len(measured) == 1
     other_graph = random_graphs.write_graph(tmp_path, "visionzip")[0]
     other_sites = {name: site.model_copy(update={"threshold": site.threshold * 2})
                    for name, site in calibration.sites.items()}  # fmt: skip
     for changed in (
-        (graph, calibration, frames[1:2]),
-        (other_graph, calibration, frames[:1]),
-        (graph, calibration.model_copy(update={"sites": other_sites}), frames[:1]),
+        ((graph,), calibration, frames[1:2]),
+        ((other_graph,), calibration, frames[:1]),
+        ((graph,), calibration.model_copy(update={"sites": other_sites}), frames[:1]),
     ):
         before = len(measured)
         search_exclusions(*changed, loose, threads=1, resume=kept)
         assert len(measured) == before + 1
     kept.write_text(kept.read_text()[:-9])
     with pytest.raises(CalibrationError, match="cut short or damaged"):
-        search_exclusions(graph, calibration, frames[:1], loose, threads=1, resume=kept)
+        search_exclusions((graph,), calibration, frames[:1], loose, threads=1, resume=kept)
 
 
 def test_a_gate_out_of_reach_names_the_worst_layers(graph, calibration, frames) -> None:
     with pytest.raises(FoveateError) as caught:
-        search_exclusions(graph, calibration, frames[4:5], Gate(0.97, 1.1), threads=1)
+        search_exclusions((graph,), calibration, frames[4:5], Gate(0.97, 1.1), threads=1)
     assert "cannot be reached" in str(caught.value)
     assert str(caught.value).count(" alone)") == 3
 
 
 def test_no_frames_to_search_on(graph, calibration) -> None:
     with pytest.raises(CalibrationError, match="no frames to search on"):
-        search_exclusions(graph, calibration, [], Gate(), threads=1)
+        search_exclusions((graph,), calibration, [], Gate(), threads=1)
 
 
 def test_table_chart_and_json_tell_the_same(report) -> None:
@@ -207,6 +207,6 @@ def test_the_bundled_checkpoint_in_int8_keeps_patches_and_tokens(pocket, tmp_pat
     model = ir.load(file)
     apply_calibration(model, calibration)
     write_graph(model, tmp_path / "int8.onnx")
-    agreement = compare_graphs(file, tmp_path / "int8.onnx", frames, 1)
+    agreement = compare_graphs([file], [tmp_path / "int8.onnx"], frames, 1)
     assert agreement.overlap >= 0.97
     assert agreement.cosine >= 0.99

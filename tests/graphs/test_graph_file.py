@@ -1,4 +1,4 @@
-"""Several graphs, one file of weights: equal bytes once, other weights noticed."""
+"""A graph with its weights beside it: read again, and other weights noticed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 
 from engines.ort import OrtSession
 from graphs.graph_file import write_graph
-from graphs.shared_weights import SharedWeights
 
 SIDE = 64
 
@@ -50,29 +49,12 @@ def run(file: Path) -> np.ndarray:
         return session.run({"x": np.eye(SIDE, dtype=np.float32)[:3]})["y"]
 
 
-def test_equal_weights_are_written_once_and_read_by_each(
-    weight: np.ndarray, tmp_path: Path
-) -> None:
-    shared = SharedWeights(tmp_path / "weights.data")
-    few = write_graph(scaled(weight, 5), tmp_path / "few.onnx", shared=shared)
-    many = write_graph(scaled(weight, 9), tmp_path / "many.onnx", shared=shared)
-    other = write_graph(scaled(weight + 1, 9), tmp_path / "other.onnx", shared=shared)
-    assert few.weights_file == many.weights_file == shared.file
-    assert shared.file.stat().st_size == 2 * weight.nbytes
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "few.onnx", "many.onnx", "other.onnx", "weights.data"
-    ]  # fmt: skip
-    np.testing.assert_allclose(run(few.file), weight[:3, :5])
-    np.testing.assert_allclose(run(many.file), weight[:3, :9])
-    np.testing.assert_allclose(run(other.file), weight[:3, :9] + 1)
-
-
 def test_a_graph_with_other_weights_is_another_file(weight: np.ndarray, tmp_path: Path) -> None:
     """It points to the same place; whoever hashes the graph alone must notice all the same."""
     texts = []
     for number, values in enumerate((weight, weight, weight + 1)):
-        shared = SharedWeights(tmp_path / str(number) / "weights.data")
-        file = write_graph(scaled(values, 5), tmp_path / str(number) / "v.onnx", shared=shared).file
+        place = tmp_path / str(number) / "v.onnx"
+        file = write_graph(scaled(values, 5), place, external_weights=True).file
         texts.append(file.read_bytes())
     assert texts[0] == texts[1] != texts[2]
 
