@@ -6,18 +6,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
+from onnx_ir.passes import common as passes
 
 
 def load_joined(files: Sequence[Path]) -> ir.Model:
-    """Return the graph of a budget; what is handed from file to file is no output of it.
+    """Return the graph of a budget.
+
+    What is handed from file to file is no output of it, nor what the first file makes for others.
 
     Args:
         files: in the order they run. Each reads outputs of those before by their names.
     """
     model, *others = (ir.load(file) for file in files)
+    if not others:
+        return model
+    first = set(model.graph.outputs)
     for other in others:
         _append(model, other)
-    return model
+    kept = [value for value in model.graph.outputs if value not in first]
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(kept)
+    return passes.RemoveUnusedNodesPass()(model).model
 
 
 def _append(model: ir.Model, other: ir.Model) -> None:
@@ -36,7 +45,7 @@ def _append(model: ir.Model, other: ir.Model) -> None:
             weight.name = _free_name(str(name), taken)
         graph.register_initializer(weight)
         taken.add(weight.name)
-    outputs += added.outputs
+    outputs.extend(added.outputs)
     added.outputs.clear()
     for node in list(added):
         added.remove(node)

@@ -94,8 +94,10 @@ def test_every_budget_is_int8_and_says_so(bundle: Bundle, report: BuildReport) -
     assert RECORD_NAME in bundle.manifest.files
     layers = load_calibration(bundle.path(RECORD_NAME)).layers
     for graph in bundle.manifest.vision:
-        found = quantized_layers(bundle.path(graph.file))
+        tower, *others = bundle.stages(graph)
+        found = quantized_layers(bundle.path(tower.file))
         assert found and found <= set(layers)
+        assert not any(quantized_layers(bundle.path(one.file)) for one in others)
     assert report.int8.held_out == 3
     assert set(report.int8.agreements) == {graph.file for graph in bundle.manifest.vision}
     assert all(one.cosine > 0.98 for one in report.int8.agreements.values())
@@ -180,7 +182,7 @@ def test_calibrating_the_bundle_without_pytorch_gives_the_same_graphs(
     assert said["passed"] and said["coverage"]["frames"] == 24
     assert "24 distinct frames, expected 128 or more" in done.stderr
     assert made.manifest.calibration_digest == said["frames_sha256"]
-    for graph in bundle.manifest.vision:
+    for graph in bundle.manifest.vision_files.files:
         assert made.path(graph.file).read_bytes() == bundle.path(graph.file).read_bytes()
     for name in (made.manifest.language_models[0].file, made.manifest.prompt.tokenizer):
         assert made.path(name).samefile(fp32.path(name)), "hard-linked, not copied"
@@ -230,7 +232,7 @@ def test_a_record_gives_the_same_graphs_again(bundle: Bundle, fp32: Bundle, tmp_
     result = calibrate_bundle(fp32, tmp_path / "again", options)
     assert result.frames is None and not result.made.agreements
     again = open_bundle(tmp_path / "again")
-    for name in (*(graph.file for graph in bundle.manifest.vision), RECORD_NAME):
+    for name in (*(one.file for one in bundle.manifest.vision_files.files), RECORD_NAME):
         assert again.path(name).read_bytes() == bundle.path(name).read_bytes()
     assert again.manifest.calibration_digest == bundle.manifest.calibration_digest
 
@@ -279,7 +281,7 @@ def test_mixed_gives_layers_back_until_the_gate_holds(
     assert 0 < len(excluded) < len(result.made.calibration.layers)
     assert {graph.precision for graph in made.manifest.vision} == {"mixed"}
     assert all(strict.holds(one) for one in result.made.agreements.values())
-    for graph in made.manifest.vision:
+    for graph in made.manifest.vision_files.files:
         assert not quantized_layers(made.path(graph.file)) & set(excluded)
     record = made.path(RECORD_NAME)
     with pytest.raises(OptionError, match=r"leaves \d+ layers in floating point.*mixed"):
