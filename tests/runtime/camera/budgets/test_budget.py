@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -403,3 +404,48 @@ def test_budgets_take_turns_while_they_are_measured(
         monkeypatch.setattr(Meter, "take_watts", lambda self: None)
         with pytest.raises(OptionError, match="gives no readings any more"):
             encoder.calibrate(Noting(), "?", Goal("power", 10.0), Meter())
+
+
+class RankedPool:
+    """Budgets of 3 and 8 tokens that are prefixes of one ranking, and 16 of a graph of its own."""
+
+    budgets = (3, 8, 16)
+
+    def __init__(self) -> None:
+        self.encoded: list[int] = []
+        self.bundle = self
+
+    def vision(self, tokens: int) -> SimpleNamespace:
+        return SimpleNamespace(file="all" if tokens == 16 else "ranked", accuracy=None)
+
+    def encoder(self, tokens: int) -> SimpleNamespace:
+        def encode(images: Sequence[object]) -> VisualTokens:
+            self.encoded.append(tokens)
+            ranked = np.arange(16)[None]
+            return VisualTokens(
+                tokens=np.zeros((1, 16, 2), np.float32),
+                valid=np.array([16]),
+                origin=ranked,
+                assignment=ranked,
+                milliseconds={"encode": 1.0},
+                order=ranked,
+            ).first(tokens)
+
+        return SimpleNamespace(encode=encode)
+
+
+def test_budgets_of_one_graph_are_encoded_once_and_differ_in_prefill() -> None:
+    class PrefillGrows(ShadeAnswerer):
+        def answer(self, visual: VisualTokens, *others: Any) -> Answer:
+            count = visual.tokens.shape[1]
+            answered.append(count)
+            said = super().answer(visual, *others)
+            return replace(said, milliseconds=said.milliseconds | {"prefill": 10.0 * count})
+
+    answered: list[int] = []
+    pool = RankedPool()
+    encoder = BudgetedEncoder(pool)  # type: ignore[arg-type]  # only what it asks of a pool
+    controller = encoder.calibrate(PrefillGrows(), "?", Goal("latency", 60_000.0))
+    assert pool.encoded == [8, 16] * 6
+    assert answered == [3, 8, 16] * 6
+    assert [controller.predicted(count) for count in pool.budgets] == [31.0, 81.0, 161.0]
