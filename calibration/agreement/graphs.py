@@ -12,6 +12,7 @@ import numpy as np
 from calibration.agreement.stages import StageError, measure_stages, read_stages, tap_graph
 from calibration.agreement.token_metrics import Agreement, average_agreement, compare_visual_tokens
 from calibration.frames.dataset import Frames
+from engines.manifest import ORDER_OUTPUT
 from engines.ort import OrtSession, open_files
 from engines.progress_bar import Progress
 from engines.session import Array
@@ -35,14 +36,44 @@ def compare_graphs(
         threads: CPU threads.
         progress: called for every frame.
     """
-    name = candidate[0].name if len(candidate) == 1 else candidate[1].name
-
-    def tell(line: str, done: float) -> None:
-        progress(f"{name}: check of {line}", done)
-
     theirs = run_graph(reference, frames, threads)
-    ours = run_graph(candidate, frames, threads, tell)
+    ours = run_graph(candidate, frames, threads, _telling(candidate, progress))
     return average_agreement(map(compare_visual_tokens, theirs, ours))
+
+
+def compare_budgets(
+    reference: Sequence[Path],
+    candidate: Sequence[Path],
+    frames: Frames,
+    counts: Sequence[int],
+    threads: int | None = None,
+    progress: Progress = lambda line, done: None,
+) -> dict[int, Agreement]:
+    """Return how alike the budgets of two graphs are; see `compare_graphs`.
+
+    Args:
+        reference: its files, in the order they run.
+        candidate: the same of the other.
+        frames: float32[1, 3, H, W] each.
+        counts: the budgets: how many tokens the graphs leave, or fewer where they rank.
+        threads: CPU threads.
+        progress: called for every frame.
+    """
+    theirs = run_graph(reference, frames, threads)
+    ours = run_graph(candidate, frames, threads, _telling(candidate, progress))
+    pairs = list(zip(theirs, ours, strict=True))
+    return {
+        count: average_agreement(
+            compare_visual_tokens(one.first(count), other.first(count)) for one, other in pairs
+        )
+        for count in counts
+    }
+
+
+def _telling(candidate: Sequence[Path], progress: Progress) -> Progress:
+    """Return ``progress`` with the name of the graph, which of three files the second has."""
+    name = candidate[min(1, len(candidate) - 1)].name
+    return lambda line, done: progress(f"{name}: check of {line}", done)
 
 
 def run_graph(
@@ -105,4 +136,5 @@ def tokens_of(outputs: dict[str, Array]) -> VisualTokens:
         origin=outputs["patch_index"],
         assignment=outputs["assignment"],
         milliseconds={},
+        order=outputs.get(ORDER_OUTPUT),
     )

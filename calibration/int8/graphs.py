@@ -6,7 +6,7 @@ is float16. The gate is measured on held-out frames and on the files that will b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import onnx_ir as ir
 
-from calibration.agreement.graphs import compare_graphs, rank_stages
+from calibration.agreement.graphs import compare_budgets, rank_stages
 from calibration.agreement.token_metrics import Agreement, Gate
 from calibration.frames.dataset import CalibrationSet
 from calibration.int8.options import Int8Options
@@ -41,6 +41,7 @@ HALF_OPSET = 19
 AnyGraph = TypeVar("AnyGraph", bound=Graph)
 
 _SET_NOTE = "calibration_set_sha256"
+_FIRST = ", first "
 _SUSPECTS = 5
 _SUSPECT_FRAMES = 2
 
@@ -52,7 +53,8 @@ class Int8Graphs:
     Attributes:
         written: each file by its place in the bundle.
         calibration: what they were made with.
-        agreements: with FP32 on frames held out, by graph; empty where there were no frames.
+        agreements: with FP32 on frames held out, by graph, and of its smaller budgets; empty where
+            there were no frames.
         held_out: how many frames that were.
         searches: what `--precision mixed` found, by graph.
     """
@@ -157,14 +159,15 @@ def make_int8_graphs(task: Int8Task, progress: Progress = lambda line, done: Non
             part = _part(progress, 0.5, 0.8)
             calibration, searches = _search(task, calibration, held_out, part)
     written = dict(_write_graphs(task, calibration, _part(progress, 0.8, 0.9)))
-    agreements = {}
+    agreements: dict[str, Agreement] = {}
     if held_out is not None:
         part = _part(progress, 0.9, 1.0)
         threads = task.options.how.threads
-        agreements = {
-            name: compare_graphs(task.sources(name), task.made(name), held_out, threads, part)
-            for name in task.budgets
-        }
+        for name in task.budgets:
+            counts = [one.reducer.tokens for one in task.files.graphs if one.file == name]
+            sides = task.sources(name), task.made(name)
+            found = compare_budgets(*sides, held_out, counts, threads, part)
+            agreements |= {_told_budget(name, count, counts): one for count, one in found.items()}
         _refuse_below_gate(task, calibration, agreements, held_out)
     calibration.save(task.root / RECORD_NAME)
     for name, search in searches.items():
@@ -221,6 +224,11 @@ def _write_graphs(
         yield name, exported
 
 
+def _told_budget(name: str, count: int, counts: Sequence[int]) -> str:
+    """Return what a budget is called: its file, and how many of its tokens if not all."""
+    return name if count == max(counts) else f"{name}{_FIRST}{count}"
+
+
 def _refuse_below_gate(
     task: Int8Task,
     calibration: Calibration,
@@ -236,7 +244,7 @@ def _refuse_below_gate(
         f"{one.cosine:.4f}"
         for name, one in missed.items()
     )
-    name = next(iter(missed))
+    name = next(iter(missed)).split(_FIRST)[0]
     few = islice(held_out, _SUSPECT_FRAMES)
     worst = rank_stages(task.sources(name), task.made(name), few, task.options.how.threads)
     layers = ", ".join(f"{one.stage} ({one.growth:+.1%})" for one in worst[:_SUSPECTS])

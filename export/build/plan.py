@@ -62,8 +62,8 @@ class BuildOptions:
         out: the bundle's directory.
         target: the device, a name of `engines.targets`.
         reducer: a name of `export.reducers.REDUCERS`.
-        tokens: a graph is built for each; without any, for what the reducer's options leave. None
-            is 64, unless the reducer and its options say a number.
+        tokens: the budgets; without any, what the reducer's options leave. None is 64, unless the
+            reducer and its options say a number.
         reducer_options: options of the reducer, which take precedence over what a budget implies.
         precision: of the vision graph; None takes the target's default.
         decoders: which of them the bundle gets.
@@ -82,8 +82,8 @@ class BuildOptions:
     tokens: Annotated[
         tuple[Budget, ...] | None,
         typer.Option(
-            help="Visual tokens to leave (64 if left out). Several, such as 64,192,all, give a "
-            "graph each, with one file of weights; `runtime.ask --visual-tokens` chooses."
+            help="Visual tokens to leave (64 if left out). Several, such as 64,192,all, are "
+            "budgets with one tower for all; `runtime.ask --visual-tokens` chooses."
         ),
         Typed(budgets_from_text),
     ] = None
@@ -107,7 +107,7 @@ class BuildOptions:
 
     @property
     def budgets(self) -> tuple[Budget | None, ...]:
-        """The tokens of each graph; None is what the reducer's options leave."""
+        """The tokens of each; None is what the reducer's options leave."""
         if self.tokens is not None:
             return self.tokens or (None,)
         if self.reducer == "none":
@@ -124,7 +124,7 @@ class BuildPlan:
         checkpoint: opened.
         target: the device.
         precision: of the vision graphs.
-        reducers: a graph is built for each.
+        reducers: one for each budget.
         opset: of the graphs.
         cost: what it will take.
         record: the calibration to be used again, if one is.

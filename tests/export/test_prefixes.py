@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
+from calibration.agreement.graphs import compare_budgets
 from engines.bundle import Bundle, open_bundle
 from engines.errors import BundleError, OptionError
 from engines.manifest import json_from_manifest, manifest_from_json
@@ -136,3 +138,27 @@ def test_a_manifest_that_cuts_tokens_without_an_order_is_refused(ranked: Bundle)
     edited = manifest.model_copy(update={"vision": (manifest.vision[0], unordered)})
     with pytest.raises(BundleError, match=r"vision\[1\].reducer.tokens is 5 and its file leaves 8"):
         manifest_from_json(json_from_manifest(edited), "bundle.json")
+
+
+def test_every_budget_of_a_ranking_is_compared(ranked: Bundle, tmp_path: Path) -> None:
+    """Two graphs that keep the same eight patches, one of them in the opposite order of rank."""
+    exact = ranked.path("vision/scope_8.onnx")
+    model = ir.load(exact)
+    order = next(value for value in model.graph.outputs if value.name == "token_order")
+    seven = ir.tensor(np.array(7, np.int64), name="seven")
+    constant = ir.val("seven", ir.DataType.INT64, (), const_value=seven)
+    model.graph.register_initializer(constant)
+    order.name = "rank"
+    node = ir.node("Sub", [constant, order])
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = (
+        "token_order", order.type, order.shape
+    )  # fmt: skip
+    model.graph.append(node)
+    model.graph.outputs[model.graph.outputs.index(order)] = node.outputs[0]
+    ir.save(model, tmp_path / "reversed.onnx")
+    frames = [preprocess_batch(PICTURES[:1], ranked.preprocessing)]
+    same = compare_budgets([exact], [exact], frames, (8, 3), 1)
+    assert (same[8].overlap, same[3].overlap) == (1.0, 1.0)
+    other = compare_budgets([exact], [tmp_path / "reversed.onnx"], frames, (8, 3), 1)
+    assert other[8].overlap == 1.0
+    assert other[3].overlap < 1.0
