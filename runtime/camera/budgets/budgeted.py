@@ -116,7 +116,7 @@ class BudgetedEncoder(AbstractContextManager["BudgetedEncoder"]):
             return answer(encode(tokens))
 
         def play_round() -> dict[int, FrameCost]:
-            costs = {}
+            costs: dict[int, FrameCost] = {}
             for budgets in self._by_graph:  # one graph's are encoded once: they cost the same
                 visual = encode(budgets[-1])
                 costs |= {tokens: answer(visual.first(tokens)) for tokens in budgets}
