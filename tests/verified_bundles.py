@@ -12,7 +12,7 @@ import onnx
 from onnx import numpy_helper
 
 from engines.bundle import open_bundle, write_bundle
-from engines.manifest import ReducerSpec
+from engines.manifest import ReducerSpec, SharedGraphs
 from export.checkpoint.llava import open_checkpoint
 from export.reducers import make_reducer
 from export.vision.to_onnx import export_onnx
@@ -36,12 +36,12 @@ def rewrite_bundle(source: Path, destination: Path, change: Change) -> Path:
 
 
 def change_weight(
-    module: str, change: Callable[[np.ndarray], np.ndarray], pattern: str = "visionzip_*.onnx"
+    module: str, change: Callable[[np.ndarray], np.ndarray], name: str | None = None
 ) -> Change:
-    """Change the weight that a module of the first vision graph multiplies by, or adds."""
+    """Change the weight that a module multiplies by, or adds; it lies in the part of that name."""
 
     def apply(root: Path) -> None:
-        (file,) = (root / "vision").glob(pattern)
+        file = root / "vision" / (name or f"{module.split('.', maxsplit=1)[0]}.onnx")
         model = onnx.load(file)
         weight = next(w for w in model.graph.initializer if w.name.startswith(module))
         values = change(numpy_helper.to_array(weight).copy())
@@ -52,18 +52,22 @@ def change_weight(
 
 
 def put_fp16(source: Path) -> Change:
-    """Replace the first vision graph by its float16 twin."""
+    """Replace the vision graphs by the float16 twin of the first."""
 
     def apply(root: Path) -> dict[str, Any]:
-        first = open_bundle(source).vision()
-        write_fp16_graph(source / first.file, root / first.file)
-        return {"vision": (first.model_copy(update={"precision": "fp16"}),)}
+        bundle = open_bundle(source)
+        half = []
+        for stage in bundle.stages(bundle.vision()):
+            write_fp16_graph(source / stage.file, root / stage.file)
+            half.append(stage.model_copy(update={"precision": "fp16"}))
+        tower, reducer, projector = half
+        return {"vision": (reducer,), "shared": SharedGraphs(tower=tower, projector=projector)}
 
     return apply
 
 
 def put_prumerge(source: Path, checkpoint: Path, budget: int = 6) -> Change:
-    """Put a PruMerge graph first, before the others."""
+    """Put a whole PruMerge graph in the place of the others."""
 
     def apply(root: Path) -> dict[str, Any]:
         reducer = make_reducer("prumerge", budget=budget)
@@ -76,6 +80,6 @@ def put_prumerge(source: Path, checkpoint: Path, budget: int = 6) -> Change:
             "outputs": exported.outputs,
         }
         first = open_bundle(source).vision()
-        return {"vision": (first.model_copy(update=changes), first)}
+        return {"vision": (first.model_copy(update=changes),), "shared": None}
 
     return apply

@@ -185,6 +185,6 @@ def verified_bundle(language_checkpoint: Path, tmp_path_factory: pytest.TempPath
 def prumerge_bundle(
     verified_bundle: Path, language_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The same bundle with PruMerge's graph first."""
+    """The same bundle with a graph of PruMerge instead of the others."""
     change = put_prumerge(verified_bundle, language_checkpoint)
     return rewrite_bundle(verified_bundle, tmp_path_factory.mktemp("prumerge") / "bundle", change)
