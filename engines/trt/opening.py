@@ -14,7 +14,8 @@ from engines.targets import Target
 from engines.trt.cuda_memory import open_cuda_runtime
 from engines.trt.library import load_library_for
 from engines.trt.plan import find_plan, machine_here, read_plan, read_record
-from engines.trt.session import TrtSession, Wiring
+from engines.trt.session import TrtSession
+from engines.trt.wiring import Wiring
 
 
 def open_plans(

@@ -12,19 +12,18 @@ import logging
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engines.errors import EngineError
-from engines.session import Array, InputSpec, check_inputs
+from engines.session import Array, check_inputs
 from engines.trt.cuda_memory import Cuda
 from engines.trt.execution_context import make_context, open_kernel_cache
 from engines.trt.library import TrtLibrary
 from engines.trt.logger import process_logger
+from engines.trt.wiring import DeviceTensor, QueuedValue, Shape, Wiring
 
 _LOG = logging.getLogger(__name__)
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -37,74 +36,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "UINT8": np.dtype(np.uint8),
 }
 _PROFILE = 0
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class DeviceTensor:
-    """One input or output with its two buffers, as large as the profile allows."""
-
-    name: str
-    dtype: np.dtype[Any]
-    min: Shape
-    """Of an input; empty for an output."""
-    opt: Shape
-    """Likewise."""
-    max: Shape
-    device: int
-    pinned: NDArray[np.uint8] | None
-    """None where it is not copied to or from the host."""
-    borrowed: bool = False
-    """The device buffer is another stage's."""
-
-    @property
-    def most_bytes(self) -> int:
-        """Size of the device buffer."""
-        return int(np.prod(self.max)) * self.dtype.itemsize
-
-    def spec(self) -> InputSpec:
-        """Return what `check_inputs` compares an input with; any number of rows is taken."""
-        ranges = zip(self.min[1:], self.max[1:], strict=True)
-        return InputSpec(self.dtype, ("rows", *(range(low, high + 1) for low, high in ranges)))
-
-    def view(self, shape: Shape) -> Array:
-        """Return the page-locked buffer as an array of a shape."""
-        if self.pinned is None:
-            raise RuntimeError(f"{self.name} stays on the device")
-        size = int(np.prod(shape)) * self.dtype.itemsize
-        return self.pinned[:size].view(self.dtype).reshape(shape)
-
-
-@dataclass(frozen=True)
-class Wiring:
-    """How a plan that is one of several stages lies beside the others.
-
-    Attributes:
-        stream: what all stages are queued on; None to make one.
-        on_device: inputs and outputs that pass between stages and are not copied to or from the
-            host.
-        buffers: those of them that lie in a buffer of another stage.
-    """
-
-    stream: int | None = None
-    on_device: frozenset[str] = frozenset()
-    buffers: Mapping[str, DeviceTensor] = field(default_factory=dict)
-
-
 _ALONE = Wiring()
-
-
-@dataclass(frozen=True)
-class QueuedValue:
-    """An output that is being computed.
-
-    Attributes:
-        shape: as it was queued.
-        rows: how many of its rows were asked for.
-    """
-
-    shape: Shape
-    rows: int
 
 
 class TrtSession(AbstractContextManager["TrtSession"]):

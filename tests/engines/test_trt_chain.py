@@ -12,7 +12,8 @@ from engines.errors import EngineError
 from engines.manifest import Graph, TensorSpec
 from engines.trt.library import TrtLibrary
 from engines.trt.opening import wire_reducer
-from engines.trt.session import TrtSession, Wiring
+from engines.trt.session import TrtSession
+from engines.trt.wiring import Wiring
 from tests.fake_tensorrt import DataType, FakeCuda, FakeTensor, Model, TensorIOMode, make_fake_trt
 
 IN, OUT = TensorIOMode.INPUT, TensorIOMode.OUTPUT
