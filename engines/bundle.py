@@ -91,6 +91,10 @@ class Bundle:
             f"for one of these, or build another with `python -m export.build --tokens {tokens}`."
         )
 
+    def largest_vision(self) -> VisionGraph:
+        """Return the graph with the most visual tokens."""
+        return max(self.manifest.vision, key=lambda graph: graph.reducer.tokens)
+
     def graph_bytes(self, graph: VisionGraph) -> int:
         """Return the size of a graph with its weights, which others may share."""
         names = {graph.file} | ({graph.weights} if graph.weights else set())

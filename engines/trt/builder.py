@@ -55,6 +55,7 @@ class PlanTask:
         inputs: the graph's inputs; a named axis is the batch.
         batch: the optimisation profile.
         workspace_bytes: scratch memory of the builder; None for the target's.
+        optimization_level: 0 to 5, how long to look for fast kernels; None is TensorRT's default.
     """
 
     onnx: Path
@@ -65,6 +66,7 @@ class PlanTask:
     inputs: tuple[TensorSpec, ...]
     batch: BatchRange = ONE_IMAGE
     workspace_bytes: int | None = None
+    optimization_level: int | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ def build_plan(options: PlanTask, on_progress: ProgressCallback | None = None) -
         parsed, parse_seconds = _timed(work.parse)
         network_report = report_network(parsed[1])
         data, build_seconds = _timed(lambda: work.build(parsed, on_progress))
+    opened = _open(library, data) if gpu else None
     record = write_plan(
         options.plan,
         memoryview(data),
@@ -156,6 +159,8 @@ def build_plan(options: PlanTask, on_progress: ProgressCallback | None = None) -
             profile=profile,
             flags=_FLAGS,
             workspace_bytes=workspace_of(options),
+            optimization_level=options.optimization_level,
+            context_bytes=None if opened is None else int(opened.device_memory_size_v2),
             build_seconds=round(build_seconds, 3),
             built_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             foveate=__version__,
@@ -164,7 +169,7 @@ def build_plan(options: PlanTask, on_progress: ProgressCallback | None = None) -
     layers = LayerReport(
         parse_seconds=round(parse_seconds, 3),
         network=network_report,
-        engine=_inspect(library, data, log) if gpu else report_layers(log.layers),
+        engine=report_layers(log.layers) if opened is None else _inspect(library.trt, opened),
     )
     with staged_file(layers_path(options.plan), EngineError) as staged:
         staged.write_text(layers.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -234,6 +239,7 @@ class _Compilation:
             "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
             "progress_monitor": monitor,
             "load_timing_cache": str(cache) if cache and cache.is_file() else None,
+            "builder_optimization_level": self.options.optimization_level,
         }
         if self.library.name == "tensorrt":
             return self.loaders.CreateConfig(**common)
@@ -246,12 +252,14 @@ def _clear_tf32(trt: Any, config: Any) -> None:
     config.clear_flag(trt.BuilderFlag.TF32)
 
 
-def _inspect(library: TrtLibrary, data: Any, log: BuildLog) -> EngineReport | None:
+def _open(library: TrtLibrary, data: Any) -> Any:
+    """Return the engine of a plan that was built on this GPU; None where it cannot be opened."""
     trt = library.trt
     runtime = trt.Runtime(process_logger(trt))
-    engine = runtime.deserialize_cuda_engine(data)
-    if engine is None:
-        return report_layers(log.layers)
+    return runtime.deserialize_cuda_engine(data)
+
+
+def _inspect(trt: Any, engine: Any) -> EngineReport | None:
     inspector = engine.create_engine_inspector()
     return report_engine(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engines.errors import OptionError
+from engines.memory.context_length import ContextNeed
 from runtime.camera.budgets.goal_options import GoalOptions
 from runtime.camera.view_options import ViewOptions
 from runtime.frames.source import SourceOptions
@@ -44,6 +45,8 @@ EXAMPLES = (
     'python -m runtime.watch build/pocket 0 --ask "What is ahead?" --latency-target 200ms',
 )
 
+_PROMPT_TOKENS = 512
+"""The question may be changed to a longer one while the loop runs."""
 SHORT_ANSWERS = GenerationOptions(max_tokens=64)
 
 
@@ -112,7 +115,9 @@ def watch(
     with ExitStack() as open_things:
         sources = [open_things.enter_context(_open(each, options.source)) for each in given]
         # Left to the garbage collector: a backend that hangs may still be inside it at the end.
-        model = options.model.open(bundle, batch=len(sources))
+        generation = options.generation or SHORT_ANSWERS
+        need = ContextNeed(None, _PROMPT_TOKENS, generation.max_tokens, exchanges=1)
+        model = options.model.open(bundle, batch=len(sources), need=need.with_text(options.system))
         recording = None
         if options.record:
             recording = Recording(options.record, model.bundle, cameras=len(sources))

@@ -71,7 +71,7 @@ def test_a_cache_that_no_machine_holds_is_told(language_bundle: Bundle) -> None:
     text = manifest.text.model_copy(update={"context_length": 10**15})
     endless = replace(language_bundle, manifest=manifest.model_copy(update={"text": text}))
     with pytest.raises(BackendError, match=r"takes 512000000\.0 GB, which this machine does not"):
-        open_ort_backend(endless, threads=1)
+        open_ort_backend(endless, threads=1, context_length=10**15)
 
 
 def test_running_out_of_memory_leaves_the_conversation_as_it_was(
