@@ -173,8 +173,8 @@ def _print_comparison(options: EstimateOptions, found: Comparison) -> None:
         for part in (*found.reduced_memory.parts, *found.full_memory.parts)
     )
     for name in names:
-        left, right, sign = _part_of(found, name)
-        rows.append((f"{name}, MB{sign}", left / 1e6, right / 1e6, ",.0f"))
+        less, more, sign = _part_of(found, name)
+        rows.append((f"{name}, MB{sign}", less / 1e6, more / 1e6, ",.0f"))
     totals = found.reduced_memory.total_bytes / 1e9, found.full_memory.total_bytes / 1e9
     rows.append(("memory, GB", *totals, ".2f"))
     for name, left, right, style in rows:
