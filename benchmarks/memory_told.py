@@ -110,7 +110,7 @@ def hold(bundle: Bundle, part: Part, context: int) -> dict[str, int]:
 def _open_vision(bundle: Bundle) -> Callable[[bool], object]:
     from runtime.vision import VisionEncoder
 
-    encoder = VisionEncoder(bundle, threads=1)
+    encoder = VisionEncoder(bundle, threads=2)
     picture = np.zeros((480, 640, 3), np.uint8)
     return lambda _: encoder.encode([picture])
 
@@ -121,7 +121,7 @@ def _open_decoder(bundle: Bundle, part: Part, context: int) -> Callable[[bool], 
 
     name, _, cache = part.partition(" ")
     kv_cache: Literal["f16", "q8"] = "q8" if cache else "f16"
-    backend = open_backend(bundle, name, threads=1, context_length=context, kv_cache=kv_cache)
+    backend = open_backend(bundle, name, threads=2, context_length=context, kv_cache=kv_cache)
     width = bundle.manifest.text.hidden_size
     rows = np.random.default_rng(0).normal(0, 0.02, (context - 1, width)).astype(np.float32)
 

@@ -330,7 +330,7 @@ def _readme(manifest: Manifest) -> str:
 This directory is a Foveate bundle: everything that is needed to ask {manifest.model} about a
 picture, without PyTorch. Ask it:
 
-    pip install foveate
+    pip install 'foveate[cpu]'
     python -m runtime.ask . picture.jpg "What is in the picture?"
 
 The vision graph (pixels in, visual tokens out):
