@@ -32,7 +32,7 @@ from engines.bundle import Bundle, open_bundle
 from engines.errors import FoveateError
 from engines.estimate import find_shape
 from engines.memory.decoder import DecoderPlan, decoder_parts
-from engines.memory.of_model import decoder_shape, tower_bytes
+from engines.memory.of_model import decoder_shape, vision_bytes
 from engines.memory.parts import MemoryNeed
 from engines.memory.process import process_parts
 from engines.memory.vision import VisionPlan, vision_parts
@@ -73,7 +73,8 @@ def estimate(model: str, part: Part, context: int) -> int:
     """Count what one part takes, as `engines.estimate` does."""
     parts = process_parts(cuda=False)
     if part == "vision":
-        plan = VisionPlan("ort", tower_bytes("fp32"), CLIP_L_336_POSITIONS, "fp32")
+        weights = vision_bytes(find_shape(model).hidden, "fp32")
+        plan = VisionPlan("ort", weights, CLIP_L_336_POSITIONS, "fp32")
         return MemoryNeed((*parts, *vision_parts(plan))).total_bytes
     backend, _, cache = part.partition(" ")
     decoder = DecoderPlan(

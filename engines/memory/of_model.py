@@ -81,7 +81,7 @@ def need_of_model(shape: TransformerShape, target: Target, plan: ModelPlan) -> M
     precision = target.default_precision
     vision = VisionPlan(
         engine=target.engine,
-        weight_bytes=tower_bytes(precision),
+        weight_bytes=vision_bytes(shape.hidden, precision),
         positions=CLIP_L_336_POSITIONS,
         precision=precision,
     )
@@ -131,8 +131,9 @@ def decoder_shape(shape: TransformerShape) -> DecoderShape:
     )
 
 
-def tower_bytes(precision: str) -> int:
-    """Return the size of CLIP-L/336's weights."""
+def vision_bytes(hidden_size: int, precision: str) -> int:
+    """Return the size of CLIP-L/336's weights and of LLaVA's projector of two matrices."""
     bits = 16 if precision in ("fp16", "mixed") else 32
     costs = list_costs(CLIP_L_336, CLIP_L_336_POSITIONS, Bits(bits, 16, 16))
-    return int(total_cost(costs).weight_bytes)
+    projector = (CLIP_L_336.hidden + hidden_size) * hidden_size
+    return int(total_cost(costs).weight_bytes + projector * bits / 8)
