@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from engines.bundle import Bundle, open_bundle
 from engines.errors import BackendError
 from engines.llm_words import KvCache, LlmDevice
@@ -209,6 +211,29 @@ class Model(AbstractContextManager["Model"]):
                 "total": (ended - started) * 1e3,
             },
         )
+
+    def warm_up(self, batch: int = 1) -> float:
+        """Answer once about a black picture, so that the first real answer is as fast as the next.
+
+        Kernels are loaded, weights are read from the disk, buffers and CUDA graphs are made.
+
+        Args:
+            batch: images that are usually encoded at once.
+
+        Returns:
+            Seconds it took.
+
+        Raises:
+            FoveateError: what a first answer would raise.
+        """
+        started = time.perf_counter()
+        size = self.bundle.manifest.preprocessing
+        black = np.zeros((size.height, size.width, 3), np.uint8)
+        if batch > 1:
+            self.encoder.encode([black] * batch)
+        options = GenerationOptions(max_tokens=2)
+        self.answer_about([self.encoder.encode([black])], "What is ahead?", options)
+        return time.perf_counter() - started
 
     @property
     def context(self) -> Context:
