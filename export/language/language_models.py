@@ -56,6 +56,12 @@ class DecoderOptions:
     precision: Annotated[LlmPrecision, typer.Option("--llm-precision", help="int4 or fp32.")] = (
         "int4"
     )
+    gguf_precision: Annotated[
+        GgufPrecision | None,
+        typer.Option(
+            help="llama.cpp: q4_k_m, q8_0, f16 or f32; left out, q4_k_m for int4, f16 for fp32."
+        ),
+    ] = None
     device: Annotated[
         LlmDevice,
         typer.Option(
@@ -63,12 +69,6 @@ class DecoderOptions:
             help="Where ONNX Runtime will compute the decoder: cpu, or cuda for float16 on a GPU.",
         ),
     ] = "cpu"
-    gguf_precision: Annotated[
-        GgufPrecision | None,
-        typer.Option(
-            help="llama.cpp: q4_k_m, q8_0, f16 or f32; left out, q4_k_m for int4, f16 for fp32."
-        ),
-    ] = None
 
     def precision_of(self, backend: DecoderBackend) -> LlmPrecision | GgufPrecision:
         """Return the precision a backend's decoder will have."""
