@@ -140,7 +140,7 @@ def build_plan(options: PlanTask, on_progress: ProgressCallback | None = None) -
         parsed, parse_seconds = _timed(work.parse)
         network_report = report_network(parsed[1])
         data, build_seconds = _timed(lambda: work.build(parsed, on_progress))
-    opened = _open(library, data) if gpu else None
+    engine = _open(library, data) if gpu else None
     record = write_plan(
         options.plan,
         memoryview(data),
@@ -160,7 +160,7 @@ def build_plan(options: PlanTask, on_progress: ProgressCallback | None = None) -
             flags=_FLAGS,
             workspace_bytes=workspace_of(options),
             optimization_level=options.optimization_level,
-            context_bytes=None if opened is None else int(opened.device_memory_size_v2),
+            context_bytes=None if engine is None else int(engine.device_memory_size_v2),
             build_seconds=round(build_seconds, 3),
             built_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             foveate=__version__,
@@ -169,7 +169,7 @@ def build_plan(options: PlanTask, on_progress: ProgressCallback | None = None) -
     layers = LayerReport(
         parse_seconds=round(parse_seconds, 3),
         network=network_report,
-        engine=report_layers(log.layers) if opened is None else _inspect(library.trt, opened),
+        engine=report_layers(log.layers) if engine is None else _inspect(library.trt, engine),
     )
     with staged_file(layers_path(options.plan), EngineError) as staged:
         staged.write_text(layers.model_dump_json(indent=2) + "\n", encoding="utf-8")
