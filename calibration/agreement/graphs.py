@@ -10,7 +10,12 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from calibration.agreement.stages import StageError, measure_stages, read_stages, tap_graph
-from calibration.agreement.token_metrics import Agreement, average_agreement, compare_visual_tokens
+from calibration.agreement.token_metrics import (
+    Agreement,
+    TokenAgreement,
+    average_agreement,
+    compare_visual_tokens,
+)
 from calibration.frames.dataset import Frames
 from engines.ort import OrtSession
 from engines.progress_bar import Progress
@@ -27,13 +32,24 @@ def compare_graphs(
     progress: Progress = lambda line, done: None,
 ) -> Agreement:
     """Return how alike two graphs are over frames, of which there is at least one."""
+    return average_agreement(compare_pictures(reference, candidate, frames, threads, progress))
+
+
+def compare_pictures(
+    reference: Path,
+    candidate: Path,
+    frames: Frames,
+    threads: int | None = None,
+    progress: Progress = lambda line, done: None,
+) -> list[TokenAgreement]:
+    """Return how alike two graphs are on each frame."""
 
     def tell(line: str, done: float) -> None:
         progress(f"{candidate.name}: check of {line}", done)
 
     theirs = run_graph(reference, frames, threads)
     ours = run_graph(candidate, frames, threads, tell)
-    return average_agreement(map(compare_visual_tokens, theirs, ours))
+    return list(map(compare_visual_tokens, theirs, ours))
 
 
 def run_graph(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +26,7 @@ _PRECISIONS = tuple(GATES)
 
 
 def _told(gate: Gate) -> str:
-    return f"overlap={gate.overlap:g},cosine={gate.cosine:g}"
+    return ",".join(f"{name}={limit:g}" for name, limit in asdict(gate).items())
 
 
 def gate_from_text(text: str) -> Gate:
@@ -85,8 +85,9 @@ class Int8Options:
     gate: Annotated[
         Gate | None,
         typer.Option(
-            help="Least agreement with FP32 on frames that were held out: overlap of the kept "
-            "patches (IoU) and cosine of the tokens made of the same, on average. Left out, "
+            help="Least agreement with FP32 on frames that were held out: on average overlap of "
+            "the kept patches (IoU), cosine of the tokens made of the same, and share of the other "
+            "patches merged alike (merged); and overlap on the worst frame (worst). Left out, "
             f"{_told(GATES['int8'])} for int8, {_told(GATES['mixed'])} for mixed."
         ),
         Typed(gate_from_text),

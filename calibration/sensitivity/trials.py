@@ -34,10 +34,10 @@ class Trials:
     def __init__(
         self,
         graph_file: Path,
+        apart: Path,
         calibration: Calibration,
         frames: Frames,
         threads: int | None,
-        folder: Path,
         kept: Path | None,
     ) -> None:
         """Prepare.
@@ -45,10 +45,11 @@ class Trials:
         Args:
             graph_file: the float32 graph, as `graphs.graph_file` writes it: with the digest of
                 its weights in it, if they lie beside it.
+            apart: the same with its weights apart (`graphs.weights_apart`); quantized graphs are
+                written beside it for a moment.
             calibration: of its checkpoint; what it excludes has no meaning here.
             frames: float32[1, 3, H, W] each.
             threads: CPU threads.
-            folder: where quantized graphs are written for a moment.
             kept: file that keeps what is measured, of other graphs, calibrations and frames too;
                 None keeps nothing.
 
@@ -57,9 +58,8 @@ class Trials:
         """
         if len(frames) == 0:
             raise CalibrationError("There are no frames to search on, expected at least one.")
-        self._graph_file, self._frames, self._threads = graph_file, frames, threads
+        self._apart, self._frames, self._threads = apart, frames, threads
         self._calibration = calibration
-        self._trial_file = folder / "trial.onnx"
         self._kept = kept
         self._known = _load(kept)
         self._subject = _identify(graph_file, calibration, frames)
@@ -69,17 +69,18 @@ class Trials:
         names = tuple(name for name in self._calibration.layers if name in excluded)
         key = hashlib.sha256("\n".join((self._subject, *names)).encode()).hexdigest()
         if key not in self._known:
-            model = ir.load(self._graph_file)
+            model = ir.load(self._apart)
             apply_calibration(model, self._calibration.excluding(names))
-            ir.save(model, self._trial_file, external_data="trial.data")
-            made = run_graph(self._trial_file, self._frames, self._threads)
+            trial = self._apart.with_name("trial.onnx")
+            ir.save(model, trial)
+            made = run_graph(trial, self._frames, self._threads)
             self._known[key] = average_agreement(map(compare_visual_tokens, self._exact, made))
             self._save()
         return self._known[key]
 
     @cached_property
     def _exact(self) -> list[VisualTokens]:
-        return list(run_graph(self._graph_file, self._frames, self._threads))
+        return list(run_graph(self._apart, self._frames, self._threads))
 
     def _save(self) -> None:
         if self._kept is None:

@@ -27,7 +27,7 @@ from export.language.language_models import DecoderOptions
 from runtime.vision import VisionEncoder
 from tests.photographs import load_photographs
 
-ANY = Gate(0.0, 0.0)
+ANY = Gate(0.0, 0.0, 0.0, 0.0)
 EXACT = Gate(1.0, 1.0)
 
 
@@ -172,7 +172,7 @@ def test_calibrating_the_bundle_without_pytorch_gives_the_same_graphs(
     out = tmp_path / "int8"
     done = run_without_pytorch(
         *(str(fp32.root), "--frames", str(folder), "--out", str(out), "--json"),
-        *("--gate", "overlap=0,cosine=0"),
+        *("--gate", "overlap=0,cosine=0,worst=0,merged=0"),
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -271,7 +271,7 @@ def test_an_interrupted_calibration_goes_on(
 def test_mixed_gives_layers_back_until_the_gate_holds(
     fp32: Bundle, folder: Path, tmp_path: Path
 ) -> None:
-    strict = Gate(overlap=0.0, cosine=0.99999)
+    strict = Gate(overlap=0.0, cosine=0.99999, worst=0.0, merged=0.0)
     options = Int8Options(frames=str(folder), gate=strict)
     result = calibrate_bundle(fp32, tmp_path / "mixed", options, precision="mixed")
     made = open_bundle(tmp_path / "mixed")
@@ -292,7 +292,7 @@ def test_mixed_gives_layers_back_until_the_gate_holds(
 
 
 def test_an_interrupted_search_goes_on(fp32: Bundle, folder: Path, tmp_path: Path) -> None:
-    options = Int8Options(frames=str(folder), gate=Gate(overlap=0.0, cosine=0.99999))
+    options = Int8Options(frames=str(folder), gate=Gate(0.0, 0.99999, 0.0, 0.0))
     calibrate_bundle(fp32, tmp_path / "whole", options, precision="mixed")
     lines: list[str] = []
 
@@ -331,7 +331,9 @@ def test_only_a_float32_bundle_is_calibrated(
 
 @pytest.mark.parametrize("text", ["overlap", "overlap=2", "speed=0.5", "cosine=much"])
 def test_a_gate_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(OptionError, match=r"is not overlap or cosine with a number from 0 to 1"):
+    with pytest.raises(
+        OptionError, match=r"is not overlap or cosine or worst or merged with a number from 0 to 1"
+    ):
         gate_from_text(text)
 
 
