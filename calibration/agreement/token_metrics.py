@@ -90,8 +90,8 @@ class Gate:
 
     overlap: float = 0.97
     cosine: float = 0.99
-    worst: float = 0.7
-    merged: float = 0.6
+    worst: float = 0.5
+    merged: float = 0.63
 
     def holds(self, agreement: Agreement) -> bool:
         """Return whether every measure is reached."""
@@ -124,7 +124,8 @@ class Gate:
 def average_agreement(pictures: Iterable[TokenAgreement]) -> Agreement:
     """Return the average over pictures, of which there is at least one, and the worst overlap."""
     rows = np.array([(one.overlap, one.assignment, one.cosine_mean) for one in pictures])
-    return Agreement(*rows.mean(axis=0).tolist(), worst=float(rows[:, 0].min()))
+    overlap, assignment, cosine = rows.mean(axis=0).tolist()
+    return Agreement(overlap, assignment, cosine, worst=float(rows[:, 0].min()))
 
 
 def compare_visual_tokens(reference: VisualTokens, candidate: VisualTokens) -> TokenAgreement:

@@ -72,7 +72,7 @@ class FrameOptions:
     max_frames: Annotated[
         int,
         typer.Option(
-            min=2, help="Most frames to take, spread evenly over the source, repeats left out."
+            min=8, help="Most frames to take, spread evenly over the source, repeats left out."
         ),
     ] = 256
     view: SourceOptions = field(default_factory=SourceOptions)
@@ -86,7 +86,7 @@ class FrameOptions:
         if self.max_frames < 2 or not self.live_s > 0:
             raise OptionError(
                 f"max_frames is {self.max_frames} and live_s {self.live_s:g}, expected at least 2 "
-                "frames (one of them to check on) and more than 0 seconds."
+                "frames and more than 0 seconds."
             )
 
 

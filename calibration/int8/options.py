@@ -20,7 +20,9 @@ from runtime.frames import open_source
 GATES: dict[Precision, Gate] = {"int8": Gate(overlap=0.9, cosine=0.99), "mixed": Gate()}
 """Least agreement unless the user asks for another. Patches of a plain background have nearly equal
 scores, and any rounding exchanges some: one exchanged of 53 is an overlap of 0.963. So INT8 in all
-layers is asked for less, and the search of ``mixed`` gives back layers until it is better."""
+layers is asked for less, and the search of ``mixed`` gives back layers until it is better. The
+floors, 0.5 for the worst picture and 0.63 for what is merged alike, are between sound and broken
+INT8 of the bundled checkpoint; docs/calibration.md has the table."""
 
 _PRECISIONS = tuple(GATES)
 
