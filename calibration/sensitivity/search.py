@@ -19,7 +19,7 @@ from calibration.frames.dataset import Frames
 from calibration.scales.calibration_file import Calibration
 from calibration.scales.layers import find_sites
 from calibration.sensitivity.ranking import LARGE, Ranking, SiteCost, few_of
-from calibration.sensitivity.trials import Trials
+from calibration.sensitivity.trials import KnownTrials, Trials
 from engines.errors import GateError
 from engines.progress_bar import Progress
 from graphs.weights_apart import weights_apart
@@ -84,10 +84,11 @@ def search_exclusions(
         CalibrationError: the calibration is not of this graph, there are no frames, or ``resume``
             is damaged.
     """
+    known = KnownTrials(resume)
     with weights_apart(graph_file) as apart:
 
         def trials_on(these: Frames) -> Trials:
-            return Trials(graph_file, apart, calibration, these, threads, resume)
+            return Trials(graph_file, apart, calibration, these, threads, known)
 
         trials = trials_on(frames)
         others = trials if also_on is None else trials_on(also_on)
