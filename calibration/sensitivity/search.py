@@ -24,6 +24,8 @@ from engines.errors import GateError
 from engines.progress_bar import Progress
 from graphs.weights_apart import weights_apart
 
+_TRIED_AGAIN = 8
+"""Sites of a large tower that are tried in INT8 again once the gate holds, the cheapest first."""
 _TIGHTENED = (1.0, 0.7, 0.5, 0.3)
 """Errors to be reached on the frames of the search, in multiples of what the gate allows, until the
 gate holds on other frames as well: what just passes where it was searched fails elsewhere."""
@@ -65,7 +67,7 @@ def search_exclusions(
     What the calibration excludes already stays excluded, so that the gate can be met on one graph
     of a bundle after the other. Sites go in the order of what each costs alone per weight, because
     the weights tell how much time INT8 saves there. How many are needed is found by bisection, and
-    each that turns out not to be needed is quantized again.
+    each that turns out not to be needed is quantized again (of a large tower a few are tried).
 
     Args:
         graph_file: a float32 vision graph with the reducer that is to be right.
@@ -128,7 +130,8 @@ class _Search:
                 enough, chosen, after = middle, list(costs[:middle]), found
             else:
                 few = middle
-        for cost in reversed(chosen[:-1]):
+        tried_again = chosen[:-1] if len(costs) <= LARGE else chosen[:-1][-_TRIED_AGAIN:]
+        for cost in reversed(tried_again):
             self.progress(f"without {cost.site}", 0.95)
             fewer = [one for one in chosen if one is not cost]
             if self.gate.holds(found := self._measure_without(fewer)):
