@@ -185,7 +185,7 @@ def _calibration_cost(weights: int, precision: Precision, graphs: int, frames: i
         "int8",
         int(_PROCESS_BYTES + 4 * weights * _CALIBRATION_COPIES),
         int(4 * weights * _CALIBRATION_FILES),
-        2 * weights,
+        int(1.3 * weights),
         _GRAPH_S + weights / _GB * core_seconds / cores,
     )
 

@@ -17,6 +17,7 @@ from calibration.agreement.token_metrics import Gate
 from calibration.int8.bundle import calibrate_bundle
 from calibration.int8.graphs import RECORD_NAME
 from calibration.int8.options import Int8Options, gate_from_text
+from calibration.int8.report import lines_from_int8
 from calibration.int8.resume import ResumeFolder
 from calibration.scales.calibration_file import load_calibration
 from engines.bundle import Bundle, open_bundle
@@ -99,6 +100,10 @@ def test_every_budget_is_int8_and_says_so(bundle: Bundle, report: BuildReport) -
     assert report.int8.held_out == 3
     assert set(report.int8.agreements) == {graph.file for graph in bundle.manifest.vision}
     assert all(one.cosine > 0.98 for one in report.int8.agreements.values())
+    assert load_calibration(bundle.path(RECORD_NAME)).agreement == report.int8.reports
+    assert {one.pictures for one in report.int8.reports.values()} == {3}
+    told = "\n".join(lines_from_int8(report.int8))
+    assert "on 3 frames that nothing was decided on" in told and "warning: 3 frames say" in told
 
 
 @pytest.mark.parametrize("engine", ["ort", "openvino"])

@@ -57,7 +57,8 @@ def test_calibration_is_told_by_its_frames() -> None:
     assert seconds("int8", 0) < seconds("int8", 64) < seconds("int8", 128) < seconds("mixed", 128)
     assert seconds("int8", 128) < seconds("int8", 128, graphs=3)
     exact, int8 = (predict_cost(WEIGHTS, one, 1, ORT, 128) for one in ("fp32", "int8"))
-    assert int8.disk_bytes > exact.disk_bytes and int8.bundle_bytes < exact.bundle_bytes
+    assert int8.bundle_bytes < exact.bundle_bytes
+    assert max(step.temporary_bytes for step in int8.steps) > 4e9
 
 
 def test_llama_cpp_needs_room_for_a_float16_copy() -> None:
