@@ -145,7 +145,7 @@ def _updated(
     """Return the sums with one frame more; samples go to a place that no state before counts."""
     merged = dict(arrays)
     for site, one in found.items():
-        sums = {
+        sums: dict[str, NDArray[Any]] = {
             "lowest": one.lowest,
             "highest": one.highest,
             "sum": one.total.astype(np.float64),
