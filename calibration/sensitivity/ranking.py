@@ -20,7 +20,7 @@ from runtime.vision.preprocess import PixelValues
 
 LARGE = 40
 """Sites beyond which a tower is ranked layer by layer first."""
-_RANKED_ALONE = 24
+_RANKED_ALONE = 16
 """Sites of a large tower that are ranked one by one."""
 _RANKING_FRAMES = 4
 """Frames that a large tower is ranked on; what is decided is decided on all."""
