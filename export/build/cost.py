@@ -24,16 +24,19 @@ _PROCESS_BYTES = 1.2e9
 """PyTorch, transformers and ONNX Runtime, loaded."""
 _TOWER_COPIES = 3.5
 """Of the tower in float32, while it is traced and written."""
-_CALIBRATION_COPIES = 2.6
+_CALIBRATION_COPIES = 2
 """Of it, while it is calibrated, most of them of files that are mapped."""
-_CALIBRATION_FILES = 3.5
+_CALIBRATION_FILES = 3.6
 """Of it on the disk meanwhile: the float32 graph, one kept for another try, one with its weights
 apart, and the statistics."""
-_FRAME_CORE_SECONDS_PER_GIGAWEIGHT = 9
-_SMOOTHING_CORE_SECONDS_PER_GIGAWEIGHT = 150
-_QUANTIZING_CORE_SECONDS_PER_GIGAWEIGHT = 60
+_FRAME_CORE_SECONDS_PER_GIGAWEIGHT = 17
+"""Of 577 tokens."""
+_JUDGED_FRAMES = 1.2
+"""A frame in both precisions, in frames."""
+_SMOOTHING_CORE_SECONDS_PER_GIGAWEIGHT = 165
+_QUANTIZING_CORE_SECONDS_PER_GIGAWEIGHT = 50
 """For each graph."""
-_FRAMES_OF_RANKING, _TRIALS = 200, 25
+_FRAMES_OF_RANKING, _TRIALS = 160, 20
 """Of a search for layers to leave in floating point: frames to rank on, and trials after that."""
 _LARGEST_IN_WORK = 1.5
 """Matrices of the decoder in work at once, in sizes of the largest, which is the head."""
@@ -172,7 +175,7 @@ def _vision_cost(weights: int, precision: Precision, graphs: int) -> StepCost:
 
 def _calibration_cost(weights: int, precision: Precision, graphs: int, frames: int) -> StepCost:
     """Of eight frames five are run once; two are judged, in both precisions, for each graph."""
-    runs = frames * (5 / 8 + graphs * 2 * 2 / 8)
+    runs = frames * (5 / 8 + graphs * 2 / 8 * _JUDGED_FRAMES)
     if precision == "mixed" and frames:
         runs += graphs * (_FRAMES_OF_RANKING + _TRIALS * frames / 8)
     core_seconds = (
