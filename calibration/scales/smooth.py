@@ -32,7 +32,7 @@ Vector = NDArray[np.float32]
 _BINS = 2048
 _COLUMNS = 512
 """Outputs of the layers that trials are judged on. Trials of whole matrices took most of the time
-at CLIP-L size, and choose the same."""
+at CLIP-L size, and did not keep more patches of the bundled checkpoint."""
 
 
 @dataclass(frozen=True)

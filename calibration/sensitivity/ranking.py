@@ -1,7 +1,7 @@
 """Rank the sites of a tower by what each costs when it alone is quantized.
 
-Of a large tower, where one trial takes half a minute, whole layers are quantized alone, on a few
-frames, and then the sites of the costliest layers one by one.
+Of a large tower, where one frame takes seconds, whole layers are quantized alone, on a few frames,
+and then the sites of the costliest layers one by one.
 """
 
 from __future__ import annotations
