@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import shutil
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -31,16 +33,20 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from benchmarks import papers_path, random_graphs
+from benchmarks.board_table import BOARDS, BoardRow, fill_table
 from engines import cli
+from engines.device_facts import DeviceFacts, read_facts, read_memory
 from engines.errors import EngineError, OptionError
 from engines.gpu import Gpu, NoGpu, find_gpu
 from engines.manifest import Precision
 from engines.ort import CPU, CUDA, Provider
 from engines.targets import Target, load_targets
+from runtime.camera.budgets.power import PowerMeter, Tegrastats
 
 PIXELS = "pixel_values"
 DOMINANT, CONTEXTUAL = 54, 10
 _WARM_UP = 5
+_PAGE = Path("docs/jetson.md")
 _PACKAGES = ("torch", "transformers", "onnxruntime-gpu", "onnxruntime", "tensorrt", "polygraphy")
 Step = Callable[[], NDArray[Any]]
 """One batch, finished when it returns: [B, N, D] in the host's memory."""
@@ -54,6 +60,11 @@ class Timing:
     median_ms: float | None
     p90_ms: float | None
     problem: str = ""
+    power_w: float | None = None
+    """Mean of the board while the batches ran; only a Jetson tells it."""
+    memory_mb: float | None = None
+    """By how much the free memory shrank while the way was loaded and run: the GPU's, or a Jetson's
+    one memory."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,8 @@ class Case:
     config: CLIPVisionConfig = field(default_factory=lambda: random_graphs.CLIP_L_336)
     device: str = "cuda"
     """Another one where the benchmark itself is tested."""
+    meter: PowerMeter | None = None
+    """What tells the power; None where nothing does."""
 
     @property
     def side(self) -> int:
@@ -82,6 +95,7 @@ class Case:
 def measure(way: str, case: Case, prepare: Callable[[Case], Step]) -> Timing:
     """Warm up, look at what comes out, then time ``case.runs`` batches one by one."""
     print(f"{way} ...", file=sys.stderr)
+    before = free_bytes(case)
     try:
         step = prepare(case)
         for _ in range(_WARM_UP):
@@ -89,15 +103,28 @@ def measure(way: str, case: Case, prepare: Callable[[Case], Step]) -> Timing:
         if tokens.ndim != 3 or len(tokens) != case.batch or not np.isfinite(tokens).all():
             raise EngineError(f"{tokens.dtype}{list(tokens.shape)} came out, or not-a-numbers.")
         spent = []
+        if case.meter is not None:
+            case.meter.take_watts()  # of the warm-up
         for _ in range(case.runs):
             start = time.perf_counter()
             step()
             spent.append((time.perf_counter() - start) * 1e3)
+        power_w = None if case.meter is None else case.meter.take_watts()
+        after = free_bytes(case)
+        memory_mb = None if before is None or after is None else max(0, before - after) / 1e6
     except Exception as error:  # each library has its own, and the other rows are to be measured
         traceback.print_exc()
         said = " ".join(str(error).split())[:200].replace("|", "/")
         return Timing(way, None, None, f"{type(error).__name__}: {said}")
-    return Timing(way, float(np.median(spent)), float(np.percentile(spent, 90)))
+    median, p90 = float(np.median(spent)), float(np.percentile(spent, 90))
+    return Timing(way, median, p90, power_w=power_w, memory_mb=memory_mb)
+
+
+def free_bytes(case: Case) -> int | None:
+    """Return what is free of the memory that the GPU takes; None where nothing tells it."""
+    if case.gpu.integrated:
+        return read_memory(Path("/proc/meminfo")).get("MemAvailable")
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
 
 
 def _in_torch(case: Case, encode: Callable[[torch.Tensor], torch.Tensor]) -> Step:
@@ -302,7 +329,40 @@ def row_of(timing: Timing) -> str:
     """Return a line of the table."""
     if timing.median_ms is None:
         return f"| {timing.way} | - | - | {timing.problem} |"
-    return f"| {timing.way} | {timing.median_ms:.2f} | {timing.p90_ms:.2f} | |"
+    took = [] if timing.power_w is None else [f"{timing.power_w:.1f} W"]
+    took += [] if timing.memory_mb is None else [f"{timing.memory_mb:.0f} MB"]
+    beside = f" {', '.join(took)}" if took else ""
+    return f"| {timing.way} | {timing.median_ms:.2f} | {timing.p90_ms:.2f} |{beside} |"
+
+
+def board_rows(timings: list[Timing], board: str, measured: str) -> list[BoardRow]:
+    """Return timings as rows of docs/jetson.md."""
+    return [
+        BoardRow(
+            board,
+            timing.way,
+            timing.median_ms,
+            timing.p90_ms,
+            timing.power_w,
+            timing.memory_mb,
+            f"{measured}; {timing.problem}" if timing.problem else measured,
+        )
+        for timing in timings
+    ]
+
+
+def board_here(gpu: Gpu, facts: DeviceFacts) -> tuple[str, str]:
+    """Return the board's name in the table, and what it ran.
+
+    Orin's boards share the name of the GPU, so the device tree's model tells them apart.
+    """
+    ran = [f"JetPack {facts.jetpack}"] if facts.jetpack else []
+    ran += [f"power mode {facts.power_mode}"] if facts.power_mode else []
+    model = facts.board or ""
+    for board, words in BOARDS.items():
+        if all(word in model for word in words):
+            return board, ", ".join(ran)
+    return model or gpu.name, ", ".join([*ran, f"driver {gpu.driver}"])
 
 
 def main(
@@ -310,9 +370,17 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 1,
     runs: Annotated[int, typer.Option(min=3, help="Batches to time, one by one.")] = 100,
     only: Annotated[str, typer.Option(help="Only the ways with this in their name.")] = "",
+    write: Annotated[
+        bool,
+        typer.Option("--write", help="Put this board's rows into the table of docs/jetson.md."),
+    ] = False,
+    page: Annotated[Path, typer.Option(help="Where the table is.")] = _PAGE,
     as_json: cli.JsonOption = False,
 ) -> None:
-    """Time CLIP-L/14-336 with VisionZip on this machine's GPU, every way we know."""
+    """Time CLIP-L/14-336 with VisionZip on this machine's GPU, every way we know.
+
+    Latency of a batch, the board's power while it ran (a Jetson's), and memory.
+    """
     ways = choose_ways(only)
     gpu = find_gpu()
     if isinstance(gpu, NoGpu):
@@ -322,8 +390,14 @@ def main(
         )
     measured_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
     versions = list_versions()
-    with tempfile.TemporaryDirectory() as folder:
-        timings = run_all(Case(batch, runs, Path(folder), gpu), ways)
+    if write:
+        fill_table(page, [])  # a page without a table is told before anything is measured
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
+        meter = opened.enter_context(Tegrastats()) if shutil.which("tegrastats") else None
+        timings = list(run_all(Case(batch, runs, Path(folder), gpu, meter=meter), ways))
+        if write:
+            board, ran = board_here(gpu, read_facts())
+            fill_table(page, board_rows(timings, board, f"{measured_at[:10]}, {ran}"))
         if as_json:
             document = {"measured_at": measured_at, "gpu": asdict(gpu), "versions": versions}
             rows = [asdict(timing) for timing in timings]
@@ -340,4 +414,4 @@ def main(
 
 
 if __name__ == "__main__":
-    cli.run(main, ["python -m benchmarks.gpu", "python -m benchmarks.gpu --batch 8 --json"])
+    cli.run(main, ["python -m benchmarks.gpu --write", "python -m benchmarks.gpu --batch 8 --json"])

@@ -51,7 +51,9 @@ app = typer.Typer(add_completion=False)
 def main(
     model: Annotated[Path, typer.Option(help="LLaVA checkpoint.")] = Path("models/pocket-llava"),
     frames: Annotated[int, typer.Option(help="Pictures to calibrate on.")] = 96,
-    searched: Annotated[int, typer.Option(help="Other pictures for the search.")] = 32,
+    searched: Annotated[
+        int, typer.Option(help="Other pictures for the search; as many more must agree with it.")
+    ] = 32,
     held_out: Annotated[int, typer.Option(help="Test pictures to judge by.")] = 100,
     compare: Annotated[bool, typer.Option(help="Compare all methods as well.")] = True,
     threads: Annotated[int | None, typer.Option()] = None,
@@ -60,7 +62,7 @@ def main(
 ) -> None:
     """Compare ways to calibrate, then search what to leave in floating point."""
     checkpoint = open_checkpoint(str(model))
-    drawn = _draw(checkpoint, frames + searched)
+    drawn = _draw(checkpoint, frames + 2 * searched)
     pictures = sorted((model / "test").glob("*.png"))
     chosen = pictures[:: max(1, len(pictures) // held_out)][:held_out]
     test = [preprocess_batch([load_picture(file)], checkpoint.preprocessing) for file in chosen]
@@ -70,7 +72,13 @@ def main(
         options = CalibrationOptions(threads=threads)
         calibration = calibrate(first, drawn[:frames], options, progress=_tell)
         report = search_exclusions(
-            (first,), calibration, drawn[frames:], Gate(), threads=threads, progress=_tell
+            (first,),
+            calibration,
+            drawn[frames : frames + searched],
+            Gate(),
+            also_on=drawn[frames + searched :],
+            threads=threads,
+            progress=_tell,
         )
         if save is not None:
             report.calibration.save(save)
@@ -149,7 +157,7 @@ def _table(result: dict[str, Any]) -> str:
     for row in result["graphs"]:
         lines.append(
             f"  {row['graph']:18} {row['precision']:6} overlap {row['overlap']:.4f}  "
-            f"cosine {row['cosine']:.5f}"
+            f"worst {row['worst']:.4f}  merged {row['assignment']:.4f}  cosine {row['cosine']:.5f}"
         )
     return "\n".join(lines)
 

@@ -3,7 +3,7 @@
     python -m benchmarks.thin_install [--python python3.10] [--json]
 
 Two fresh environments: `requirements-robot.txt`, which is what the README's figure is about, and a
-plain `pip install .` with all that its dependencies ask for. Sizes are bytes of files below
+plain `pip install .[cpu]` with all that its dependencies ask for. Sizes are bytes of files below
 site-packages, after the first import (so with the bytecode it wrote; the environments have no pip).
 Imports are timed in processes of their own, bytecode and file cache warm, by the clock and by the
 processor's time, which other work on the machine does not change.
@@ -31,7 +31,7 @@ WAYS = {
         ["--no-deps", "--no-compile", "-r", "requirements-robot.txt"],
         ["--no-deps", "--no-compile", "."],
     ],
-    "plain": [["-c", "constraints.txt", "."]],
+    "plain": [["-c", "constraints.txt", ".[cpu]"]],
 }
 REPEATS = 7
 

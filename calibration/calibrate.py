@@ -64,10 +64,11 @@ def main(
     """Make an INT8 bundle from an FP32 one, calibrated on your own frames.
 
     Frames are taken evenly from the whole source, without repeats. Give 128 distinct ones or more,
-    by day and night if the robot works by day and night; the command reports what they lack. Every
-    eighth frame is held out. On these INT8 must keep the patches that FP32 keeps and give nearly
-    the same tokens (--gate), or nothing is written and the exit code is 1. After Ctrl-C the same
-    command continues where it was.
+    by day and night if the robot works by day and night; the command reports what they lack. Of
+    eight frames five are calibrated on. On another INT8 must keep the patches that FP32 keeps and
+    give nearly the same tokens (--gate), or nothing is written and the exit code is 1; one is for
+    the search of mixed, and on the last nothing is decided: the report is made on those. After
+    Ctrl-C the same command continues where it was.
     """
     opened = open_bundle(bundle, verify=verify)
     try:

@@ -46,6 +46,7 @@ EXAMPLES = (
     "python -m engines.build build/rover",
     "python -m engines.build build/rover --target rtx-4090 --batch 4",
     "python -m engines.build build/rover --rebuild --json",
+    "python -m engines.build build/rover --optimization-level 5",
 )
 
 
@@ -55,6 +56,7 @@ class PlanRequest:
 
     batch: BatchRange = ONE_IMAGE
     workspace_mb: int | None = None
+    optimization_level: int | None = None
     rebuild: bool = False
     trust: bool = False
 
@@ -133,6 +135,7 @@ def prepare_plan(
         batch=request.batch,
         tokens=token_range(bundle.manifest.vision_files.token_counts),
         workspace_bytes=request.workspace_mb * (1 << 20) if request.workspace_mb else None,
+        optimization_level=request.optimization_level,
     )
     if options.plan.exists() and not request.rebuild:
         record = _check_existing(options, trust=request.trust)
@@ -176,6 +179,11 @@ def _check_existing(options: PlanTask, *, trust: bool) -> PlanRecord:
             f"workspace: the plan was built with {record.workspace_bytes >> 20} MB, asked for is "
             f"{workspace_of(options) >> 20} MB"
         )
+    if record.optimization_level != options.optimization_level:
+        differences.append(
+            f"optimization level: the plan was built at {_level(record.optimization_level)}, asked "
+            f"for is {_level(options.optimization_level)}"
+        )
     if differences:
         raise EngineError(
             f"{options.plan}: {'; '.join(differences)}. {rebuild_hint(options.plan)}."
@@ -184,6 +192,10 @@ def _check_existing(options: PlanTask, *, trust: bool) -> PlanRecord:
     if not trust:
         check_signature(options.plan, record)
     return record
+
+
+def _level(level: int | None) -> str:
+    return "TensorRT's default" if level is None else str(level)
 
 
 @contextmanager
@@ -218,6 +230,15 @@ def main(
     workspace: Annotated[
         int | None, typer.Option(min=1, help="Builder scratch memory, MB; left out, the target's.")
     ] = None,
+    optimization_level: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=5,
+            help="How long to look for fast kernels: 0 builds in seconds and runs slower, 5 tries "
+            "every kernel; left out, TensorRT's default (3).",
+        ),
+    ] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Replace the plan.")] = False,
     trust: Annotated[
         bool, typer.Option("--trust", help="Adopt a plan built elsewhere: it runs as your code.")
@@ -231,7 +252,7 @@ def main(
     outcomes = build_engines(
         bundle,
         target,
-        PlanRequest(parse_batch(batch), workspace, rebuild, trust),
+        PlanRequest(parse_batch(batch), workspace, optimization_level, rebuild, trust),
         tokens=tokens,
         targets_file=targets,
         progress=progress_on_stderr,

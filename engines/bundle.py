@@ -92,6 +92,10 @@ class Bundle:
             f"for one of these, or build another with `python -m export.build --tokens {tokens}`."
         )
 
+    def largest_vision(self) -> VisionGraph:
+        """Return the graph with the most visual tokens."""
+        return max(self.manifest.vision, key=lambda graph: graph.reducer.tokens)
+
     def stages(self, graph: VisionGraph) -> tuple[Graph, ...]:
         """Return the files that run one after the other for a budget, from pixels to tokens."""
         return self.manifest.vision_files.stages(graph)
@@ -332,7 +336,7 @@ def _readme(manifest: Manifest) -> str:
 This directory is a Foveate bundle: everything that is needed to ask {manifest.model} about a
 picture, without PyTorch. Ask it:
 
-    pip install foveate
+    pip install 'foveate[cpu]'
     python -m runtime.ask . picture.jpg "What is in the picture?"
 
 The vision graph (pixels in, visual tokens out):

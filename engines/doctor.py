@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -18,9 +17,12 @@ from engines import cli
 from engines.bundle import Bundle, open_bundle
 from engines.device_facts import DeviceFacts, read_facts
 from engines.errors import EngineError, FoveateError
+from engines.finding import Finding
 from engines.gpu import NoGpu
 from engines.language_packages import INSTALL
 from engines.manifest import Graph
+from engines.memory.check import examine_memory
+from engines.memory.of_bundle import MemoryOptions
 from engines.targets import Target, find_target, targets_of_gpu
 from engines.trt.build_memory import add_swap_command, predict_build_bytes
 from engines.trt.library import TrtLibrary
@@ -36,20 +38,8 @@ from engines.trt.plan import (
 EXAMPLES = (
     "python -m engines.doctor",
     "python -m engines.doctor build/rover --json",
+    "python -m engines.doctor build/rover --context 4096 --kv-cache q8",
 )
-
-Status = Literal["ok", "note", "problem"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
-
-    about: str
-    status: Status
-    found: str
-    fix: str = ""
-    """A command or a sentence; empty where nothing is to be done."""
 
 
 def examine_machine(facts: DeviceFacts) -> list[Finding]:
@@ -170,8 +160,10 @@ def _examine_tensorrt(facts: DeviceFacts, target: Target) -> Finding:
     return Finding("TensorRT", "ok", facts.tensorrt)
 
 
-def examine_bundle(facts: DeviceFacts, bundle: Bundle, target: Target) -> list[Finding]:
-    """Judge whether one bundle can be built and run here."""
+def examine_bundle(
+    facts: DeviceFacts, bundle: Bundle, target: Target, asked: MemoryOptions = MemoryOptions()
+) -> list[Finding]:
+    """Judge whether one bundle can be built and run here, and answer what is asked."""
     findings = [Finding("bundle", "ok", f"{bundle.root}: {bundle.manifest.model}, {target.name}")]
     findings += _examine_backends(facts, bundle)
     findings += examine_target(facts, target)
@@ -185,7 +177,7 @@ def examine_bundle(facts: DeviceFacts, bundle: Bundle, target: Target) -> list[F
                 to_build.append(bundle.graph_bytes(graph))
         if to_build:
             findings.append(_examine_build_memory(facts, max(to_build), target))
-    return findings
+    return [*findings, examine_memory(facts, bundle, target, asked)]
 
 
 def _examine_backends(facts: DeviceFacts, bundle: Bundle) -> list[Finding]:
@@ -270,6 +262,17 @@ def main(
     *,
     target: Annotated[str | None, typer.Option(help="Device; left out, each bundle's own.")] = None,
     targets: Annotated[Path | None, typer.Option(help="Your own targets (TOML).")] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Positions of the KV cache; left out, room for one question and its answer."
+        ),
+    ] = None,
+    kv_cache: cli.KvCacheOption = "f16",
+    visual_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Which vision graph; left out, the largest budget.")
+    ] = None,
+    backend: cli.BackendOption = None,
     as_json: cli.JsonOption = False,
 ) -> int:
     """Tell what this machine is, what is missing for each bundle, and the commands that fix it.
@@ -281,11 +284,12 @@ def main(
     if target and not bundles:
         device = find_target(target, targets)
         sections.append((f"For {device.name}", examine_target(facts, device)))
+    asked = MemoryOptions(context, kv_cache, backend=backend, tokens=visual_tokens)
     for path in bundles or []:
         try:
             bundle = open_bundle(path)
             device = find_target(target or bundle.manifest.target, targets)
-            sections.append((str(path), examine_bundle(facts, bundle, device)))
+            sections.append((str(path), examine_bundle(facts, bundle, device, asked)))
         except FoveateError as error:
             sections.append((str(path), [Finding("bundle", "problem", str(error))]))
     problems = sum(item.status == "problem" for _, found in sections for item in found)

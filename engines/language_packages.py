@@ -8,7 +8,11 @@ from importlib.metadata import PackageNotFoundError, distribution, requires
 
 _MODULES = {"ort": "onnxruntime", "llamacpp": "llama_cpp"}
 _PACKAGES = {"llamacpp": "llama-cpp-python"}
-INSTALL = {"ort": "pip install foveate", "llamacpp": "pip install 'foveate[llamacpp]'"}
+ORT_INSTALL = (
+    "pip install 'foveate[cpu]', or 'foveate[cuda]' with an NVIDIA GPU; on a Jetson NVIDIA's wheel "
+    "of onnxruntime-gpu for its JetPack, from pypi.jetson-ai-lab.io"
+)
+INSTALL = {"ort": ORT_INSTALL, "llamacpp": "pip install 'foveate[llamacpp]'"}
 """The command that mends it."""
 
 

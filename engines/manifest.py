@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from engines.errors import BundleError
+from engines.llm_words import LlmDevice
 
 SCHEMA_VERSION = 2
 OLDEST_SCHEMA_VERSION = 1
@@ -173,6 +174,8 @@ class LanguageModel(_Record):
     backend: str
     file: RelativePath
     precision: str
+    device: LlmDevice = "cpu"
+    """Where an ONNX decoder runs; llama.cpp's runs anywhere."""
 
 
 class Prompt(_Record):
@@ -189,6 +192,18 @@ class Prompt(_Record):
     stop_token_ids: tuple[TokenId, ...] = Field(min_length=1)
 
 
+class DecoderShape(_Record):
+    """Sizes of the language model, of which its memory is counted."""
+
+    layers: int = Field(gt=0, le=2**10)
+    hidden_size: int = Field(gt=0, le=2**17)
+    intermediate: int = Field(gt=0, le=2**20)
+    heads: int = Field(gt=0, le=2**12)
+    kv_heads: int = Field(gt=0, le=2**12)
+    head_size: int = Field(gt=0, le=2**12)
+    vocabulary: int = Field(gt=0, le=2**24)
+
+
 class Text(_Record):
     """The language model's width and its embedding table, which every backend shares."""
 
@@ -197,6 +212,8 @@ class Text(_Record):
     vocabulary: int = Field(gt=0, le=2**24)
     hidden_size: int = Field(gt=0, le=2**17)
     context_length: int = Field(gt=0, le=2**27)
+    decoder: DecoderShape | None = None
+    """Older bundles do not say it."""
 
 
 class FileRecord(_Record):

@@ -20,6 +20,7 @@ import numpy as np
 
 from engines.chained_session import ChainedSession, SharedStages
 from engines.errors import EngineError
+from engines.language_packages import ORT_INSTALL
 from engines.session import Array, InputSpec, check_inputs
 
 if TYPE_CHECKING:
@@ -136,9 +137,19 @@ def _read_names(path: Path, session: onnxruntime.InferenceSession) -> None:
 
 
 def _onnxruntime() -> Any:
-    """Import ONNX Runtime (0.2 s, so only when it is used), quiet and with telemetry off."""
+    """Import ONNX Runtime (0.2 s, so only when it is used), quiet and with telemetry off.
+
+    Raises:
+        EngineError: it is not installed; the extras that bring it are named.
+    """
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    import onnxruntime
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise EngineError(
+            f"ONNX Runtime, which is to run the graph, is not installed ({error}). Install it: "
+            f"{ORT_INSTALL}. Or choose another --engine: openvino, tensorrt."
+        ) from error
 
     onnxruntime.set_default_logger_severity(3)  # errors only: they are raised, warnings are noise
     return onnxruntime
@@ -171,7 +182,7 @@ def _refuse_absent_providers(onnxruntime: Any, providers: Sequence[Provider]) ->
         raise EngineError(
             f"The installed onnxruntime {onnxruntime.__version__} cannot run on "
             f"{', '.join(absent) or 'nothing'}, only on {', '.join(available)}. For a GPU replace "
-            "it: `pip uninstall onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'`, on a "
+            "it: `pip uninstall onnxruntime && pip install 'foveate[cuda]'`, on a "
             "Jetson a wheel of pypi.jetson-ai-lab.io for its JetPack; or run on the CPU."
         )
 
@@ -184,7 +195,7 @@ def _start_message(
     return (
         f"{path}: {provider} could not start{f': {reason}' if reason else ''}. "
         f"onnxruntime-gpu {onnxruntime.__version__} needs CUDA {cuda}, cuDNN 9 and a driver for "
-        "them: pip install 'onnxruntime-gpu[cuda,cudnn]' brings the first two, "
+        "them: pip install 'foveate[cuda]' brings the first two, "
         "`python -m engines.doctor` shows the third. Or run on the CPU."
     )
 

@@ -27,7 +27,7 @@ else:
     import tomli as tomllib
 
 FREE_SHARE = 0.85
-"""Share of the memory left once the system and the CUDA context have theirs."""
+"""Share of the memory left once the system has its own, where a target does not say `free_gb`."""
 Engine = Literal["ort", "openvino", "tensorrt", "tensorrt-rtx"]
 LlmBackend = Literal["ort", "llamacpp", "vllm"]
 Version = Annotated[str, Field(pattern=r"^\d+(\.\d+){0,3}$")]
@@ -53,6 +53,8 @@ class Target(BaseModel):
     sm: int | None = None
     """CUDA compute capability without its dot: 87 for 8.7."""
     memory_gb: Positive | None = None
+    free_gb: Positive | None = None
+    """What the system leaves of the memory."""
     memory_is_shared: bool = False
     """CPU and GPU use the same memory, as on every Jetson."""
     bandwidth_gb_s: Positive | None = None
@@ -93,7 +95,8 @@ class Target(BaseModel):
     @property
     def free_bytes(self) -> float:
         """Memory that is left for models; 0 where the target does not say."""
-        return (self.memory_gb or 0) * 1e9 * FREE_SHARE
+        most = (self.memory_gb or 0) * 1e9 * FREE_SHARE
+        return most if self.free_gb is None else min(self.free_gb * 1e9, most)
 
     def check_precision(self, precision: str) -> Precision:
         """Return ``precision`` if the target takes it.

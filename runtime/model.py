@@ -8,8 +8,12 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from engines.bundle import Bundle, open_bundle
 from engines.errors import BackendError
+from engines.llm_words import KvCache, LlmDevice
+from engines.memory.context_length import ContextNeed
 from runtime.backends import TextBackend
 from runtime.backends.chat_server import ServerOptions
 from runtime.backends.context import Context
@@ -208,6 +212,29 @@ class Model(AbstractContextManager["Model"]):
             },
         )
 
+    def warm_up(self, batch: int = 1) -> float:
+        """Answer once about a black picture, so that the first real answer is as fast as the next.
+
+        Kernels are loaded, weights are read from the disk, buffers and CUDA graphs are made.
+
+        Args:
+            batch: images that are usually encoded at once.
+
+        Returns:
+            Seconds it took.
+
+        Raises:
+            FoveateError: what a first answer would raise.
+        """
+        started = time.perf_counter()
+        size = self.bundle.manifest.preprocessing
+        black = np.zeros((size.height, size.width, 3), np.uint8)
+        if batch > 1:
+            self.encoder.encode([black] * batch)
+        options = GenerationOptions(max_tokens=2)
+        self.answer_about([self.encoder.encode([black])], "What is ahead?", options)
+        return time.perf_counter() - started
+
     @property
     def context(self) -> Context:
         """The language model and what its KV cache holds.
@@ -239,6 +266,9 @@ def open_model(
     threads: int | None = None,
     visual_tokens: int | None = None,
     context_length: int | None = None,
+    need: ContextNeed = ContextNeed(),
+    kv_cache: KvCache = "f16",
+    device: LlmDevice | None = None,
     server: ServerOptions | None = None,
     batch: int = 1,
 ) -> Model:
@@ -251,7 +281,10 @@ def open_model(
         threads: CPU threads of the vision graph and of the language model; left out, one per
             physical core.
         visual_tokens: which of the bundle's vision graphs; left out, the first.
-        context_length: positions the KV cache holds; left out, all the model was trained for.
+        context_length: positions the KV cache holds; left out, what ``need`` asks for.
+        need: what the KV cache has to hold; left out, four questions about a picture.
+        kv_cache: how llama.cpp keeps keys and values: ``"f16"`` or ``"q8"``.
+        device: where ONNX Runtime computes the language model; left out, where it was built for.
         server: where the language model is, if a server runs it.
         batch: images that are usually encoded at once; see `engines.open_session`.
 
@@ -266,7 +299,15 @@ def open_model(
     )
     try:
         language = open_text_backend(
-            writer, bundle, backend, threads=threads, context_length=context_length, server=server
+            writer,
+            bundle,
+            backend,
+            threads=threads,
+            context_length=context_length,
+            need=need,
+            kv_cache=kv_cache,
+            device=device,
+            server=server,
         )
     except BaseException:
         encoder.close()

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engines.cli import BackendOption, EngineOption, ThreadsOption, VerifyOption
+from engines.cli import BackendOption, EngineOption, KvCacheOption, ThreadsOption, VerifyOption
 from engines.errors import OptionError
+from engines.llm_words import LlmDevice
+from engines.memory.context_length import ContextNeed
 from engines.secret import Secret
 
 if TYPE_CHECKING:
@@ -40,10 +42,20 @@ class ModelOptions:
     context_length: Annotated[
         int | None,
         typer.Option(
+            "--context",
             "--context-length",
             min=1,
-            help="Positions the KV cache holds; left out, all the model was trained for (4096 at "
-            "most where memory is taken at once).",
+            help="Positions the KV cache holds; left out, room for the prompt, the visual tokens "
+            "of the largest budget and the answer.",
+        ),
+    ] = None
+    kv_cache: KvCacheOption = "f16"
+    device: Annotated[
+        LlmDevice | None,
+        typer.Option(
+            "--llm-device",
+            help="Where ONNX Runtime computes the language model: cpu or cuda; left out, where "
+            "export.build --llm-device built it for.",
         ),
     ] = None
     verify: VerifyOption = True
@@ -87,12 +99,13 @@ class ModelOptions:
         ),
     ] = 600.0
 
-    def open(self, bundle: str | Path, batch: int = 1) -> Model:
+    def open(self, bundle: str | Path, batch: int = 1, need: ContextNeed = ContextNeed()) -> Model:
         """Open a bundle and load what answering takes.
 
         Args:
             bundle: its directory.
             batch: images that are usually encoded at once; see `engines.open_session`.
+            need: what the KV cache has to hold, where no length is given.
 
         Raises:
             FoveateError: anything the user can fix.
@@ -108,6 +121,9 @@ class ModelOptions:
             threads=self.threads,
             visual_tokens=self.visual_tokens,
             context_length=self.context_length,
+            need=need,
+            kv_cache=self.kv_cache,
+            device=self.device,
             server=server,
             batch=batch,
         )

@@ -6,6 +6,7 @@ It gets exactly `requirements-robot.txt` and the package, built from the source 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,40 @@ def test_it_answers_as_the_full_installation_does(
     assert overlay.stat().st_size > 0
     here = ask(language_bundle.root, photo, "What is it?")
     assert here.text.startswith(said["answer"])
+
+
+def test_it_answers_with_the_numpy_of_ros_humble(
+    bare_python: Path, language_bundle: Bundle, tmp_path: Path
+) -> None:
+    """cv_bridge of ROS 2 Humble was built for NumPy 1, on the Python 3.10 of Ubuntu 22.04."""
+    probe = [bare_python, "-c", "import sys; print(sys.version_info[:2] == (3, 10))"]
+    if subprocess.run(probe, capture_output=True, text=True, check=True).stdout.strip() != "True":
+        pytest.skip("there is no Python 3.10 here, and NumPy 1.26 has no wheel for this one")
+    older = tmp_path / "older"
+    pip = [sys.executable, "-m", "pip", "--python", str(bare_python), "install", "--quiet"]
+    pip += ["--disable-pip-version-check", "--no-deps", "--no-compile", "--target", str(older)]
+    done = subprocess.run(
+        [*pip, "numpy==1.26.4"], capture_output=True, text=True, cwd="/", check=False
+    )
+    if "Failed to establish a new connection" in done.stderr:
+        pytest.skip("the package index cannot be reached")
+    assert done.returncode == 0, done.stderr
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.zeros((50, 70, 3), np.uint8)).save(photo)
+    code = "import numpy, runpy; assert numpy.__version__ == '1.26.4'; "
+    code += "runpy.run_module('runtime.ask', run_name='__main__')"
+    command = [bare_python, "-c", code, language_bundle.root, photo, "What is it?", "--json"]
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(older)}
+    answered = subprocess.run(
+        [*command, "--max-tokens", "4"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        check=False,
+    )
+    assert answered.returncode == 0, answered.stderr
+    assert json.loads(answered.stdout)["visual_tokens"] == 16
 
 
 def test_a_mistake_ends_as_it_does_everywhere(bare_python: Path, tmp_path: Path) -> None:

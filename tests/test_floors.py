@@ -185,7 +185,8 @@ def test_a_breach_is_seen() -> None:
 def test_thin_dependencies_are_what_the_thin_floors_import() -> None:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads pyproject.toml")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    required = {line.split(">")[0].split(";")[0].strip() for line in project["dependencies"]}
+    lines = [*project["dependencies"], *project["optional-dependencies"]["cpu"]]
+    required = {line.split(">")[0].split(";")[0].strip() for line in lines}
     names = {"pillow": "PIL"}
     assert {names.get(name, name) for name in required} | {"rich", "pydantic_core"} == THIN
     pinned = (ROOT / "requirements-robot.txt").read_text().splitlines()

@@ -10,7 +10,12 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from calibration.agreement.stages import StageError, measure_stages, read_stages, tap_graph
-from calibration.agreement.token_metrics import Agreement, average_agreement, compare_visual_tokens
+from calibration.agreement.token_metrics import (
+    Agreement,
+    TokenAgreement,
+    average_agreement,
+    compare_visual_tokens,
+)
 from calibration.frames.dataset import Frames
 from engines.manifest import ORDER_OUTPUT
 from engines.ort import OrtSession, open_files
@@ -48,8 +53,8 @@ def compare_budgets(
     counts: Sequence[int],
     threads: int | None = None,
     progress: Progress = lambda line, done: None,
-) -> dict[int, Agreement]:
-    """Return how alike the budgets of two graphs are; see `compare_graphs`.
+) -> dict[int, list[TokenAgreement]]:
+    """Return how alike the budgets of two graphs are on each frame; see `compare_graphs`.
 
     Args:
         reference: its files, in the order they run.
@@ -63,9 +68,7 @@ def compare_budgets(
     ours = run_graph(candidate, frames, threads, _telling(candidate, progress))
     pairs = list(zip(theirs, ours, strict=True))
     return {
-        count: average_agreement(
-            compare_visual_tokens(one.first(count), other.first(count)) for one, other in pairs
-        )
+        count: [compare_visual_tokens(one.first(count), other.first(count)) for one, other in pairs]
         for count in counts
     }
 

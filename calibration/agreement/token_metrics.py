@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,40 +62,70 @@ class TokenAgreement:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How alike two vision graphs are over some pictures, on average.
+    """How alike two vision graphs are over some pictures.
 
     Attributes:
         overlap: mean of `TokenAgreement.overlap`.
         assignment: mean of `TokenAgreement.assignment`.
         cosine: mean of `TokenAgreement.cosine_mean`.
+        worst: lowest `TokenAgreement.overlap`.
     """
 
     overlap: float
     assignment: float
     cosine: float
+    worst: float
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The least agreement that is good enough."""
+    """The least agreement that is good enough.
+
+    Attributes:
+        overlap: of the kept patches, on average.
+        cosine: of the tokens made of the same, on average.
+        worst: of the kept patches, on any picture.
+        merged: share of the other patches that are merged alike, on average.
+    """
 
     overlap: float = 0.97
     cosine: float = 0.99
+    worst: float = 0.5
+    merged: float = 0.63
 
     def holds(self, agreement: Agreement) -> bool:
-        """Return whether both measures are reached."""
-        return agreement.overlap >= self.overlap and agreement.cosine >= self.cosine
+        """Return whether every measure is reached."""
+        return (
+            agreement.overlap >= self.overlap
+            and agreement.cosine >= self.cosine
+            and agreement.worst >= self.worst
+            and agreement.assignment >= self.merged
+        )
+
+    def tightened(self, factor: float) -> Gate:
+        """Return a gate that allows so many times this one's error on average."""
+        return replace(
+            self, overlap=1 - (1 - self.overlap) * factor, cosine=1 - (1 - self.cosine) * factor
+        )
+
+    def describe(self) -> str:
+        """Return the measures in words."""
+        return (
+            f"{self.overlap:.0%} kept patches (on any picture {self.worst:.0%}), {self.merged:.0%} "
+            f"of the others merged alike and a cosine of {self.cosine:g}"
+        )
 
     def cost(self, agreement: Agreement) -> float:
-        """Return the error as a multiple of what the gate allows, both measures added up."""
+        """Return the mean error of patches and tokens in multiples of what the gate allows."""
         allowed = max(1 - self.overlap, 1e-6), max(1 - self.cosine, 1e-6)
         return (1 - agreement.overlap) / allowed[0] + (1 - agreement.cosine) / allowed[1]
 
 
 def average_agreement(pictures: Iterable[TokenAgreement]) -> Agreement:
-    """Return the average over pictures, of which there is at least one."""
-    rows = [(one.overlap, one.assignment, one.cosine_mean) for one in pictures]
-    return Agreement(*np.mean(rows, axis=0).tolist())
+    """Return the average over pictures, of which there is at least one, and the worst overlap."""
+    rows = np.array([(one.overlap, one.assignment, one.cosine_mean) for one in pictures])
+    overlap, assignment, cosine = rows.mean(axis=0).tolist()
+    return Agreement(overlap, assignment, cosine, worst=float(rows[:, 0].min()))
 
 
 def compare_visual_tokens(reference: VisualTokens, candidate: VisualTokens) -> TokenAgreement:

@@ -31,7 +31,17 @@ MOST_UNREADABLE = 0.1
 """Share of the frames that may be unreadable before something is wrong with the source."""
 
 _LIVE_FPS = 1.0
-_HELD_OUT_EVERY = 8
+_TURNS = (
+    "calibration",
+    "search",
+    "calibration",
+    "calibration",
+    "gate",
+    "calibration",
+    "report",
+    "calibration",
+)
+"""What each of eight frames is for, so that every set is spread over the whole source."""
 _SMALL = "smaller than a patch"
 
 Progress = Callable[[int, int], None]
@@ -62,7 +72,7 @@ class FrameOptions:
     max_frames: Annotated[
         int,
         typer.Option(
-            min=2, help="Most frames to take, spread evenly over the source, repeats left out."
+            min=8, help="Most frames to take, spread evenly over the source, repeats left out."
         ),
     ] = 256
     view: SourceOptions = field(default_factory=SourceOptions)
@@ -76,7 +86,7 @@ class FrameOptions:
         if self.max_frames < 2 or not self.live_s > 0:
             raise OptionError(
                 f"max_frames is {self.max_frames} and live_s {self.live_s:g}, expected at least 2 "
-                "frames (one of them to check on) and more than 0 seconds."
+                "frames and more than 0 seconds."
             )
 
 
@@ -113,13 +123,42 @@ class CalibrationSet:
             digest.update(picture.tobytes())
         return digest.hexdigest()
 
-    def split(self) -> tuple[CalibrationSet, CalibrationSet]:
-        """Return seven frames of eight, to calibrate with, and every eighth, to check on."""
-        first = min(_HELD_OUT_EVERY, len(self)) // 2
-        held_out = set(range(first, len(self), _HELD_OUT_EVERY))
-        rest = tuple(p for at, p in enumerate(self.pictures) if at not in held_out)
-        checked = tuple(self.pictures[at] for at in sorted(held_out))
-        return replace(self, pictures=rest), replace(self, pictures=checked)
+    def split(self) -> FrameSets:
+        """Split it into sets that share no frame; always the same frames into the same set.
+
+        Raises:
+            SourceError: there are too few frames for that.
+        """
+        if len(self) < len(_TURNS):
+            raise SourceError(
+                f"{self.source} has {len(self)} distinct frames, expected {len(_TURNS)} at the "
+                "least, to calibrate, search, judge and report on different ones, and better 128: "
+                f"{len(_TURNS) - len(self)} more are needed. Give a longer recording, or a folder "
+                "with more pictures."
+            )
+        turns = [_TURNS[at % len(_TURNS)] for at in range(len(self))]
+        parts = {
+            name: tuple(p for p, turn in zip(self.pictures, turns, strict=True) if turn == name)
+            for name in sorted(set(_TURNS))
+        }
+        return FrameSets(**{name: replace(self, pictures=part) for name, part in parts.items()})
+
+
+@dataclass(frozen=True)
+class FrameSets:
+    """Frames apart by what they are for.
+
+    Attributes:
+        calibration: five of eight; the scales are found on them.
+        search: one of eight; `--precision mixed` searches on them.
+        gate: one of eight; the result passes on them or is refused.
+        report: one of eight; nothing is decided on them, so that their numbers flatter nobody.
+    """
+
+    calibration: CalibrationSet
+    search: CalibrationSet
+    gate: CalibrationSet
+    report: CalibrationSet
 
 
 def collect_frames(

@@ -133,6 +133,7 @@ def collect(
         replace(options.choice, patch_pixels=patch_pixels),
         lambda read, kept: progress(f"Reading frames: {read:,} read, {kept} kept", 0.0),
     )
+    frames.split()  # refuses too few before anything slow
     for warning in frames.coverage.warnings:
         _log.warning("%s: %s", frames.source, warning)
     return frames

@@ -1,13 +1,14 @@
 """Quantize the vision graphs of a bundle to INT8, and keep them only if they pass the gate.
 
 One calibration serves the graphs of all budgets. Q/DQ stand in the tower, and for TensorRT the rest
-is float16. The gate is measured on held-out frames and on the files that will be published.
+is float16. Search, gate and report each have frames of their own; the gate and the report are
+measured on the files that will be published.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import TypeVar
 import onnx_ir as ir
 
 from calibration.agreement.graphs import compare_budgets, rank_stages
-from calibration.agreement.token_metrics import Agreement, Gate
-from calibration.frames.dataset import CalibrationSet
+from calibration.agreement.measured import MeasuredAgreement, measure_agreement
+from calibration.agreement.token_metrics import Agreement, Gate, average_agreement
+from calibration.frames.dataset import CalibrationSet, FrameSets
 from calibration.int8.options import Int8Options
 from calibration.int8.resume import ResumeFolder
 from calibration.scales.apply import apply_calibration
@@ -53,9 +55,10 @@ class Int8Graphs:
     Attributes:
         written: each file by its place in the bundle.
         calibration: what they were made with.
-        agreements: with FP32 on frames held out, by graph, and of its smaller budgets; empty where
-            there were no frames.
+        agreements: with FP32 on the gate's frames, by graph, and of its smaller budgets; empty
+            where there were no frames.
         held_out: how many frames that were.
+        reports: with FP32 on frames that nothing was decided on, by graph.
         searches: what `--precision mixed` found, by graph.
     """
 
@@ -63,6 +66,7 @@ class Int8Graphs:
     calibration: Calibration
     agreements: Mapping[str, Agreement]
     held_out: int
+    reports: Mapping[str, MeasuredAgreement]
     searches: Mapping[str, SensitivityReport]
 
     def describe(self, files: VisionFiles, precision: Precision) -> VisionFiles:
@@ -148,33 +152,30 @@ def make_int8_graphs(task: Int8Task, progress: Progress = lambda line, done: Non
         CalibrationError: the frames, the graphs or the record do not go together.
         EngineError: TensorRT will not take a graph.
     """
-    calibrated, held_out = task.frames.split() if task.frames is not None else (None, None)
+    sets = task.frames.split() if task.frames is not None else None
     calibration = task.record
     searches: dict[str, SensitivityReport] = {}
     if calibration is None:
-        if calibrated is None or held_out is None:
+        if sets is None:
             raise RuntimeError("neither frames nor a record; Int8Options.check refuses that")
-        calibration = _calibrate(task, calibrated, _part(progress, 0.0, 0.5))
+        calibration = _calibrate(task, sets.calibration, _part(progress, 0.0, 0.5))
         if task.precision == "mixed":
             part = _part(progress, 0.5, 0.8)
-            calibration, searches = _search(task, calibration, held_out, part)
-    written = dict(_write_graphs(task, calibration, _part(progress, 0.8, 0.9)))
+            calibration, searches = _search(task, calibration, sets, part)
+    written = dict(_write_graphs(task, calibration, _part(progress, 0.8, 0.85)))
     agreements: dict[str, Agreement] = {}
-    if held_out is not None:
-        part = _part(progress, 0.9, 1.0)
-        threads = task.options.how.threads
-        for name in task.budgets:
-            counts = [one.reducer.tokens for one in task.files.graphs if one.file == name]
-            sides = task.sources(name), task.made(name)
-            found = compare_budgets(*sides, held_out, counts, threads, part)
-            agreements |= {_told_budget(name, count, counts): one for count, one in found.items()}
-        _refuse_below_gate(task, calibration, agreements, held_out)
+    reports: dict[str, MeasuredAgreement] = {}
+    if sets is not None:
+        agreements, reports = _judge(task, sets, _part(progress, 0.85, 1.0))
+        _refuse_below_gate(task, agreements, sets.gate)
+        calibration = calibration.model_copy(update={"agreement": reports})
     calibration.save(task.root / RECORD_NAME)
     for name, search in searches.items():
         if search.sites:
             chart = (task.root / name).with_suffix(".sensitivity.svg")
             chart.write_text(svg_from_report(search), encoding="utf-8")
-    return Int8Graphs(written, calibration, agreements, len(held_out or ()), searches)
+    held_out = len(sets.gate) if sets is not None else 0
+    return Int8Graphs(written, calibration, agreements, held_out, reports, searches)
 
 
 def _calibrate(task: Int8Task, frames: CalibrationSet, progress: Progress) -> Calibration:
@@ -186,7 +187,7 @@ def _calibrate(task: Int8Task, frames: CalibrationSet, progress: Progress) -> Ca
 
 
 def _search(
-    task: Int8Task, calibration: Calibration, frames: CalibrationSet, progress: Progress
+    task: Int8Task, calibration: Calibration, sets: FrameSets, progress: Progress
 ) -> tuple[Calibration, dict[str, SensitivityReport]]:
     """Meet the gate on one graph after the other; what one excludes stays excluded."""
     reports = {}
@@ -194,8 +195,9 @@ def _search(
         reports[name] = search_exclusions(
             task.sources(name),
             calibration,
-            frames,
+            sets.search,
             task.gate,
+            also_on=sets.gate,
             threads=task.options.how.threads,
             progress=progress,
             resume=task.unfinished.trials if task.unfinished is not None else None,
@@ -229,18 +231,34 @@ def _told_budget(name: str, count: int, counts: Sequence[int]) -> str:
     return name if count == max(counts) else f"{name}{_FIRST}{count}"
 
 
+def _judge(
+    task: Int8Task, sets: FrameSets, progress: Progress
+) -> tuple[dict[str, Agreement], dict[str, MeasuredAgreement]]:
+    """Return how far each budget agrees with FP32 on the gate's frames and on the report's."""
+    agreements, reports = {}, {}
+    judged = replace(sets.gate, pictures=sets.gate.pictures + sets.report.pictures)
+    for at, name in enumerate(task.budgets):
+        part = _part(progress, at / len(task.budgets), (at + 1) / len(task.budgets))
+        counts = [one.reducer.tokens for one in task.files.graphs if one.file == name]
+        sides = task.sources(name), task.made(name)
+        found = compare_budgets(*sides, judged, counts, task.options.how.threads, part)
+        for count, pictures in found.items():
+            told = _told_budget(name, count, counts)
+            agreements[told] = average_agreement(pictures[: len(sets.gate)])
+            reports[told] = measure_agreement(pictures[len(sets.gate) :])
+    return agreements, reports
+
+
 def _refuse_below_gate(
-    task: Int8Task,
-    calibration: Calibration,
-    agreements: Mapping[str, Agreement],
-    held_out: CalibrationSet,
+    task: Int8Task, agreements: Mapping[str, Agreement], held_out: CalibrationSet
 ) -> None:
     gate = task.gate
     missed = {name: one for name, one in agreements.items() if not gate.holds(one)}
     if not missed:
         return
     told = "; ".join(
-        f"{name} keeps {one.overlap:.1%} of the patches and its tokens have a cosine of "
+        f"{name} keeps {one.overlap:.1%} of the patches ({one.worst:.1%} on the worst picture), "
+        f"merges {one.assignment:.1%} of the others alike, and its tokens have a cosine of "
         f"{one.cosine:.4f}"
         for name, one in missed.items()
     )
@@ -255,9 +273,8 @@ def _refuse_below_gate(
         else "Calibrate on frames that are more like these, or lower the gate."
     )
     raise GateError(
-        f"INT8 misses the gate of {gate.overlap:.0%} kept patches and a cosine of {gate.cosine:g} "
-        f"on {len(held_out)} frames held out: {told}. What adds most to the error in "
-        f"{name}: {layers}. Nothing was written. {advice}"
+        f"INT8 misses the gate of {gate.describe()} on {len(held_out)} frames held out: {told}. "
+        f"What adds most to the error in {name}: {layers}. Nothing was written. {advice}"
     )
 
 

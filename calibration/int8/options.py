@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -20,13 +20,15 @@ from runtime.frames import open_source
 GATES: dict[Precision, Gate] = {"int8": Gate(overlap=0.9, cosine=0.99), "mixed": Gate()}
 """Least agreement unless the user asks for another. Patches of a plain background have nearly equal
 scores, and any rounding exchanges some: one exchanged of 53 is an overlap of 0.963. So INT8 in all
-layers is asked for less, and the search of ``mixed`` gives back layers until it is better."""
+layers is asked for less, and the search of ``mixed`` gives back layers until it is better. The
+floors, 0.5 for the worst picture and 0.63 for what is merged alike, are between sound and broken
+INT8 of the bundled checkpoint; docs/calibration.md has the table."""
 
 _PRECISIONS = tuple(GATES)
 
 
 def _told(gate: Gate) -> str:
-    return f"overlap={gate.overlap:g},cosine={gate.cosine:g}"
+    return ",".join(f"{name}={limit:g}" for name, limit in asdict(gate).items())
 
 
 def gate_from_text(text: str) -> Gate:
@@ -85,8 +87,9 @@ class Int8Options:
     gate: Annotated[
         Gate | None,
         typer.Option(
-            help="Least agreement with FP32 on frames that were held out: overlap of the kept "
-            "patches (IoU) and cosine of the tokens made of the same, on average. Left out, "
+            help="Least agreement with FP32 on frames that were held out: on average overlap of "
+            "the kept patches (IoU), cosine of the tokens made of the same, and share of the other "
+            "patches merged alike (merged); and overlap on the worst frame (worst). Left out, "
             f"{_told(GATES['int8'])} for int8, {_told(GATES['mixed'])} for mixed."
         ),
         Typed(gate_from_text),

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from calibration.agreement.measured import FEWEST_PICTURES, Measure
 from calibration.frames.coverage import document_from_coverage, lines_from_coverage
 from calibration.frames.dataset import CalibrationSet
 from calibration.int8.graphs import RECORD_NAME, Int8Graphs
@@ -26,6 +27,7 @@ def document_from_int8(made: Int8Graphs, frames: CalibrationSet | None) -> dict[
         "coverage": document_from_coverage(frames.coverage) if frames is not None else None,
         "held_out": made.held_out,
         "agreement": {name: asdict(one) for name, one in made.agreements.items()},
+        "report": {name: asdict(one) for name, one in made.reports.items()},
         "quantized_layers": len(calibration.quantized),
         "excluded_layers": list(calibration.excluded),
         "sensitivity": {name: json_from_report(search) for name, search in made.searches.items()},
@@ -40,14 +42,30 @@ def lines_from_int8(made: Int8Graphs) -> list[str]:
     ]
     if calibration.excluded:
         lines.append(f"  left in floating point: {', '.join(calibration.excluded)}")
-    for name, one in made.agreements.items():
+    for name, one in made.reports.items():
+        lines += [
+            f"  {name} on {one.pictures} frames that nothing was decided on "
+            "(mean, its 95 % interval, worst frame):",
+            f"    patches kept alike      {_told(one.overlap, '.1%')}",
+            f"    others merged alike     {_told(one.assignment, '.1%')}",
+            f"    cosine of equal tokens  {_told(one.cosine, '.5f')}",
+        ]
+    fewest = min((one.pictures for one in made.reports.values()), default=FEWEST_PICTURES)
+    if fewest < FEWEST_PICTURES:
         lines.append(
-            f"  {name} on {made.held_out} frames held out: {one.overlap:.1%} of the patches kept "
-            f"alike, {one.assignment:.1%} of the others merged alike, cosine {one.cosine:.5f}"
+            f"  warning: {fewest} frames say little of the worst one, expected {FEWEST_PICTURES} "
+            f"or more: give {8 * FEWEST_PICTURES} frames, every eighth is reported on"
         )
-    if not made.agreements:
+    if not made.reports:
         lines.append("  not checked: there were no frames to check on (--frames)")
     return lines
+
+
+def _told(measure: Measure, form: str) -> str:
+    mean, low, high, worst = (
+        format(value, form) for value in (measure.mean, measure.low, measure.high, measure.worst)
+    )
+    return f"{mean}, {low} to {high}, {worst}"
 
 
 def print_searches(made: Int8Graphs) -> None:

@@ -1,8 +1,8 @@
 """Find how a tower is to be quantized, on the user's own frames.
 
 A `Calibration` holds the smoothing and the range of each activation and the digest of each weight.
-Ranges are measured after smoothing, so the frames are read twice. The tower is the same for every
-reducer and budget, so one calibration serves every graph of a bundle.
+The frames are gone through once. The tower is the same for every reducer and budget, so one
+calibration serves every graph of a bundle.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Annotated, get_args
 import numpy as np
 import onnx_ir as ir
 import typer
-from numpy.typing import NDArray
 
 from calibration.frames.dataset import Frames
 from calibration.scales.calibration_file import (
@@ -29,14 +28,17 @@ from calibration.scales.calibration_file import (
 )
 from calibration.scales.layers import Site, array_of, find_sites
 from calibration.scales.observers import Recorder
-from calibration.scales.ranges import Method, find_threshold
+from calibration.scales.ranges import Method
 from calibration.scales.resume import State, StateFile
-from calibration.scales.smooth import Channels, try_smoothing
+from calibration.scales.smooth import Channels, Sample, Trial, try_smoothing
 from engines.cli import ThreadsOption
 from engines.errors import CalibrationError
 from engines.progress_bar import Progress
+from graphs.weights_apart import weights_apart
 
 ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.9)
+_PASS_SHARE = 0.85
+"""Of the time; the rest is the search for smoothing."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class CalibrationOptions:
         method: how an activation's range is chosen; `calibration.scales.ranges` explains each.
         smooth: let SmoothQuant move outlying channels into the weights.
         alphas: what is tried for each activation; the best, or no smoothing, is taken.
-        sample_rows: rows of each activation that alphas are judged on.
+        sample_rows: rows of each activation that alphas and ranges are judged on.
         threads: CPU threads; None takes one for each physical core.
     """
 
@@ -57,7 +59,7 @@ class CalibrationOptions:
     ] = "mse"
     smooth: bool = True
     alphas: tuple[float, ...] = ALPHAS
-    sample_rows: int = 256
+    sample_rows: int = 512
     threads: ThreadsOption = None
 
 
@@ -73,8 +75,8 @@ def calibrate(
 
     Args:
         graph_file: a float32 vision graph; its reducer and projector are not run.
-        frames: `pixel_values` of one picture each, float32[1, 3, H, W]. They are gone through once
-            or twice and must come in the same order each time.
+        frames: `pixel_values` of one picture each, float32[1, 3, H, W]. They are gone through once;
+            a calibration that is continued must get them in the same order.
         options: how.
         progress: called for every frame.
         resume: a file that keeps what was gathered while it runs. If it is there, the calibration
@@ -86,28 +88,23 @@ def calibrate(
             finite (the layer is named), a frame is misshapen, or ``resume`` is of another
             calibration.
     """
-    model = ir.load(graph_file)
-    sites = find_sites(model)
-    _refuse_not_finite(sites, graph_file)
-    digests = {layer.name: layer.digest() for site in sites for layer in site.layers}
-    states = StateFile(resume, _identify(options, digests, len(frames)))
-    recorder = Recorder(model, sites, frames, states, options.threads, progress)
-
-    state = recorder.measure_channels(options.sample_rows)
-    activations = {site.name: _reshape(site, state, options) for site in sites}
-    state, thresholds = _find_thresholds(recorder, state, activations, options)
+    with weights_apart(graph_file) as file:
+        sites = find_sites(ir.load(file))
+        _refuse_not_finite(sites, graph_file)
+        digests = {layer.name: layer.digest() for site in sites for layer in site.layers}
+        states = StateFile(resume, _identify(options, digests, len(frames)))
+        passing = _part(progress, 0.0, _PASS_SHARE)
+        recorder = Recorder(file, frames, states, options.threads, passing)
+        state = recorder.measure_channels(options.sample_rows)
+        records = {}
+        for at, site in enumerate(sites):
+            done = _PASS_SHARE + (1 - _PASS_SHARE) * at / len(sites)
+            progress(f"smoothing of {site.name}", done)
+            records[site.name] = _reshape(site, state, options)
     return Calibration(
         method=options.method,
         frames=FramesRecord(count=state.seen, sha256=state.chain),
-        sites={
-            name: SiteRecord(
-                threshold=thresholds[name],
-                largest=found.largest,
-                mean=found.channels.mean,
-                smoothing=found.smoothing,
-            )
-            for name, found in activations.items()
-        },
+        sites=records,
         layers={
             layer.name: LayerRecord(site=site.name, weight_sha256=digests[layer.name])
             for site in sites
@@ -122,76 +119,54 @@ def _identify(options: CalibrationOptions, digests: Mapping[str, str], frames: i
     return hashlib.sha256(json.dumps([kept, digests, frames]).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class _Activation:
-    """An activation as it is quantized: with its smoothing, and its channels after that."""
-
-    smoothing: Smoothing | None
-    channels: Channels
-
-    @property
-    def largest(self) -> float:
-        return float(self.channels.largest.max())
-
-    def smooth(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        if self.smoothing is None:
-            return rows
-        return (rows - self.smoothing.shift) / self.smoothing.scale
-
-
-def _reshape(site: Site, state: State, options: CalibrationOptions) -> _Activation:
-    lowest, highest, total, rows = (
-        state.arrays[f"{what}/{site.name}"] for what in ("lowest", "highest", "sum", "rows")
+def _reshape(site: Site, state: State, options: CalibrationOptions) -> SiteRecord:
+    lowest, highest, total, rows, sampled, weight = (
+        state.arrays[f"{what}/{site.name}"]
+        for what in ("lowest", "highest", "sum", "rows", "sample", "weight")
     )
     channels = Channels(lowest, highest, (total / rows).astype(np.float32))
-    chosen = _choose_smoothing(site, state, channels, options)
+    sample = Sample(sampled.reshape(-1, sampled.shape[-1]), weight.ravel())
+    chosen = _choose_smoothing(site, sample, channels, options)
     if chosen is None:
-        return _Activation(None, channels)
-    return _Activation(chosen, channels.smoothed(chosen.shift, chosen.scale))
+        threshold = sample.find_threshold(channels, options.method, sample.rows)
+        return SiteRecord(
+            threshold=threshold, largest=float(channels.largest.max()), mean=channels.mean
+        )
+    best, error_before = chosen
+    smoothed = channels.smoothed(best.shift, best.scale)
+    return SiteRecord(
+        threshold=best.threshold,
+        largest=float(smoothed.largest.max()),
+        mean=smoothed.mean,
+        smoothing=Smoothing(
+            alpha=best.alpha,
+            shift=best.shift,
+            scale=best.scale,
+            error=best.error,
+            error_before=error_before,
+        ),
+    )
 
 
 def _choose_smoothing(
-    site: Site, state: State, channels: Channels, options: CalibrationOptions
-) -> Smoothing | None:
-    """Take the trial with the least error; one that adds nodes must halve the plain error."""
+    site: Site, sample: Sample, channels: Channels, options: CalibrationOptions
+) -> tuple[Trial, float] | None:
+    """Return the trial with the least error, and the error without smoothing.
+
+    One that adds nodes must halve the plain error; None where none is good enough.
+    """
     if not options.smooth or site.source.is_graph_input():
         return None
-    plain, *trials = try_smoothing(
-        state.arrays[f"sample/{site.name}"],
-        channels,
-        [layer.matrix() for layer in site.layers],
-        options.alphas,
-        options.method,
-    )
+    matrices = [layer.matrix() for layer in site.layers]
+    plain, *trials = try_smoothing(sample, channels, matrices, options.alphas, options.method)
     best = min(trials, key=lambda trial: trial.error)
     if best.error >= plain.error * (1.0 if site.foldable else 0.5):
         return None
-    return Smoothing(
-        alpha=best.alpha,
-        shift=best.shift,
-        scale=best.scale,
-        error=best.error,
-        error_before=plain.error,
-    )
+    return best, plain.error
 
 
-def _find_thresholds(
-    recorder: Recorder,
-    state: State,
-    activations: Mapping[str, _Activation],
-    options: CalibrationOptions,
-) -> tuple[State, dict[str, float]]:
-    """Return each activation's magnitude that becomes 127; all but ``max`` see frames again."""
-    largest = {name: found.largest for name, found in activations.items()}
-    if options.method == "max":
-        return state, largest
-    state = recorder.measure_histograms(
-        state, largest, lambda name, rows: activations[name].smooth(rows)
-    )
-    return state, {
-        name: find_threshold(state.arrays[f"counts/{name}"], top, options.method)
-        for name, top in largest.items()
-    }
+def _part(progress: Progress, begin: float, end: float) -> Progress:
+    return lambda line, done: progress(line, begin + done * (end - begin))
 
 
 def _refuse_not_finite(sites: Sequence[Site], graph_file: Path) -> None:

@@ -24,6 +24,7 @@ from pydantic import (
     ValidationError,
 )
 
+from calibration.agreement.measured import MeasuredAgreement
 from engines.errors import CalibrationError
 from engines.staging import staged_file
 
@@ -126,6 +127,8 @@ class Calibration(_Record):
         layers: every layer that can be quantized, by its module.
         excluded: layers that stay in floating point.
         notes: what a search or a person wants to be remembered, such as the gate it met.
+        agreement: with float32 on frames that nothing was decided on, by graph; not part of the
+            digest, because it is measured on graphs that hold the digest.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -136,6 +139,7 @@ class Calibration(_Record):
     layers: dict[str, LayerRecord] = Field(min_length=1)
     excluded: tuple[str, ...] = ()
     notes: dict[str, str] = {}
+    agreement: dict[str, MeasuredAgreement] = {}
 
     @property
     def quantized(self) -> tuple[str, ...]:
@@ -143,8 +147,8 @@ class Calibration(_Record):
         return tuple(name for name in self.layers if name not in self.excluded)
 
     def digest(self) -> str:
-        """Return the sha256 of everything in it, for the manifest of a bundle."""
-        return _checksum(self.model_dump(mode="json"))
+        """Return the sha256 of how it quantizes, for the manifest of a bundle."""
+        return _checksum(self.model_dump(mode="json", exclude={"agreement"}))
 
     def excluding(self, layers: tuple[str, ...]) -> Calibration:
         """Return the same calibration with exactly these layers in floating point.

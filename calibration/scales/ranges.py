@@ -18,22 +18,37 @@ LEVELS = 127
 
 _CANDIDATES = 128
 
-Counts = NDArray[np.int64]
+Counts = NDArray[np.float64]
 
 
-def count_magnitudes(values: NDArray[np.float32], largest: float, bins: int) -> Counts:
-    """Return how many values have a magnitude in each of `bins` equal parts of 0 to `largest`."""
-    if largest <= 0:
-        return np.bincount([0], [values.size], bins).astype(np.int64)
-    place = np.abs(values.ravel()) * np.float32(bins / largest)
-    return np.bincount(np.minimum(place.astype(np.int32), bins - 1), minlength=bins)
+def count_magnitudes(
+    values: NDArray[np.float32], largest: float, bins: int, weight: NDArray[np.float32]
+) -> Counts:
+    """Return how many values have a magnitude in each of `bins` equal parts of 0 to `largest`.
+
+    Args:
+        values: float32[S, K].
+        largest: where the last part ends; what lies beyond is counted there.
+        bins: how many parts.
+        weight: float32[S]; how many rows each row stands for.
+    """
+    counts = np.zeros(bins)
+    for each in np.unique(weight):
+        rows = values[weight == each]
+        if largest > 0:
+            place = np.minimum(np.abs(rows) * np.float32(bins / largest), bins - 1)
+            found = np.bincount(place.astype(np.int32).ravel(), minlength=bins)
+        else:
+            found = np.bincount([0], [rows.size], bins)
+        counts += each * found
+    return counts
 
 
 def find_threshold(counts: Counts, largest: float, method: Method) -> float:
     """Choose the magnitude that becomes the largest INT8 value.
 
     Args:
-        counts: int64[bins]; from `count_magnitudes`.
+        counts: float64[bins]; from `count_magnitudes`.
         largest: where the last bin ends.
         method: ``max`` spans everything; ``mse`` has the least mean squared error of rounding and
             clipping together. A percentile and the Kullback-Leibler divergence (TensorRT's

@@ -30,6 +30,9 @@ Matrix = NDArray[np.float32]
 Vector = NDArray[np.float32]
 
 _BINS = 2048
+_COLUMNS = 512
+"""Outputs of the layers that trials are judged on. Trials of whole matrices took most of the time
+at CLIP-L size, and did not keep more patches of the bundled checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,41 @@ class Trial:
         alpha: of SmoothQuant's eq. 4, None for no scales.
         shift: float32[K].
         scale: float32[K].
+        threshold: magnitude of the smoothed activation that becomes 127.
         error: squared error of the layers' outputs relative to their variance.
     """
 
     alpha: float | None
     shift: Vector
     scale: Vector
+    threshold: float
     error: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some rows of an activation over all frames.
+
+    Attributes:
+        rows: float32[S, K].
+        weight: float32[S]; how many rows each stands for.
+    """
+
+    rows: Matrix
+    weight: Vector
+
+    def find_threshold(self, channels: Channels, method: Method, rows: Matrix) -> float:
+        """Choose the magnitude that becomes 127.
+
+        Args:
+            channels: over all frames, as smooth as `rows`.
+            method: how.
+            rows: the same, smoothed, float32[S, K].
+        """
+        top = float(channels.largest.max())
+        if method == "max":
+            return top
+        return find_threshold(count_magnitudes(rows, top, _BINS, self.weight), top, method)
 
 
 def smoothing_scale(activation: Vector, weight: Vector, alpha: float) -> Vector:
@@ -97,7 +128,7 @@ def smoothing_scale(activation: Vector, weight: Vector, alpha: float) -> Vector:
 
 
 def try_smoothing(
-    sample: Matrix,
+    sample: Sample,
     channels: Channels,
     matrices: Sequence[Matrix],
     alphas: Sequence[float],
@@ -106,7 +137,7 @@ def try_smoothing(
     """Try every alpha, with and without shift, on a sample of an activation.
 
     Args:
-        sample: float32[R, K]; rows of the activation.
+        sample: of the activation.
         channels: over all frames.
         matrices: the weights that read it, float32[K, N] each.
         alphas: what to try.
@@ -115,28 +146,33 @@ def try_smoothing(
     Returns:
         The trial that changes nothing first, then the others.
     """
-    joined = np.concatenate(matrices, axis=1)  # [K, sum of N]
-    reach = np.abs(joined).max(axis=1)
-    exact = sample @ joined  # [R, sum of N]
+    reach = np.max([np.abs(matrix).max(axis=1) for matrix in matrices], axis=0)  # [K]
+    columns = _spread_columns(matrices)  # [K, C]
+    exact = sample.rows @ columns  # [S, C]
     power = float(np.square(exact - exact.mean(axis=0), dtype=np.float64).sum()) or 1.0
     trials = []
     for shift in (np.zeros_like(channels.mean), channels.middle):
         shifted = channels.smoothed(shift, np.ones_like(shift))
+        wanted = exact - shift @ columns
         for alpha in (None, *alphas):
             scale = np.ones_like(shift)
             if alpha is not None:
                 scale = smoothing_scale(shifted.largest, reach, alpha)
             smoothed = channels.smoothed(shift, scale)
-            top = float(smoothed.largest.max())
-            x: Matrix = (sample - shift) / scale
-            w: Matrix = joined * scale[:, None]
-            counts = count_magnitudes(x, top, _BINS)
-            threshold = find_threshold(counts, top, method)
+            x: Matrix = (sample.rows - shift) / scale
+            w: Matrix = columns * scale[:, None]
+            threshold = sample.find_threshold(smoothed, method, x)
             rounded = fake_quantize(w, np.abs(w).max(axis=0))
-            off = fake_quantize(x, threshold) @ rounded - x @ w - smoothed.mean @ (rounded - w)
+            off = fake_quantize(x, threshold) @ rounded - wanted - smoothed.mean @ (rounded - w)
             error = float(np.square(off, dtype=np.float64).sum()) / power
-            trials.append(Trial(alpha, shift, scale, error))
+            trials.append(Trial(alpha, shift, scale, threshold, error))
     return trials
+
+
+def _spread_columns(matrices: Sequence[Matrix]) -> Matrix:
+    """Return `_COLUMNS` columns, evenly from all matrices; all of them where there are fewer."""
+    step = -(-sum(matrix.shape[1] for matrix in matrices) // _COLUMNS)
+    return np.concatenate([matrix[:, ::step] for matrix in matrices], axis=1)
 
 
 def fake_quantize(values: Matrix, threshold: float | Vector) -> Matrix:

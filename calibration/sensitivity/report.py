@@ -9,7 +9,8 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
-from calibration.sensitivity.search import SensitivityReport, SiteCost
+from calibration.sensitivity.ranking import SiteCost
+from calibration.sensitivity.search import SensitivityReport
 
 _ROW, _LEFT, _BAR, _RIGHT, _TOP = 18, 270, 360, 110, 56
 _INT8, _FLOAT = "#0b6e99", "#d9480f"

@@ -1,9 +1,9 @@
 """Search for the layers to leave in floating point so that a gate is met.
 
-Each site is quantized alone and its error measured, then the costliest sites are excluded, as few
-as the gate needs. The error is measured on the graph's outputs, in patches kept and tokens that
-match: an element-wise difference says nothing once a reducer has picked another patch. Decisions
-follow from the measurements alone, so a continued search decides the same.
+Sites are ranked by what each costs, then the costliest are excluded, as few as the gate needs. The
+error is measured on the graph's outputs, in patches kept and tokens that match: an element-wise
+difference says nothing once a reducer has picked another patch. Decisions follow from the
+measurements alone, so a continued search decides the same.
 """
 
 from __future__ import annotations
@@ -11,36 +11,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
 from calibration.agreement.token_metrics import Agreement, Gate
 from calibration.frames.dataset import Frames
 from calibration.scales.calibration_file import Calibration
-from calibration.scales.layers import Site, find_sites
-from calibration.sensitivity.trials import Trials
+from calibration.scales.layers import find_sites
+from calibration.sensitivity.ranking import LARGE, Ranking, SiteCost, few_of
+from calibration.sensitivity.trials import KnownTrials, Trials
 from engines.errors import GateError
 from engines.progress_bar import Progress
+from graphs.weights_apart import weights_apart
 
-
-@dataclass(frozen=True)
-class SiteCost:
-    """What it costs to quantize one site and nothing else.
-
-    Attributes:
-        site: its name; a norm, or a layer that reads its activation alone.
-        layers: what is quantized with it.
-        weights: how many numbers those layers multiply by, a measure of their time.
-        alone: agreement with only these layers in INT8.
-        cost: `Gate.cost` of it.
-    """
-
-    site: str
-    layers: tuple[str, ...]
-    weights: int
-    alone: Agreement
-    cost: float
+_TRIED_AGAIN = 8
+"""Sites of a large tower that are tried in INT8 again once the gate holds, the cheapest first."""
+_TIGHTENED = (1.0, 0.7, 0.5, 0.3)
+"""Errors to be reached on the frames of the search, in multiples of what the gate allows, until the
+gate holds on other frames as well: what just passes where it was searched fails elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +57,7 @@ def search_exclusions(
     frames: Frames,
     gate: Gate,
     *,
+    also_on: Frames | None = None,
     threads: int | None = None,
     progress: Progress = lambda line, done: None,
     resume: Path | None = None,
@@ -78,7 +67,7 @@ def search_exclusions(
     What the calibration excludes already stays excluded, so that the gate can be met on one graph
     of a bundle after the other. Sites go in the order of what each costs alone per weight, because
     the weights tell how much time INT8 saves there. How many are needed is found by bisection, and
-    each that turns out not to be needed is quantized again.
+    each that turns out not to be needed is quantized again (of a large tower a few are tried).
 
     Args:
         graph_files: the files of a float32 vision graph with the reducer that is to be right, in
@@ -86,6 +75,8 @@ def search_exclusions(
         calibration: of its checkpoint.
         frames: float32[1, 3, H, W] each; better others than it was calibrated on.
         gate: what is to be reached.
+        also_on: other frames that it must be reached on; where it is not, the search goes on for
+            less error on its own.
         threads: CPU threads.
         progress: called for every trial.
         resume: a file that keeps every trial, for searches on other graphs too. What it holds is
@@ -96,14 +87,25 @@ def search_exclusions(
         CalibrationError: the calibration is not of this graph, there are no frames, or ``resume``
             is damaged.
     """
-    with TemporaryDirectory() as folder:
-        trials = Trials(graph_files, calibration, frames, threads, Path(folder), resume)
+    known = KnownTrials(resume)
+    with weights_apart(graph_files[0]) as apart:
+
+        def trials_on(these: Frames) -> Trials:
+            return Trials(graph_files, apart, calibration, these, threads, known)
+
+        trials = trials_on(frames)
+        others = trials if also_on is None else trials_on(also_on)
         before = trials.measure(calibration.excluded)
-        if gate.holds(before):
+        if gate.holds(before) and gate.holds(others.measure(calibration.excluded)):
             return SensitivityReport((), gate, before, before, calibration)
-        search = _Search(trials, calibration, gate, progress)
-        costs = search.measure_sites(find_sites(ir.load(graph_files[0])))
-        chosen, after = search.choose_exclusions(costs)
+        sites = find_sites(ir.load(apart))
+        ranking = trials if len(sites) <= LARGE else trials_on(few_of(frames))
+        costs = Ranking(ranking, calibration, gate, progress).rank(sites)
+        for factor in _TIGHTENED:
+            search = _Search(trials, calibration, gate.tightened(factor), progress)
+            chosen, after = search.choose_exclusions(costs)
+            if gate.holds(others.measure(chosen)):
+                break
     if not gate.holds(after):
         raise _gate_error(costs, gate, before, after)
     return SensitivityReport(tuple(costs), gate, before, after, calibration.excluding(chosen))
@@ -115,20 +117,6 @@ class _Search:
     calibration: Calibration
     gate: Gate
     progress: Progress
-
-    def measure_sites(self, sites: Sequence[Site]) -> list[SiteCost]:
-        """Return what each site costs alone, the highest cost per weight first."""
-        costs = []
-        for number, site in enumerate(sites):
-            layers = [one for one in site.layers if one.name not in self.calibration.excluded]
-            if not layers:
-                continue
-            self.progress(f"{site.name} alone", 0.8 * number / len(sites))
-            names = tuple(layer.name for layer in layers)
-            alone = self.trials.measure(set(self.calibration.layers) - set(names))
-            weights = sum(layer.matrix().size for layer in layers)
-            costs.append(SiteCost(site.name, names, weights, alone, self.gate.cost(alone)))
-        return sorted(costs, key=lambda cost: cost.cost / cost.weights, reverse=True)
 
     def choose_exclusions(self, costs: Sequence[SiteCost]) -> tuple[tuple[str, ...], Agreement]:
         """Return the fewest costly layers without which the gate holds, and the agreement then."""
@@ -143,7 +131,8 @@ class _Search:
                 enough, chosen, after = middle, list(costs[:middle]), found
             else:
                 few = middle
-        for cost in reversed(chosen[:-1]):
+        tried_again = chosen[:-1] if len(costs) <= LARGE else chosen[:-1][-_TRIED_AGAIN:]
+        for cost in reversed(tried_again):
             self.progress(f"without {cost.site}", 0.95)
             fewer = [one for one in chosen if one is not cost]
             if self.gate.holds(found := self._measure_without(fewer)):
@@ -166,7 +155,7 @@ def _gate_error(
         for cost in sorted(costs, key=lambda cost: cost.cost, reverse=True)[:3]
     )
     return GateError(
-        f"The gate (overlap {gate.overlap:g}, cosine {gate.cosine:g}) cannot be reached: overlap "
+        f"The gate ({gate.describe()}) cannot be reached: overlap "
         f"{before.overlap:.4f} and cosine {before.cosine:.5f} with INT8, {after.overlap:.4f} and "
         f"{after.cosine:.5f} with every layer back in floating point. The costliest are {worst}. "
         "Ask for less than 1, or build with --precision fp16."

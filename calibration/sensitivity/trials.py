@@ -28,66 +28,95 @@ from runtime.vision import VisualTokens
 _FILE = TypeAdapter(dict[str, Agreement])
 
 
+class KnownTrials:
+    """What was measured so far, of any graph, calibration and frames, kept in a file."""
+
+    def __init__(self, file: Path | None) -> None:
+        """Read the file; None keeps nothing.
+
+        Raises:
+            CalibrationError: it is damaged.
+        """
+        self._file = file
+        self._found: dict[str, Agreement] = {}
+        if file is None or not file.exists():
+            return
+        try:
+            self._found = _FILE.validate_json(file.read_bytes())
+        except (ValidationError, OSError) as error:
+            raise CalibrationError(
+                f"{file} does not hold the trials of an interrupted search: it is cut short or "
+                "damaged. Delete it to measure them again."
+            ) from error
+
+    def get(self, key: str) -> Agreement | None:
+        """Return a trial; None if it was not measured."""
+        return self._found.get(key)
+
+    def add(self, key: str, agreement: Agreement) -> None:
+        """Keep a trial."""
+        self._found[key] = agreement
+        if self._file is None:
+            return
+        content = {key: asdict(agreement) for key, agreement in self._found.items()}
+        with staged_file(self._file, CalibrationError) as staged:
+            staged.write_text(json.dumps(content), encoding="utf-8")
+
+
 class Trials:
     """Measures one choice of layers after the other, on the same graph and frames."""
 
     def __init__(
         self,
         graph_files: Sequence[Path],
+        apart: Path,
         calibration: Calibration,
         frames: Frames,
         threads: int | None,
-        folder: Path,
-        kept: Path | None,
+        known: KnownTrials,
     ) -> None:
         """Prepare.
 
         Args:
             graph_files: the float32 graph's files in the order they run, as `graphs.graph_file`
                 writes them: with the digest of their weights in them, if they lie beside them.
+            apart: the first of them with its weights apart (`graphs.weights_apart`); quantized
+                graphs are written beside it for a moment.
             calibration: of its checkpoint; what it excludes has no meaning here.
             frames: float32[1, 3, H, W] each.
             threads: CPU threads.
-            folder: where quantized graphs are written for a moment.
-            kept: file that keeps what is measured, of other graphs, calibrations and frames too;
-                None keeps nothing.
+            known: where trials are kept.
 
         Raises:
-            CalibrationError: there are no frames, or the file is damaged.
+            CalibrationError: there are no frames.
         """
         if len(frames) == 0:
             raise CalibrationError("There are no frames to search on, expected at least one.")
-        self._graph_files, self._frames, self._threads = graph_files, frames, threads
+        self._files = (apart, *graph_files[1:])
+        self._frames, self._threads = frames, threads
         self._calibration = calibration
-        self._trial_file = folder / "trial.onnx"
-        self._kept = kept
-        self._known = _load(kept)
+        self._known = known
         self._subject = _identify(graph_files, calibration, frames)
 
     def measure(self, excluded: Collection[str]) -> Agreement:
         """Return the agreement of the graph with all but the excluded layers quantized."""
         names = tuple(name for name in self._calibration.layers if name in excluded)
         key = hashlib.sha256("\n".join((self._subject, *names)).encode()).hexdigest()
-        if key not in self._known:
-            model = ir.load(self._graph_files[0])
+        found = self._known.get(key)
+        if found is None:
+            apart, *others = self._files
+            model = ir.load(apart)
             apply_calibration(model, self._calibration.excluding(names))
-            ir.save(model, self._trial_file, external_data="trial.data")
-            trial = (self._trial_file, *self._graph_files[1:])
-            made = run_graph(trial, self._frames, self._threads)
-            self._known[key] = average_agreement(map(compare_visual_tokens, self._exact, made))
-            self._save()
-        return self._known[key]
+            trial = apart.with_name("trial.onnx")
+            ir.save(model, trial)
+            made = run_graph((trial, *others), self._frames, self._threads)
+            found = average_agreement(map(compare_visual_tokens, self._exact, made))
+            self._known.add(key, found)
+        return found
 
     @cached_property
     def _exact(self) -> list[VisualTokens]:
-        return list(run_graph(self._graph_files, self._frames, self._threads))
-
-    def _save(self) -> None:
-        if self._kept is None:
-            return
-        content = {key: asdict(agreement) for key, agreement in self._known.items()}
-        with staged_file(self._kept, CalibrationError) as staged:
-            staged.write_text(json.dumps(content), encoding="utf-8")
+        return list(run_graph(self._files, self._frames, self._threads))
 
 
 def _identify(graph_files: Sequence[Path], calibration: Calibration, frames: Frames) -> str:
@@ -99,15 +128,3 @@ def _identify(graph_files: Sequence[Path], calibration: Calibration, frames: Fra
     for frame in frames:
         digest.update(np.ascontiguousarray(frame).tobytes())
     return digest.hexdigest()
-
-
-def _load(kept: Path | None) -> dict[str, Agreement]:
-    if kept is None or not kept.exists():
-        return {}
-    try:
-        return _FILE.validate_json(kept.read_bytes())
-    except (ValidationError, OSError) as error:
-        raise CalibrationError(
-            f"{kept} does not hold the trials of an interrupted search: it is cut short or "
-            "damaged. Delete it to measure them again."
-        ) from error

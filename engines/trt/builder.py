@@ -56,6 +56,7 @@ class PlanTask:
         batch: the optimisation profile.
         tokens: the same of visual tokens, where their number is not fixed.
         workspace_bytes: scratch memory of the builder; None for the target's.
+        optimization_level: 0 to 5, how long to look for fast kernels; None is TensorRT's default.
     """
 
     onnx: Path
@@ -67,6 +68,7 @@ class PlanTask:
     batch: BatchRange = ONE_IMAGE
     tokens: BatchRange = ONE_IMAGE
     workspace_bytes: int | None = None
+    optimization_level: int | None = None
 
     @property
     def profile(self) -> dict[str, ShapeRange]:
@@ -149,6 +151,7 @@ def build_plan(options: PlanTask, on_progress: ProgressCallback | None = None) -
         parsed, parse_seconds = _timed(work.parse)
         network_report = report_network(parsed[1])
         data, build_seconds = _timed(lambda: work.build(parsed, on_progress))
+    engine = _open(library, data) if gpu else None
     record = write_plan(
         options.plan,
         memoryview(data),
@@ -167,6 +170,8 @@ def build_plan(options: PlanTask, on_progress: ProgressCallback | None = None) -
             profile=profile,
             flags=_FLAGS,
             workspace_bytes=workspace_of(options),
+            optimization_level=options.optimization_level,
+            context_bytes=None if engine is None else int(engine.device_memory_size_v2),
             build_seconds=round(build_seconds, 3),
             built_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             foveate=__version__,
@@ -175,7 +180,7 @@ def build_plan(options: PlanTask, on_progress: ProgressCallback | None = None) -
     layers = LayerReport(
         parse_seconds=round(parse_seconds, 3),
         network=network_report,
-        engine=_inspect(library, data, log) if gpu else report_layers(log.layers),
+        engine=report_layers(log.layers) if engine is None else _inspect(library.trt, engine),
     )
     with staged_file(layers_path(options.plan), EngineError) as staged:
         staged.write_text(layers.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -245,6 +250,7 @@ class _Compilation:
             "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
             "progress_monitor": monitor,
             "load_timing_cache": str(cache) if cache and cache.is_file() else None,
+            "builder_optimization_level": self.options.optimization_level,
         }
         if self.library.name == "tensorrt":
             return self.loaders.CreateConfig(**common)
@@ -257,12 +263,14 @@ def _clear_tf32(trt: Any, config: Any) -> None:
     config.clear_flag(trt.BuilderFlag.TF32)
 
 
-def _inspect(library: TrtLibrary, data: Any, log: BuildLog) -> EngineReport | None:
+def _open(library: TrtLibrary, data: Any) -> Any:
+    """Return the engine of a plan that was built on this GPU; None where it cannot be opened."""
     trt = library.trt
     runtime = trt.Runtime(process_logger(trt))
-    engine = runtime.deserialize_cuda_engine(data)
-    if engine is None:
-        return report_layers(log.layers)
+    return runtime.deserialize_cuda_engine(data)
+
+
+def _inspect(trt: Any, engine: Any) -> EngineReport | None:
     inspector = engine.create_engine_inspector()
     return report_engine(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 

@@ -68,6 +68,10 @@ class PlanRecord(BaseModel):
     profile: dict[str, ShapeRange]
     flags: tuple[str, ...]
     workspace_bytes: int
+    optimization_level: int | None = None
+    """0 to 5, how long the builder looked for fast kernels; None is TensorRT's default."""
+    context_bytes: int | None = None
+    """Activations and scratch memory of one context; None where no GPU could open the plan."""
     build_seconds: float
     built_at: str
     foveate: str

@@ -45,8 +45,8 @@ def main(
     refused. A build that was stopped goes on where it was, by the same command.
 
     `--precision int8` calibrates on your own frames (--frames): 128 distinct ones or more, by day
-    and night if the robot works by day and night. Every eighth is held out; on these INT8 must keep
-    the patches that FP32 keeps (--gate), or nothing is written and the exit code is 1.
+    and night if the robot works by day and night. Three of eight are held out: INT8 must keep the
+    patches that FP32 keeps on one (--gate), or nothing is written and the exit code is 1.
     """
     if dry_run:
         _tell_plan(plan_build(options), options, as_json)

@@ -24,8 +24,20 @@ _PROCESS_BYTES = 1.2e9
 """PyTorch, transformers and ONNX Runtime, loaded."""
 _TOWER_COPIES = 3.5
 """Of the tower in float32, while it is traced and written."""
-_INT8_COPIES = 5
-"""Of it, while it is calibrated."""
+_CALIBRATION_COPIES = 2
+"""Of it, while it is calibrated, most of them of files that are mapped."""
+_CALIBRATION_FILES = 3.6
+"""Of it on the disk meanwhile: the float32 graph, one kept for another try, one with its weights
+apart, and the statistics."""
+_FRAME_CORE_SECONDS_PER_GIGAWEIGHT = 17
+"""Of 577 tokens."""
+_JUDGED_FRAMES = 1.2
+"""A frame in both precisions, in frames."""
+_SMOOTHING_CORE_SECONDS_PER_GIGAWEIGHT = 165
+_QUANTIZING_CORE_SECONDS_PER_GIGAWEIGHT = 50
+"""For each graph."""
+_FRAMES_OF_RANKING, _TRIALS = 160, 20
+"""Of a search for layers to leave in floating point: frames to rank on, and trials after that."""
 _LARGEST_IN_WORK = 1.5
 """Matrices of the decoder in work at once, in sizes of the largest, which is the head."""
 _BYTES_IN_WORK = 2 + 4 + 4 + 1
@@ -117,7 +129,11 @@ def told_duration(seconds: float) -> str:
 
 
 def predict_cost(
-    weights: LlavaWeights, precision: Precision, graphs: int, decoders: DecoderOptions
+    weights: LlavaWeights,
+    precision: Precision,
+    graphs: int,
+    decoders: DecoderOptions,
+    frames: int = 0,
 ) -> BuildCost:
     """Predict a build from the sizes of the checkpoint's tensors; reads headers only.
 
@@ -126,12 +142,15 @@ def predict_cost(
         precision: of the vision graphs.
         graphs: how many of them; the weights are written once.
         decoders: which of them.
+        frames: to calibrate with, at most.
     """
     seen = sum(map(math.prod, weights.shapes(Part.VISION_TOWER).values()))
     seen += sum(map(math.prod, weights.shapes(Part.PROJECTOR).values()))
     language = {n: math.prod(s) for n, s in weights.shapes(Part.LANGUAGE_MODEL).items()}
     tables = sum(count for name, count in language.items() if "embed_tokens" in name)
     steps = [_vision_cost(seen, precision, graphs)]
+    if precision in ("int8", "mixed"):
+        steps.append(_calibration_cost(seen, precision, graphs, frames))
     for backend in decoders.backends:
         precision_of = decoders.precision_of(backend)
         steps.append(_decoder_cost(backend, precision_of, language, tables))
@@ -145,13 +164,32 @@ def predict_cost(
 def _vision_cost(weights: int, precision: Precision, graphs: int) -> StepCost:
     exact = 4 * weights
     quantized = precision in ("int8", "mixed")
-    stays = {"fp32": 4, "fp16": 2}.get(precision, 2) * weights
     return StepCost(
         "vision",
-        int(_PROCESS_BYTES + exact * (_INT8_COPIES if quantized else _TOWER_COPIES)),
-        exact if quantized else 0,
-        stays,
+        int(_PROCESS_BYTES + exact * _TOWER_COPIES),
+        2 * exact if quantized else 0,
+        {"fp32": 4, "fp16": 2}.get(precision, 0) * weights,
         graphs * _GRAPH_S + weights / _GB * _GRAPH_CORE_SECONDS_PER_GIGAWEIGHT,
+    )
+
+
+def _calibration_cost(weights: int, precision: Precision, graphs: int, frames: int) -> StepCost:
+    """Of eight frames five are run once; two are judged, in both precisions, for each graph."""
+    runs = frames * (5 / 8 + graphs * 2 / 8 * _JUDGED_FRAMES)
+    if precision == "mixed" and frames:
+        runs += graphs * (_FRAMES_OF_RANKING + _TRIALS * frames / 8)
+    core_seconds = (
+        runs * _FRAME_CORE_SECONDS_PER_GIGAWEIGHT
+        + (_SMOOTHING_CORE_SECONDS_PER_GIGAWEIGHT if frames else 0)
+        + graphs * _QUANTIZING_CORE_SECONDS_PER_GIGAWEIGHT
+    )
+    cores = min(os.cpu_count() or 1, _MOST_CORES)
+    return StepCost(
+        "int8",
+        int(_PROCESS_BYTES + 4 * weights * _CALIBRATION_COPIES),
+        int(4 * weights * _CALIBRATION_FILES),
+        int(1.3 * weights),
+        _GRAPH_S + weights / _GB * core_seconds / cores,
     )
 
 
@@ -208,7 +246,7 @@ def refuse_what_cannot_fit(
 
 
 def _smaller(step: str, decoders: DecoderOptions) -> str:
-    if step == "vision":
+    if step in ("vision", "int8"):
         return "build it on a larger machine: the bundle can be copied"
     wide = {"fp32", "f32", "f16"} & {str(decoders.precision_of(b)) for b in decoders.backends}
     if wide:

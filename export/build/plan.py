@@ -158,7 +158,8 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     checkpoint = open_checkpoint(options.model)
     check_language_models(checkpoint, options.decoders)
     reducers = tuple(_choose_reducer(options, budget, checkpoint) for budget in options.budgets)
-    cost = predict_cost(checkpoint.weights, precision, len(reducers), options.decoders)
+    frames = options.int8.choice.max_frames if options.int8.frames is not None else 0
+    cost = predict_cost(checkpoint.weights, precision, len(reducers), options.decoders, frames)
     refuse_what_cannot_fit(cost, options.out, options.decoders)
     return BuildPlan(checkpoint, target, precision, reducers, opset, cost, record)
 

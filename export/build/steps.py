@@ -26,6 +26,9 @@ from export.build.vision import export_vision
 from export.kept_parts import KeptParts
 from export.language.language_models import export_language_models
 
+_READING_S = 30.0
+"""For the frames; a long recording takes more."""
+
 _TOOLS = ("torch", "transformers", "onnx", "onnxruntime", "onnxruntime-genai")
 
 
@@ -124,6 +127,8 @@ def _expected_seconds(plan: BuildPlan, options: BuildOptions) -> dict[str, float
         for reducer in plan.reducers
     }
     decoders = sum(predicted[f"decoder_{backend}"] for backend in options.decoders.backends)
-    calibrating = {} if options.int8.frames is None else dict.fromkeys(("frames", "int8"), 60.0)
+    calibrating = {"int8": predicted["int8"]} if "int8" in predicted else {}
+    if options.int8.frames is not None:
+        calibrating["frames"] = _READING_S
     publishing = {"publishing": predicted["publishing"]}
     return graphs | calibrating | {"language_model": decoders + predicted["text"]} | publishing

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from engines.errors import CheckpointError, OptionError
+from engines.llm_words import LlmDevice
 from engines.manifest import LanguageModel, LlmPrecision, Prompt, Text
 from engines.option_groups import Typed, one_of
 from engines.progress_bar import Progress
@@ -41,6 +42,7 @@ class DecoderOptions:
     Attributes:
         backends: the first one is the bundle's default.
         precision: of the ONNX decoder.
+        device: where ONNX Runtime will compute it.
         gguf_precision: of the GGUF decoder; None takes the one that is like `precision`.
     """
 
@@ -60,6 +62,13 @@ class DecoderOptions:
             help="llama.cpp: q4_k_m, q8_0, f16 or f32; left out, q4_k_m for int4, f16 for fp32."
         ),
     ] = None
+    device: Annotated[
+        LlmDevice,
+        typer.Option(
+            "--llm-device",
+            help="Where ONNX Runtime will compute the decoder: cpu, or cuda for float16 on a GPU.",
+        ),
+    ] = "cpu"
 
     def precision_of(self, backend: DecoderBackend) -> LlmPrecision | GgufPrecision:
         """Return the precision a backend's decoder will have."""
@@ -145,7 +154,7 @@ def export_language_models(
     written: dict[DecoderBackend, LanguageModel] = {}
     for index, backend in enumerate(options.backends):
         part = f"decoder_{backend}"
-        made_with = {"precision": options.precision_of(backend)}
+        made_with = {"precision": options.precision_of(backend), "device": options.device}
         found = kept.restore(part, made_with, root)
         if found is None:
             told = _tell_bytes(progress, f"Decoder for {backend}", index, len(options.backends))
@@ -173,7 +182,10 @@ def _export_decoder(
 ) -> tuple[LanguageModel, str]:
     """Write one decoder and return what the manifest and the notes say of it."""
     if backend == "ort":
-        return export_decoder(checkpoint, root, options.precision, progress=told), ""
+        model = export_decoder(
+            checkpoint, root, options.precision, device=options.device, progress=told
+        )
+        return model, ""
     gguf = export_gguf(checkpoint, root, options.chosen_gguf_precision, told)
     return gguf.model, gguf.describe_fallbacks()
 

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 
 from engines.errors import CheckpointError, OptionError
-from engines.manifest import LanguageModel, LlmPrecision, Prompt, Text
+from engines.manifest import DecoderShape, LanguageModel, LlmPrecision, Prompt, Text
 from export.checkpoint.llava import Checkpoint
 from export.checkpoint.processor import load_tokenizer
 from export.language.causal_lm import head_size, read_limits, write_causal_lm
@@ -110,7 +110,7 @@ def export_decoder(
             "kernel on CUDA. Choose --llm-precision int4 for a GPU."
         )
     write_decoder(checkpoint, root, precision, device=device, progress=progress)
-    return LanguageModel(backend="ort", file=GRAPH_FILE, precision=precision)
+    return LanguageModel(backend="ort", file=GRAPH_FILE, precision=precision, device=device)
 
 
 def write_embeddings(checkpoint: Checkpoint, root: Path) -> Text:
@@ -135,6 +135,21 @@ def write_embeddings(checkpoint: Checkpoint, root: Path) -> Text:
         vocabulary=rows.shape[0],
         hidden_size=rows.shape[1],
         context_length=int(checkpoint.text_config.max_position_embeddings),
+        decoder=_decoder_shape(checkpoint, vocabulary=rows.shape[0]),
+    )
+
+
+def _decoder_shape(checkpoint: Checkpoint, vocabulary: int) -> DecoderShape:
+    config: Any = checkpoint.text_config
+    heads = config.num_attention_heads
+    return DecoderShape(
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocabulary=vocabulary,
     )
 
 

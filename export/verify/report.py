@@ -144,7 +144,7 @@ def summarize(pictures: Sequence[PictureAgreement]) -> dict[str, float]:
         "overlap": float(np.min([one.overlap for one in seen])),
         "assignment": float(np.min([one.assignment for one in seen])),
         "cosine": float(np.min([one.cosine for one in seen])),
-        **{f"{name}_mean": value for name, value in average.items()},
+        **{f"{name}_mean": average[name] for name in ("overlap", "assignment", "cosine")},
     }
     answers = [picture.answer for picture in pictures if picture.answer is not None]
     if answers:

@@ -10,11 +10,12 @@ import ctypes
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from engines.errors import BackendError
+from engines.gpu import Gpu, find_gpu
 from runtime.backends.llama_library import BUILD_HINT, load_llama_library, take_log, uses_amx
 from runtime.language.embeddings import EmbeddingTable
 from runtime.language.parts import Embeddings, Logits
@@ -24,6 +25,7 @@ BATCH_ROWS = 512
 _MOST_SEQUENCES = 8
 _GGUF_MAGIC = b"GGUF"
 _KEYS = ("key", "value")
+_CACHE_BYTES = {"f32": 4.0, "f16": 2.0, "q8": 34 / 32}
 _MEMORY_FILE = Path("/proc/meminfo")
 _log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ class LlamaDecoder:
         context_length: int,
         threads: int,
         gpu_layers: int | None = None,
-        exact: bool = False,
+        cache: Literal["f16", "q8", "f32"] = "f16",
     ) -> None:
         """Load the model and allocate its cache.
 
@@ -54,7 +56,7 @@ class LlamaDecoder:
             context_length: positions the cache holds.
             threads: CPU threads.
             gpu_layers: layers that run on the GPU, -1 for all; None is all, where there is one.
-            exact: keep the cache in float32 instead of float16.
+            cache: how keys and values are kept; float32 is without fused attention.
 
         Raises:
             BackendError: llama.cpp cannot, for example because the file is damaged.
@@ -70,9 +72,9 @@ class LlamaDecoder:
         self._model = self._load(file, gpu_layers)
         try:
             self._check(file)
-            if not gpu_layers:
-                self._require_memory(exact)
-            self._context = self._allocate(threads, exact)
+            if not gpu_layers or gpu_shares_memory():
+                self._require_memory(cache)
+            self._context = self._allocate(threads, cache)
             self._memory = self._library.llama_get_memory(self._context)
             self._batch = self._library.llama_batch_init(BATCH_ROWS, table.hidden_size, 1)
         except BackendError:
@@ -105,7 +107,7 @@ class LlamaDecoder:
             raise BackendError(
                 f"llama.cpp failed on {count} positions after {position} (status {status}: "
                 f"{take_log()}). If memory ran out, open the backend with a smaller context "
-                "(--context-length)."
+                "(--context)."
             )
 
     def last_logits(self) -> Logits:
@@ -186,23 +188,24 @@ class LlamaDecoder:
                 "Build the bundle again from one checkpoint."
             )
 
-    def _require_memory(self, exact: bool) -> None:
+    def _require_memory(self, cache: str) -> None:
         """Refuse a cache that this machine cannot hold.
 
         llama.cpp writes zeros over all of it at once. Linux grants any size and then ends the
-        process, or another, for want of memory; so we count first.
+        process, or another, for want of memory; so we count first. A Jetson's GPU takes it of the
+        same memory.
         """
         layers = self._library.llama_model_n_layer(self._model)
         heads = self._library.llama_model_n_head_kv(self._model)
         architecture = self._describe("general.architecture")
         width = sum(int(self._describe(f"{architecture}.attention.{key}_length")) for key in _KEYS)
-        needed = self.context_length * layers * heads * width * (4 if exact else 2)
+        needed = int(self.context_length * layers * heads * width * _CACHE_BYTES[cache])
         available = _available_bytes()
         if available is not None and needed > available:
             raise BackendError(
                 f"A cache of {self.context_length} positions takes {needed / 1e9:.1f} GB, and this "
                 f"machine has {available / 1e9:.1f} GB free. Open the backend with a smaller "
-                "context (--context-length)."
+                "context (--context)."
             )
 
     def _describe(self, key: str) -> str:
@@ -211,23 +214,26 @@ class LlamaDecoder:
         self._library.llama_model_meta_val_str(self._model, key.encode(), text, len(text))
         return text.value.decode()
 
-    def _allocate(self, threads: int, exact: bool) -> Any:
+    def _allocate(self, threads: int, cache: str) -> Any:
         library = self._library
         options = library.llama_context_default_params()
         options.n_ctx = self.context_length
         options.n_batch = options.n_ubatch = min(BATCH_ROWS, self.context_length)
         options.n_seq_max = _MOST_SEQUENCES
         options.kv_unified = True
-        if exact:
+        if cache == "f32":
             options.type_k = options.type_v = library.GGML_TYPE_F32
             options.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        elif cache == "q8":  # only fused attention reads a quantized cache
+            options.type_k = options.type_v = library.GGML_TYPE_Q8_0
+            options.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_ENABLED
         options.n_threads = options.n_threads_batch = threads
         take_log()
         context = library.llama_init_from_model(self._model, options)
         if not context:
             raise BackendError(
                 f"llama.cpp cannot allocate a cache of {self.context_length} positions "
-                f"({take_log()}). Open the backend with a smaller context (--context-length)."
+                f"({take_log()}). Open the backend with a smaller context (--context)."
             )
         return context
 
@@ -255,6 +261,12 @@ def _require_gguf(file: Path) -> None:
             f"{file} is not a GGUF file: it begins with {magic!r}, expected {_GGUF_MAGIC!r}. Build "
             "the bundle again with `python -m export.build --llm-backend llamacpp`."
         )
+
+
+def gpu_shares_memory() -> bool:
+    """Return whether this machine's GPU takes the memory of the CPU, as a Jetson's does."""
+    gpu = find_gpu()
+    return isinstance(gpu, Gpu) and gpu.integrated
 
 
 def _available_bytes() -> int | None:

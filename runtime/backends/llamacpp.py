@@ -14,8 +14,11 @@ from typing import ClassVar
 import numpy as np
 
 from engines.bundle import Bundle
-from engines.errors import BackendError
+from engines.errors import BackendError, OptionError
+from engines.llm_words import KvCache
+from engines.memory.context_length import ContextNeed
 from runtime.backends import IN_PROCESS, Capabilities
+from runtime.backends.context_choice import choose_context_length
 from runtime.backends.llama_decoder import BATCH_ROWS, LlamaDecoder
 from runtime.backends.rows import (
     require_finite,
@@ -26,8 +29,8 @@ from runtime.backends.rows import (
 from runtime.language.embeddings import EmbeddingTable
 from runtime.language.parts import Embeddings, Logits, Part, TokenIds
 
-_DEFAULT_CONTEXT_LENGTH = 4096
-"""llama.cpp takes the cache's memory at once, so by default not all a long-context model allows."""
+_Q8_BLOCK = 32
+"""Numbers of a head that share a scale."""
 
 
 class LlamaCppBackend:
@@ -117,6 +120,8 @@ def open_llamacpp_backend(
     threads: int | None = None,
     gpu_layers: int | None = None,
     context_length: int | None = None,
+    need: ContextNeed = ContextNeed(),
+    kv_cache: KvCache = "f16",
 ) -> LlamaCppBackend:
     """Load a bundle's GGUF decoder.
 
@@ -125,28 +130,44 @@ def open_llamacpp_backend(
         threads: CPU threads; by default all this process may use.
         gpu_layers: decoder layers that run on the GPU, -1 for all; by default all where llama.cpp
             was built with GPU support, as on a Jetson.
-        context_length: positions the cache holds; by default what the model was trained for, 4096
-            at most.
+        context_length: positions the cache holds; by default what ``need`` asks for.
+        need: what the cache has to hold.
+        kv_cache: ``"q8"`` keeps keys and values in 8.5 bits.
 
     Raises:
-        OptionError: the bundle has no decoder for llama.cpp.
+        OptionError: the bundle has no decoder for llama.cpp, or one whose cache cannot be q8.
         BackendError: this machine cannot run it, or a context length the model was not trained for.
     """
-    text = bundle.manifest.text
-    if context_length is None:
-        context_length = min(text.context_length, _DEFAULT_CONTEXT_LENGTH)
-    if not 1 <= context_length <= text.context_length:
-        raise BackendError(
-            f"context_length is {context_length}: expected 1 to {text.context_length}, the "
-            "positions the language model was trained for."
-        )
+    context_length = choose_context_length(bundle, context_length, need)
     model = bundle.language_model(LlamaCppBackend.name)
+    exact = model.precision == "f32"
+    if kv_cache == "q8":
+        _require_q8(bundle, exact)
     decoder = LlamaDecoder(
         bundle.root / model.file,
         EmbeddingTable(bundle),
         context_length=context_length,
         threads=threads or len(os.sched_getaffinity(0)),
         gpu_layers=gpu_layers,
-        exact=model.precision == "f32",
+        cache="f32" if exact else kv_cache,
     )
     return LlamaCppBackend(decoder, decoder.start_sequence())
+
+
+def _require_q8(bundle: Bundle, exact: bool) -> None:
+    """Refuse a cache of 8.5 bits where it cannot be.
+
+    Raises:
+        OptionError: the decoder is float32, whose cache is too, or its heads are too narrow.
+    """
+    if exact:
+        raise OptionError(
+            "--kv-cache q8: this bundle's GGUF file is float32, and its cache is kept in float32 "
+            "as well. Build with --gguf-precision f16, q8_0 or q4_k_m."
+        )
+    shape = bundle.manifest.text.decoder
+    if shape is not None and shape.head_size % _Q8_BLOCK:
+        raise OptionError(
+            f"--kv-cache q8: llama.cpp quantizes {_Q8_BLOCK} numbers of a head together, and this "
+            f"language model's heads have {shape.head_size}. Leave the option out."
+        )

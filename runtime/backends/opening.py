@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from engines.bundle import Bundle
 from engines.errors import OptionError
+from engines.llm_words import KvCache, LlmDevice
+from engines.memory.context_length import ContextNeed
 from runtime.backends import LanguageBackend, TextBackend
 from runtime.backends.chat_server import ServerOptions
 from runtime.language.prompt import PromptWriter
@@ -18,6 +20,9 @@ def open_text_backend(
     *,
     threads: int | None = None,
     context_length: int | None = None,
+    need: ContextNeed = ContextNeed(),
+    kv_cache: KvCache = "f16",
+    device: LlmDevice | None = None,
     server: ServerOptions | None = None,
 ) -> TextBackend:
     """Open a bundle's language model, here or on a server, to write text.
@@ -27,7 +32,10 @@ def open_text_backend(
         bundle: an opened bundle.
         name: one of `BACKENDS`; left out, the server's where there is one, or the bundle's first.
         threads: CPU threads; left out, one per physical core.
-        context_length: positions the KV cache holds; left out, all the model was trained for.
+        context_length: positions the KV cache holds; left out, what ``need`` asks for.
+        need: what the KV cache has to hold; left out, four questions about a picture.
+        kv_cache: how llama.cpp keeps keys and values.
+        device: where ONNX Runtime computes; left out, where the decoder was built for.
         server: how to reach the server that runs the language model.
 
     Raises:
@@ -44,8 +52,13 @@ def open_text_backend(
             )
         if context_length is not None:
             raise OptionError(
-                "--context-length has no meaning for a server, which has a context of its own. "
+                "--context has no meaning for a server, which has a context of its own. "
                 "Leave it out, or start the server with --max-model-len."
+            )
+        if kv_cache != "f16" or device is not None:
+            raise OptionError(
+                "--kv-cache and --llm-device have no meaning for a server, which chooses for "
+                "itself. Leave them out, or start the server with --kv-cache-dtype."
             )
         from runtime.backends.vllm import open_vllm_backend
 
@@ -57,7 +70,15 @@ def open_text_backend(
         )
     from runtime.backends.local_text import LocalText
 
-    local = open_backend(bundle, name, threads=threads, context_length=context_length)
+    local = open_backend(
+        bundle,
+        name,
+        threads=threads,
+        context_length=context_length,
+        need=need,
+        kv_cache=kv_cache,
+        device=device,
+    )
     return LocalText(local, writer)
 
 
@@ -67,6 +88,9 @@ def open_backend(
     *,
     threads: int | None = None,
     context_length: int | None = None,
+    need: ContextNeed = ContextNeed(),
+    kv_cache: KvCache = "f16",
+    device: LlmDevice | None = None,
 ) -> LanguageBackend:
     """Open a bundle's language model in this process, where it gives logits.
 
@@ -74,7 +98,10 @@ def open_backend(
         bundle: an opened bundle.
         name: ``"ort"`` or ``"llamacpp"``; left out, the bundle's first.
         threads: CPU threads; left out, one per physical core.
-        context_length: positions the KV cache holds; left out, all the model was trained for.
+        context_length: positions the KV cache holds; left out, what ``need`` asks for.
+        need: what the KV cache has to hold; left out, four questions about a picture.
+        kv_cache: how llama.cpp keeps keys and values.
+        device: where ONNX Runtime computes; left out, where the decoder was built for.
 
     Raises:
         OptionError: no such backend, or the bundle holds no decoder for it.
@@ -83,13 +110,27 @@ def open_backend(
     """
     chosen = name or bundle.language_model().backend
     if chosen == "ort":
+        if kv_cache != "f16":
+            raise OptionError(
+                f"--kv-cache {kv_cache}: the attention of ONNX Runtime's decoders keeps keys and "
+                "values in the type it computes in. Use --backend llamacpp, or a smaller --context."
+            )
         from runtime.backends.ort import open_ort_backend
 
-        return open_ort_backend(bundle, threads=threads, context_length=context_length)
+        return open_ort_backend(
+            bundle, threads=threads, context_length=context_length, need=need, device=device
+        )
     if chosen == "llamacpp":
+        if device is not None:
+            raise OptionError(
+                f"--llm-device {device}: llama.cpp uses the GPU where it was built with one "
+                '(CMAKE_ARGS="-DGGML_CUDA=on"), and the CPU elsewhere. Leave the option out.'
+            )
         from runtime.backends.llamacpp import open_llamacpp_backend
 
-        return open_llamacpp_backend(bundle, threads=threads, context_length=context_length)
+        return open_llamacpp_backend(
+            bundle, threads=threads, context_length=context_length, need=need, kv_cache=kv_cache
+        )
     if chosen == "vllm":
         raise OptionError(
             'The backend "vllm" is a server that gives text only, and logits are needed here. '

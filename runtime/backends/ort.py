@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,11 @@ from numpy.typing import NDArray
 from engines.bundle import Bundle
 from engines.errors import BackendError
 from engines.graph_contents import MICROSOFT_DOMAIN, ONNX_DOMAINS, check_graph_contents
+from engines.llm_words import LlmDevice
+from engines.memory.context_length import ContextNeed
 from engines.ort import CPU, CUDA, create_inference_session
 from runtime.backends import IN_PROCESS, Capabilities
+from runtime.backends.context_choice import choose_context_length
 from runtime.backends.rows import (
     require_finite,
     require_rewind,
@@ -32,16 +35,12 @@ from runtime.language.parts import Embeddings, Logits, Part, TokenIds
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-Device = Literal["cpu", "cuda"]
-
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
 }
 _PREFILL_CHUNK = 512
 """Positions per run: attention scores grow with its product with the context length."""
-_CUDA_CONTEXT_LENGTH = 4096
-"""A GPU's memory is taken at once; on a CPU a cache takes memory as it fills."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Decoder:
 
     session: ort.InferenceSession
     table: EmbeddingTable
-    device: Device
+    device: LlmDevice
     dtype: np.dtype[Any]
     caches: dict[str, str]
     cache_shape: tuple[int, int]
@@ -154,7 +153,7 @@ class OrtBackend:
             raise BackendError(
                 f"ONNX Runtime failed on {len(rows)} positions after {self._position} "
                 f"({_first_line(error)}). If memory ran out, open the backend with a smaller "
-                "context (--context-length)."
+                "context (--context)."
             ) from error
         self._position = end
 
@@ -163,17 +162,18 @@ def open_ort_backend(
     bundle: Bundle,
     *,
     threads: int | None = None,
-    device: Device = "cpu",
+    device: LlmDevice | None = None,
     context_length: int | None = None,
+    need: ContextNeed = ContextNeed(),
 ) -> OrtBackend:
     """Load a bundle's ONNX decoder.
 
     Args:
         bundle: an opened bundle.
         threads: CPU threads; by default one per physical core.
-        device: ``"cpu"`` or ``"cuda"``.
-        context_length: positions the KV cache holds; by default all the model was trained for (at
-            most 4096 on a GPU, whose memory is taken at once).
+        device: ``"cpu"`` or ``"cuda"``; by default where the decoder was built for.
+        context_length: positions the KV cache holds; by default what ``need`` asks for.
+        need: what the KV cache has to hold.
 
     Raises:
         OptionError: the bundle has no decoder for ONNX Runtime.
@@ -182,25 +182,18 @@ def open_ort_backend(
         BackendError: a context length the model was not trained for, or a decoder for another
             device.
     """
-    text = bundle.manifest.text
-    graph = bundle.language_model(OrtBackend.name).file
+    model = bundle.language_model(OrtBackend.name)
+    graph, device = model.file, device or model.device
     check_graph_contents(bundle, graph, (*ONNX_DOMAINS, MICROSOFT_DOMAIN))
     file = bundle.path(graph)
-    if context_length is None:
-        limit = _CUDA_CONTEXT_LENGTH if device == "cuda" else text.context_length
-        context_length = min(text.context_length, limit)
-    if not 1 <= context_length <= text.context_length:
-        raise BackendError(
-            f"context_length is {context_length}: expected 1 to {text.context_length}, the "
-            "positions the language model was trained for."
-        )
+    context_length = choose_context_length(bundle, context_length, need)
     provider = CUDA if device == "cuda" else CPU
     session = create_inference_session(file, threads=threads, providers=[provider])
     return OrtBackend(_read_decoder(session, file, device, EmbeddingTable(bundle)), context_length)
 
 
 def _read_decoder(
-    session: ort.InferenceSession, file: Path, device: Device, table: EmbeddingTable
+    session: ort.InferenceSession, file: Path, device: LlmDevice, table: EmbeddingTable
 ) -> Decoder:
     """Read names, shapes and dtypes from the graph; refuse one that is no decoder of ours."""
     inputs = {value.name: value for value in session.get_inputs()}
@@ -224,8 +217,8 @@ def _read_decoder(
     if (dtype == np.float16) != (device == "cuda"):
         built_for = "a GPU" if dtype == np.float16 else "the CPU"
         raise BackendError(
-            f"{file} computes in {dtype}, which is for {built_for}. Run it there, or build a "
-            f"bundle for the target you have ({device})."
+            f"{file} computes in {dtype}, which is for {built_for}. Run it there (--llm-device), "
+            f"or build one for what you have: export.build --llm-device {device}."
         )
     return Decoder(
         session=session,
@@ -257,7 +250,7 @@ def _allocate(
         needed = len(decoder.caches) * context_length * heads * head_size * decoder.dtype.itemsize
         raise BackendError(
             f"A cache of {context_length} positions takes {needed / 1e9:.1f} GB, which this "
-            "machine does not have. Open the backend with a smaller context (--context-length)."
+            "machine does not have. Open the backend with a smaller context (--context)."
         ) from error
 
 

@@ -43,7 +43,7 @@ def require_room(position: int, count: int, context_length: int) -> None:
             f"{count} more positions after {position} make {position + count}, and the context "
             f"holds {context_length}. Ask a shorter question, drop earlier turns, use a bundle "
             "with fewer visual tokens, or open the backend with a larger context "
-            "(--context-length) if the model allows it."
+            "(--context) if the model allows it."
         )
 
 

@@ -12,6 +12,7 @@ import typer
 
 from engines import __version__
 from engines.cli import JsonOption, print_json
+from engines.memory.context_length import ContextNeed
 from runtime.clips.clip_options import ClipOptions, is_clip
 from runtime.language.generate import GenerationOptions
 from runtime.model_options import ModelOptions, SystemOption
@@ -68,7 +69,13 @@ def ask(
     # Before the bundle: a wrong path is told at once.
     frames = read_clip(str(image), clip) if is_clip(image) else None
     picture = load_picture(image) if frames is None else frames[-1].image
-    with model.open(bundle) as opened:
+    need = ContextNeed(
+        visual_tokens=None if frames is None else clip.clip_tokens,
+        answer_tokens=generation.max_tokens,
+        exchanges=1,
+        clip_frames=0 if frames is None else len(frames),
+    )
+    with model.open(bundle, need=need.with_text(question, system)) as opened:
         load_ms = (time.perf_counter() - started) * 1e3
         if frames is None:
             answer = opened.ask(picture, question, generation, system=system, show=show)

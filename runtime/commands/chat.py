@@ -15,6 +15,7 @@ import typer
 
 from engines.cli import JsonOption, print_json
 from engines.errors import FoveateError, OptionError
+from engines.memory.context_length import ContextNeed
 from runtime.language.generate import GenerationOptions
 from runtime.model_options import ModelOptions, SystemOption
 
@@ -159,7 +160,8 @@ def main(
     from runtime.vision.pictures import load_picture
 
     picture = load_picture(image) if image is not None else None
-    with model.open(bundle) as opened:
+    need = ContextNeed(answer_tokens=generation.max_tokens).with_text(system)
+    with model.open(bundle, need=need) as opened:
         conversation = Conversation(opened, system)
         if resume is not None:
             conversation = restore_conversation(opened, resume)

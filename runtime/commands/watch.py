@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from engines.errors import OptionError
+from engines.memory.context_length import ContextNeed
 from runtime.camera.budgets.goal_options import GoalOptions
 from runtime.camera.view_options import ViewOptions
+from runtime.commands.systemd import tell_systemd
 from runtime.frames.source import SourceOptions
 from runtime.language.generate import GenerationOptions
 from runtime.model_options import ModelOptions, SystemOption
@@ -44,6 +46,8 @@ EXAMPLES = (
     'python -m runtime.watch build/pocket 0 --ask "What is ahead?" --latency-target 200ms',
 )
 
+_PROMPT_TOKENS = 512
+"""The question may be changed to a longer one while the loop runs."""
 SHORT_ANSWERS = GenerationOptions(max_tokens=64)
 
 
@@ -62,6 +66,7 @@ class WatchOptions:
         status: keep a line on stderr that says how it goes.
         record: folder that keeps frames, overlays and answers.
         answers: end after that many.
+        warm_up: answer once about a black picture before the first frame is asked for.
     """
 
     camera: CameraOptions
@@ -74,6 +79,7 @@ class WatchOptions:
     status: bool = False
     record: Path | None = None
     answers: int | None = None
+    warm_up: bool = False
 
 
 def watch(
@@ -112,7 +118,13 @@ def watch(
     with ExitStack() as open_things:
         sources = [open_things.enter_context(_open(each, options.source)) for each in given]
         # Left to the garbage collector: a backend that hangs may still be inside it at the end.
-        model = options.model.open(bundle, batch=len(sources))
+        generation = options.generation or SHORT_ANSWERS
+        need = ContextNeed(None, _PROMPT_TOKENS, generation.max_tokens, exchanges=1)
+        model = options.model.open(bundle, batch=len(sources), need=need.with_text(options.system))
+        if options.warm_up:
+            seconds = model.warm_up(len(sources))
+            print(f"warmed up in {seconds:.1f} s", file=sys.stderr)
+        tell_systemd("READY=1")
         recording = None
         if options.record:
             recording = Recording(options.record, model.bundle, cameras=len(sources))
@@ -252,6 +264,14 @@ def main(
     status: Annotated[
         bool, typer.Option("--status", help="Keep one line on stderr that says how it goes.")
     ] = False,
+    warm_up: Annotated[
+        bool,
+        typer.Option(
+            "--warm-up",
+            help="Answer once about a black picture first, so that the first frame does not wait "
+            "for kernels, weights and buffers.",
+        ),
+    ] = False,
     system: SystemOption = None,
     view: ViewOptions,
     source: SourceOptions,
@@ -287,6 +307,7 @@ def main(
         status=status,
         record=record,
         answers=answers,
+        warm_up=warm_up,
     )
     commands = lines_of(standard_input()) if control else None
     return int(watch(bundle, sources, options, _print_line, commands) > 0)

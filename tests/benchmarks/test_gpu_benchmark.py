@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,14 +17,16 @@ import torch
 from transformers import CLIPVisionModel
 from typer.testing import CliRunner
 
-from benchmarks import gpu, papers_path, random_graphs
+from benchmarks import board_table, gpu, papers_path, random_graphs
 from engines import cli
 from engines.errors import EngineError, OptionError
 from engines.gpu import Gpu, NoGpu
 from engines.ort import CUDA
 from engines.trt import builder, session
 from engines.trt.batch_profile import shape_ranges
+from tests.engines.test_doctor import ORIN as ORIN_FACTS
 
+ROOT = Path(__file__).parents[2]
 H200 = Gpu("NVIDIA H200", 90, 141_000_000_000, False, "13.0", "580.1")
 
 
@@ -126,6 +130,78 @@ def test_one_table_with_date_and_versions(monkeypatch: pytest.MonkeyPatch) -> No
     document = json.loads(run_benchmark("--json", "--only", "good").stdout)
     assert [row["way"] for row in document["timings"]] == ["good"]
     assert document["gpu"]["sm"] == 90 and document["versions"]["torch"] and document["measured_at"]
+
+
+ORIN = Gpu("Orin", 87, 8_000_000_000, True, "12.6", "540.4.0")
+
+
+class Meter:
+    """A board that draws 7.5 W."""
+
+    def take_watts(self) -> float:
+        return 7.5
+
+
+def test_power_and_memory_are_measured_with_the_time(case: gpu.Case) -> None:
+    timing = gpu.measure("good", replace(case, gpu=ORIN, meter=Meter()), gives(1.0))
+    assert timing.power_w == 7.5 and timing.memory_mb is not None
+    assert re.search(r"\| 7\.5 W, \d+ MB \|$", gpu.row_of(timing))
+
+
+def test_the_table_of_boards_is_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a copy of the page, by numbers that nobody measured."""
+    page = tmp_path / "jetson.md"
+    shutil.copy(ROOT / "docs/jetson.md", page)
+    before = page.read_text()
+    assert board_table.empty_table() in before, "no board has been measured"
+    nano = "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super"
+    facts = replace(ORIN_FACTS, board=nano)
+    monkeypatch.setattr(gpu, "find_gpu", lambda: ORIN)
+    monkeypatch.setattr(gpu, "read_facts", lambda: facts)
+    monkeypatch.setattr(gpu, "WAYS", {"TensorRT, FP16": gives(1.0), "odd": fails})
+    assert run_benchmark("--write", "--page", str(page)).exit_code == 0
+    filled = page.read_text()
+    mine = [line for line in filled.splitlines() if line.startswith("| Jetson Orin Nano |")]
+    assert [line.split("|")[2].strip() for line in mine] == [*board_table.WAYS, "odd"]
+    tensorrt, *rest, odd = mine
+    assert "not measured" not in tensorrt and "JetPack 6.2, power mode MAXN_SUPER" in tensorrt
+    assert re.match(
+        r"\| Jetson Orin Nano \| TensorRT, FP16 \| [\d.]+ \| [\d.]+ \| - \| \d+ \| 20", tensorrt
+    )
+    assert all(line.endswith("not measured yet |") for line in rest)
+    assert odd.startswith("| Jetson Orin Nano | odd | - | - | - | - | ") and "OddError" in odd
+    elsewhere = [line for line in filled.splitlines() if line not in mine]
+    assert elsewhere == [
+        line for line in before.splitlines() if not line.startswith("| Jetson Orin Nano |")
+    ]
+    assert run_benchmark("--write", "--page", str(page)).exit_code == 0
+    assert len(page.read_text().splitlines()) == len(filled.splitlines()), "rows are replaced"
+
+
+@pytest.mark.parametrize(
+    ("model", "board"),
+    [
+        ("NVIDIA Jetson AGX Orin Developer Kit", "Jetson AGX Orin"),
+        ("NVIDIA Jetson Orin NX Engineering Reference Developer Kit", "Jetson Orin NX"),
+        ("NVIDIA Jetson AGX Thor Developer Kit", "Jetson AGX Thor"),
+        (None, "NVIDIA H200"),
+    ],
+)
+def test_a_board_is_known_by_its_device_tree(model: str | None, board: str) -> None:
+    assert gpu.board_here(H200, replace(ORIN_FACTS, board=model))[0] == board
+
+
+def test_a_page_without_the_table_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "page.md").write_text("nothing")
+    monkeypatch.setattr(gpu, "find_gpu", lambda: ORIN)
+    refused = run_benchmark("--write", "--page", str(tmp_path / "page.md"))
+    assert refused.exit_code == 2 and "has no table between" in refused.stderr
+    absent = run_benchmark("--write", "--page", str(tmp_path / "absent.md"))
+    assert absent.exit_code == 2 and "cannot be read" in absent.stderr
 
 
 def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,3 +214,17 @@ def test_too_little_memory_is_told_beforehand(
     assert "warning" not in again.stderr, "nothing is built"
     less = run_build(bundle, "--target", "rtx-4090", "--workspace", "64", "--rebuild")
     assert "about 1.6 GB" in less.stderr
+
+
+def test_the_optimization_level_is_part_of_a_plan(tmp_path: Path) -> None:
+    bundle = write_small_bundle(tmp_path / "bundle")
+    chosen = ("--target", "rtx-4090", "--optimization-level", 1, "--json")
+    built = run_build(bundle, *chosen)
+    assert built.exit_code == 0, built.stderr
+    assert json.loads(built.stdout)["plans"][0]["record"]["optimization_level"] == 1
+    assert json.loads(run_build(bundle, *chosen).stdout)["plans"][0]["action"] == "current"
+    other = run_build(bundle, "--target", "rtx-4090")
+    assert other.exit_code == 2
+    told = "optimization level: the plan was built at 1, asked for is TensorRT's default"
+    assert told in " ".join(other.stderr.split())
+    assert run_build(bundle, "--optimization-level", 6).exit_code == 2

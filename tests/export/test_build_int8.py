@@ -17,6 +17,7 @@ from calibration.agreement.token_metrics import Gate
 from calibration.int8.bundle import calibrate_bundle
 from calibration.int8.graphs import RECORD_NAME
 from calibration.int8.options import Int8Options, gate_from_text
+from calibration.int8.report import lines_from_int8
 from calibration.int8.resume import ResumeFolder
 from calibration.scales.calibration_file import load_calibration
 from engines.bundle import Bundle, open_bundle
@@ -27,7 +28,7 @@ from export.language.language_models import DecoderOptions
 from runtime.vision import VisionEncoder
 from tests.photographs import load_photographs
 
-ANY = Gate(0.0, 0.0)
+ANY = Gate(0.0, 0.0, 0.0, 0.0)
 EXACT = Gate(1.0, 1.0)
 
 
@@ -101,6 +102,10 @@ def test_every_budget_is_int8_and_says_so(bundle: Bundle, report: BuildReport) -
     assert report.int8.held_out == 3
     assert set(report.int8.agreements) == {graph.file for graph in bundle.manifest.vision}
     assert all(one.cosine > 0.98 for one in report.int8.agreements.values())
+    assert load_calibration(bundle.path(RECORD_NAME)).agreement == report.int8.reports
+    assert {one.pictures for one in report.int8.reports.values()} == {3}
+    told = "\n".join(lines_from_int8(report.int8))
+    assert "on 3 frames that nothing was decided on" in told and "warning: 3 frames say" in told
 
 
 @pytest.mark.parametrize("engine", ["ort", "openvino"])
@@ -174,7 +179,7 @@ def test_calibrating_the_bundle_without_pytorch_gives_the_same_graphs(
     out = tmp_path / "int8"
     done = run_without_pytorch(
         *(str(fp32.root), "--frames", str(folder), "--out", str(out), "--json"),
-        *("--gate", "overlap=0,cosine=0"),
+        *("--gate", "overlap=0,cosine=0,worst=0,merged=0"),
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -273,7 +278,7 @@ def test_an_interrupted_calibration_goes_on(
 def test_mixed_gives_layers_back_until_the_gate_holds(
     fp32: Bundle, folder: Path, tmp_path: Path
 ) -> None:
-    strict = Gate(overlap=0.0, cosine=0.99999)
+    strict = Gate(overlap=0.0, cosine=0.99999, worst=0.0, merged=0.0)
     options = Int8Options(frames=str(folder), gate=strict)
     result = calibrate_bundle(fp32, tmp_path / "mixed", options, precision="mixed")
     made = open_bundle(tmp_path / "mixed")
@@ -294,7 +299,7 @@ def test_mixed_gives_layers_back_until_the_gate_holds(
 
 
 def test_an_interrupted_search_goes_on(fp32: Bundle, folder: Path, tmp_path: Path) -> None:
-    options = Int8Options(frames=str(folder), gate=Gate(overlap=0.0, cosine=0.99999))
+    options = Int8Options(frames=str(folder), gate=Gate(0.0, 0.99999, 0.0, 0.0))
     calibrate_bundle(fp32, tmp_path / "whole", options, precision="mixed")
     lines: list[str] = []
 
@@ -333,7 +338,9 @@ def test_only_a_float32_bundle_is_calibrated(
 
 @pytest.mark.parametrize("text", ["overlap", "overlap=2", "speed=0.5", "cosine=much"])
 def test_a_gate_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(OptionError, match=r"is not overlap or cosine with a number from 0 to 1"):
+    with pytest.raises(
+        OptionError, match=r"is not overlap or cosine or worst or merged with a number from 0 to 1"
+    ):
         gate_from_text(text)
 
 

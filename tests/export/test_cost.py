@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from engines.cli import make_app
 from engines.errors import OptionError
+from engines.manifest import Precision
 from export.build import cost as cost_module
 from export.build.command import main
 from export.build.cost import predict_cost, refuse_what_cannot_fit
@@ -46,6 +47,18 @@ def test_a_7b_fits_a_machine_with_16_gb() -> None:
     assert 5e9 < cost.bundle_bytes < 7e9
     assert cost.disk_bytes == cost.bundle_bytes
     assert 60 < cost.seconds < 1800
+
+
+def test_calibration_is_told_by_its_frames() -> None:
+    def seconds(precision: Precision, frames: int, graphs: int = 1) -> float:
+        cost = predict_cost(WEIGHTS, precision, graphs, ORT, frames)
+        return next(step.seconds for step in cost.steps if step.name == "int8")
+
+    assert seconds("int8", 0) < seconds("int8", 64) < seconds("int8", 128) < seconds("mixed", 128)
+    assert seconds("int8", 128) < seconds("int8", 128, graphs=3)
+    exact, int8 = (predict_cost(WEIGHTS, one, 1, ORT, 128) for one in ("fp32", "int8"))
+    assert int8.bundle_bytes < exact.bundle_bytes
+    assert max(step.temporary_bytes for step in int8.steps) > 4e9
 
 
 def test_llama_cpp_needs_room_for_a_float16_copy() -> None:

@@ -72,7 +72,7 @@ def test_llama_cpp_computes_what_transformers_computes(
     checkpoint = open_tiny(name.split(",", maxsplit=1)[0], **FAMILIES[name])
     file = tmp_path / "exact.gguf"
     write_gguf(checkpoint, file, "f32")
-    decoder = LlamaDecoder(file, _table(checkpoint), context_length=256, threads=1, exact=True)
+    decoder = LlamaDecoder(file, _table(checkpoint), context_length=256, threads=1, cache="f32")
     backend = LlamaCppBackend(decoder, decoder.start_sequence())
     with torch.no_grad():
         model = checkpoint.language_model(torch.float32)

@@ -153,7 +153,8 @@ def _children(parent: int) -> list[int]:
 def test_calibrate(fp32_bundle: Path, frames: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "int8"
     command = ["calibration.calibrate", str(fp32_bundle), "--frames", str(frames)]
-    command += ["--out", str(out), "--gate", "overlap=0,cosine=0", "--overwrite"]
+    command += ["--out", str(out), "--gate", "overlap=0,cosine=0,worst=0,merged=0"]
+    command += ["--overwrite"]
     kill_often(command, lambda: _check_bundle(out), capsys, "calibrate")
     assert names_in(tmp_path) == ["int8"]
 

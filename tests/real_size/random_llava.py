@@ -21,11 +21,18 @@ from engines.option_groups import one_of
 from export.checkpoint.weights import INDEX_FILE
 from tests.tiny_language import SPECIAL, write_checkpoint_words
 
-Size = Literal["7b", "13b"]
+Size = Literal["tinyllama", "7b", "13b"]
 
 SHARD_BYTES = 5_000_000_000
 _DEVIATION = 0.02
 _SIZES: dict[Size, dict[str, int]] = {
+    "tinyllama": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
     "7b": {},
     "13b": {
         "hidden_size": 5120,
@@ -135,7 +142,7 @@ def _values(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
 
 def main(
     directory: Path,
-    size: Annotated[str, typer.Option(help="7b or 13b.")] = "7b",
+    size: Annotated[str, typer.Option(help="tinyllama, 7b or 13b.")] = "7b",
     layers: Annotated[int | None, typer.Option(help="Of the language model; all.")] = None,
 ) -> None:
     """Write a LLaVA-1.5 of random weights, in its real size."""

@@ -103,7 +103,28 @@ def test_a_bundle_for_the_cpu_is_built_and_asked(
         )
         assert answer["answer_tokens"] > 0
         assert asked.private_bytes <= MOST_BYTES
+    if backend == "ort":
+        calibrate(place, bundle)
     shutil.rmtree(bundle)
+
+
+def calibrate(place: Path, bundle: Path) -> None:
+    """Make it INT8 on 128 windows of photographs; random weights would not pass a gate."""
+    frames, out = place / "frames", place / "int8"
+    frames.mkdir()
+    photographs = list(load_photographs().values())
+    for number in range(128):
+        photograph = photographs[number % len(photographs)]
+        side = min(photograph.shape[:2]) * (8 + number // len(photographs)) // 24
+        Image.fromarray(photograph[:side, :side]).save(frames / f"{number:03}.png")
+    made = run_watched(
+        "calibration.calibrate", bundle, "--frames", frames, "--out", out, "--json",
+        "--gate", "overlap=0,cosine=0,worst=0,merged=0", folder=place,
+    )  # fmt: skip
+    said = json.loads(made.stdout)
+    note(place, "calibrate int8", made, frames=said["coverage"]["frames"])
+    assert made.private_bytes <= MOST_BYTES
+    shutil.rmtree(out)
 
 
 def test_a_bundle_for_a_jetson_is_built(place: Path, checkpoint: Path) -> None:

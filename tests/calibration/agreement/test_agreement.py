@@ -127,7 +127,7 @@ def test_padding_is_not_matched():
 def test_the_average_is_over_pictures_whatever_they_have_in_common():
     same = compare_visual_tokens(tokens(ORIGIN, ASSIGNMENT), tokens(ORIGIN, ASSIGNMENT))
     nothing = compare_visual_tokens(tokens([1, 2], [-1, 0, 1, -1]), tokens([0], [0, -1, -1, -1]))
-    assert average_agreement([same, nothing]) == Agreement(0.5, 1.0, 0.5)
+    assert average_agreement([same, nothing]) == Agreement(0.5, 1.0, 0.5, worst=0.0)
     broken = tokens(ORIGIN, ASSIGNMENT, np.full((5, 8), np.nan))
     poisoned = compare_visual_tokens(tokens(ORIGIN, ASSIGNMENT), broken)
     assert math.isnan(average_agreement([same, poisoned]).cosine)

@@ -205,11 +205,20 @@ def test_the_digest_names_every_pixel_and_their_order(
     assert digest != collect_frames(str(write_folder(views)), PREPROCESSING).digest
 
 
-@pytest.mark.parametrize("count", [2, 3, 8, 21])
+@pytest.mark.parametrize("count", [8, 16, 21])
 def test_every_eighth_frame_is_held_out(count: int) -> None:
     reader = Shades([n * 9 % 200 + 20 for n in range(count)])
     frames = collect_frames(FrameSource(reader), PREPROCESSING)
-    rest, held_out = frames.split()
-    assert len(held_out) == max(1, round(len(frames) / 8))
-    assert len(rest) + len(held_out) == len(frames)
-    assert not {p.tobytes() for p in rest.pictures} & {p.tobytes() for p in held_out.pictures}
+    sets = frames.split()
+    parts = (sets.calibration, sets.search, sets.gate, sets.report)
+    for held_out in parts[1:]:
+        assert len(held_out) in (len(frames) // 8, -(-len(frames) // 8))
+    assert sum(map(len, parts)) == len(frames)
+    assert len({p.tobytes() for part in parts for p in part.pictures}) == len(frames)
+    assert frames.split().report.digest == sets.report.digest
+
+
+def test_too_few_frames_to_split_say_how_many_more() -> None:
+    frames = collect_frames(FrameSource(Shades([20, 60, 100, 140, 180])), PREPROCESSING)
+    with pytest.raises(SourceError, match=r"has 5 distinct frames, .* 3 more are needed"):
+        frames.split()

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from calibration.scales.ranges import LEVELS, count_magnitudes, find_threshold
-from calibration.scales.smooth import Channels, fake_quantize, smoothing_scale, try_smoothing
+from calibration.scales.smooth import (
+    Channels,
+    Sample,
+    fake_quantize,
+    smoothing_scale,
+    try_smoothing,
+)
 
 BINS = 2048
 
@@ -22,16 +28,20 @@ def heavy_tailed() -> np.ndarray:
 
 def threshold(values: np.ndarray, method: str) -> float:
     largest = float(np.abs(values).max())
-    return find_threshold(count_magnitudes(values, largest, BINS), largest, method)
+    return find_threshold(count(values, largest), largest, method)
+
+
+def count(values: np.ndarray, largest: float) -> np.ndarray:
+    return count_magnitudes(values[:, None], largest, BINS, np.ones(len(values), np.float32))
 
 
 def test_counts_are_a_histogram_of_magnitudes(heavy_tailed) -> None:
     largest = float(np.abs(heavy_tailed).max())
-    counts = count_magnitudes(heavy_tailed, largest, BINS)
+    counts = count(heavy_tailed, largest)
     expected, _ = np.histogram(np.abs(heavy_tailed), BINS, (0, largest))
     assert counts.sum() == heavy_tailed.size
     assert np.abs(counts - expected).sum() <= 1e-3 * heavy_tailed.size  # rounding at the edges
-    assert count_magnitudes(np.zeros(5, np.float32), 0.0, BINS)[0] == 5
+    assert count(np.zeros(5, np.float32), 0.0)[0] == 5
 
 
 def test_max_spans_everything(heavy_tailed) -> None:
@@ -72,7 +82,9 @@ def test_smoothing_and_shift_help_where_channels_differ() -> None:
     sample = (random.uniform(-1, 1, (256, 8)) * spread + middle).astype(np.float32)
     channels = Channels(sample.min(axis=0), sample.max(axis=0), sample.mean(axis=0))
     weight = random.standard_normal((8, 16)).astype(np.float32)
-    plain, *trials = try_smoothing(sample, channels, [weight], (0.5, 0.8), "max")
+    plain, *trials = try_smoothing(
+        Sample(sample, np.ones(256, np.float32)), channels, [weight], (0.5, 0.8), "max"
+    )
     assert plain.alpha is None
     assert not plain.shift.any()
     assert len(trials) == 5

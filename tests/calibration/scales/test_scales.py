@@ -349,7 +349,7 @@ def whole(graphs, frames) -> Calibration:
     return calibrate(graphs["none"], frames[:4], OPTIONS)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 6])
+@pytest.mark.parametrize("stop", [1, 3])
 def test_an_interrupted_calibration_ends_with_the_same_bits(
     graphs, frames, whole, tmp_path, stop
 ) -> None:
@@ -365,7 +365,7 @@ def test_an_interrupted_calibration_ends_with_the_same_bits(
         resume=state,
         progress=lambda line, done: seen.append(line),
     )
-    assert len(seen) == 8 - stop
+    assert sum("frame" in line for line in seen) == 4 - stop
     assert resumed.digest() == whole.digest()
     seen.clear()
     again = calibrate(
@@ -375,7 +375,8 @@ def test_an_interrupted_calibration_ends_with_the_same_bits(
         resume=state,
         progress=lambda line, done: seen.append(line),
     )
-    assert (seen, again.digest()) == ([], whole.digest())
+    assert not any("frame" in line for line in seen)
+    assert again.digest() == whole.digest()
 
 
 def test_a_state_of_something_else_is_refused(graphs, frames, tmp_path) -> None:

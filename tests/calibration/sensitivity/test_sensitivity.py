@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from xml.etree import ElementTree
 
 import numpy as np
@@ -179,11 +180,65 @@ def test_table_chart_and_json_tell_the_same(report) -> None:
 
 def test_cost_is_in_multiples_of_what_the_gate_allows() -> None:
     gate = Gate(overlap=0.9, cosine=0.99)
-    assert gate.cost(Agreement(0.9, 0.0, 1.0)) == pytest.approx(1)
-    assert gate.cost(Agreement(0.8, 0.0, 0.98)) == pytest.approx(4)
-    assert gate.holds(Agreement(0.9, 0.0, 0.99))
-    assert not gate.holds(Agreement(1.0, 1.0, 0.98))
-    assert not gate.holds(Agreement(1.0, 1.0, math.nan))
+    assert gate.cost(Agreement(0.9, 0.0, 1.0, 0.9)) == pytest.approx(1)
+    assert gate.cost(Agreement(0.8, 0.0, 0.98, 0.8)) == pytest.approx(4)
+    assert gate.holds(Agreement(0.9, 1.0, 0.99, 0.9))
+    assert not gate.holds(Agreement(1.0, 1.0, 0.98, 1.0))
+    assert not gate.holds(Agreement(1.0, 1.0, math.nan, 1.0))
+
+
+def test_a_gate_has_a_floor_for_the_worst_picture_and_for_what_is_merged() -> None:
+    assert not Gate().holds(Agreement(0.995, 1.0, 1.0, 0.173))
+    assert not Gate().holds(Agreement(0.995, 0.3, 1.0, 0.9))
+    assert Gate(worst=0.1, merged=0.3).holds(Agreement(0.995, 0.3, 1.0, 0.173))
+
+
+def test_a_tightened_gate_allows_less_on_average() -> None:
+    gate = Gate(overlap=0.9, cosine=0.98, worst=0.5).tightened(0.5)
+    assert (gate.overlap, gate.cosine, gate.worst) == pytest.approx((0.95, 0.99, 0.5))
+
+
+def test_a_result_must_hold_on_other_frames_too(graph, calibration, frames) -> None:
+    """A search that is content with its own frames goes on where others are not."""
+    others = compare_on(graph, calibration, frames[5:8])
+    assert others.cosine < compare_on(graph, calibration, frames[4:5]).cosine
+    gate = Gate(0.97, others.cosine + 1e-5)
+    content = search_exclusions(graph, calibration, frames[4:5], gate, threads=1)
+    assert not content.calibration.excluded
+    strict = search_exclusions(
+        graph, calibration, frames[4:5], gate, also_on=frames[5:8], threads=1
+    )
+    assert strict.calibration.excluded
+    assert gate.holds(compare_on(graph, strict.calibration, frames[5:8]))
+
+
+def compare_on(graph: Path, calibration: Calibration, frames: list[np.ndarray]) -> Agreement:
+    with TemporaryDirectory() as folder:
+        model = ir.load(graph)
+        apply_calibration(model, calibration)
+        write_graph(model, Path(folder) / "int8.onnx")
+        return compare_graphs(graph, Path(folder) / "int8.onnx", frames, 1)
+
+
+def test_a_large_tower_is_ranked_by_layers_first(graph, calibration, frames, monkeypatch) -> None:
+    monkeypatch.setattr("calibration.sensitivity.ranking._RANKED_ALONE", 4)
+    lines: list[str] = []
+
+    def search(large: int) -> SensitivityReport:
+        monkeypatch.setattr("calibration.sensitivity.search.LARGE", large)
+        monkeypatch.setattr("calibration.sensitivity.ranking.LARGE", large)
+        lines.clear()
+        return search_exclusions(
+            graph, calibration, frames[4:6], Gate(0.97, 1 - 1e-6), threads=1,
+            progress=lambda line, done: lines.append(line),
+        )  # fmt: skip
+
+    small, found = search(40), search(3)
+    ranked = [line for line in lines if line.endswith(" alone")]
+    assert sum(line.startswith("layer of") for line in ranked) == 3
+    assert len(ranked) == 4 + 4, "the patches and three layers, then four sites"
+    assert len(found.sites) == len(small.sites)
+    assert found.gate.holds(found.after)
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,15 @@ from safetensors.numpy import save_file
 
 from engines.bundle import Bundle
 from engines.errors import BackendError, OptionError
+from engines.gpu import Gpu
 from engines.manifest import LanguageModel
+from engines.memory.context_length import ContextNeed
 from export.checkpoint.llava import open_checkpoint
 from export.language.gguf_decoder import write_gguf
 from runtime.backends import llama_decoder, llama_library
 from runtime.backends.llama_library import load_llama_library, uses_amx
 from runtime.backends.llamacpp import open_llamacpp_backend
+from tests.tiny_language import tiny_llava, write_checkpoint, write_language_bundle
 
 IDS = np.random.default_rng(0).integers(5, 300, 60)
 WITH_AMX = "CPU : AVX512 = 1 | AVX512_VNNI = 1 | AMX_INT8 = 1 | REPACK = 1 | "
@@ -164,6 +167,73 @@ def test_a_cache_that_memory_cannot_hold_is_never_asked_for(
         open_llamacpp_backend(gguf_bundle)  # 1024 positions x 2 layers x 2 heads x 32 x 2 bytes
     (tmp_path / "meminfo").write_text("MemAvailable:    256 kB\n")
     open_llamacpp_backend(gguf_bundle).close()
+
+
+@pytest.mark.llamacpp
+def test_a_gpu_that_shares_the_memory_is_checked_too(
+    library: object, gguf_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on a Jetson; a GPU with a memory of its own is llama.cpp's to judge."""
+    (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable:    255 kB\n")
+    monkeypatch.setattr(llama_decoder, "_MEMORY_FILE", tmp_path / "meminfo")
+    monkeypatch.setattr(library, "llama_supports_gpu_offload", lambda: True)
+    monkeypatch.setattr(llama_decoder, "gpu_shares_memory", lambda: True)
+    with pytest.raises(BackendError, match=r"cache of 1024 positions takes"):
+        open_llamacpp_backend(gguf_bundle)
+    monkeypatch.setattr(llama_decoder, "gpu_shares_memory", lambda: False)
+    open_llamacpp_backend(gguf_bundle).close()
+
+
+@pytest.mark.parametrize(("integrated", "shared"), [(True, True), (False, False)])
+def test_an_integrated_gpu_shares_the_memory(
+    monkeypatch: pytest.MonkeyPatch, integrated: bool, shared: bool
+) -> None:
+    gpu = Gpu("Orin", 87, 8_000_000_000, integrated, "12.6", "540.4.0")
+    monkeypatch.setattr(llama_decoder, "find_gpu", lambda: gpu)
+    assert llama_decoder.gpu_shares_memory() is shared
+
+
+@pytest.fixture(scope="module")
+def wide_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A decoder whose heads have 32 numbers, as many as share a scale in 8 bits."""
+    root = tmp_path_factory.mktemp("wide")
+    model = tiny_llava(num_attention_heads=2, num_key_value_heads=2)
+    checkpoint = write_checkpoint(root / "checkpoint", model)
+    opened = write_language_bundle(root / "bundle", checkpoint)
+    write_gguf(open_checkpoint(checkpoint), root / "gguf" / "model.gguf")
+    return with_gguf(opened, root / "gguf")
+
+
+@pytest.mark.llamacpp
+def test_a_cache_of_8_bits_answers_nearly_the_same(library: object, wide_bundle: Bundle) -> None:
+    half = open_llamacpp_backend(wide_bundle, threads=1)
+    eight = open_llamacpp_backend(wide_bundle, threads=1, kv_cache="q8")
+    expected, found = half.prefill([IDS]), eight.prefill([IDS])
+    assert not np.array_equal(found, expected), "the cache is rounded"
+    np.testing.assert_allclose(found, expected, atol=0.3)  # of logits up to 3.2
+    half.close()
+    eight.close()
+
+
+def test_heads_that_are_too_narrow_for_8_bits(gguf_bundle: Bundle) -> None:
+    with pytest.raises(OptionError, match=r"quantizes 32 numbers of a head together, .* have 16"):
+        open_llamacpp_backend(gguf_bundle, kv_cache="q8")
+
+
+def test_a_float32_decoder_keeps_a_float32_cache(wide_bundle: Bundle) -> None:
+    (model,) = wide_bundle.manifest.language_models
+    exact = model.model_copy(update={"precision": "f32"})
+    manifest = wide_bundle.manifest.model_copy(update={"language_models": (exact,)})
+    with pytest.raises(OptionError, match="GGUF file is float32"):
+        open_llamacpp_backend(replace(wide_bundle, manifest=manifest), kv_cache="q8")
+
+
+@pytest.mark.llamacpp
+def test_the_context_is_what_is_needed(library: object, gguf_bundle: Bundle) -> None:
+    one = ContextNeed(exchanges=1)
+    backend = open_llamacpp_backend(gguf_bundle, threads=1, need=one)
+    assert backend.context_length == 512 < gguf_bundle.manifest.text.context_length
+    backend.close()
 
 
 @pytest.mark.llamacpp

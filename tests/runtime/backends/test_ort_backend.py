@@ -12,6 +12,7 @@ import pytest
 
 from engines.bundle import Bundle
 from engines.errors import BackendError, EngineError, OptionError
+from runtime.backends import ort
 from runtime.backends.opening import open_backend
 from runtime.backends.ort import open_ort_backend
 
@@ -19,6 +20,38 @@ from runtime.backends.ort import open_ort_backend
 def test_cuda_is_refused_where_there_is_none(language_bundle: Bundle) -> None:
     with pytest.raises(EngineError, match="CUDAExecutionProvider"):
         open_ort_backend(language_bundle, device="cuda")
+
+
+@pytest.mark.parametrize("asked", ["by the user", "by the bundle"])
+def test_a_gpu_is_asked_of_onnx_runtime(
+    language_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    """The provider list reaches ONNX Runtime, through the function that every command uses."""
+    given: list[object] = []
+
+    def create(path: Path, *, threads: int | None, providers: list[str]) -> None:
+        given.append(providers)
+        raise EngineError("far enough")
+
+    monkeypatch.setattr(ort, "create_inference_session", create)
+    (model,) = language_bundle.manifest.language_models
+    on_gpu = model.model_copy(update={"device": "cuda"})
+    manifest = language_bundle.manifest.model_copy(update={"language_models": (on_gpu,)})
+    with pytest.raises(EngineError, match="far enough"):
+        if asked == "by the user":
+            open_backend(language_bundle, device="cuda")
+        else:
+            open_backend(replace(language_bundle, manifest=manifest))
+    with pytest.raises(EngineError, match="far enough"):
+        open_backend(replace(language_bundle, manifest=manifest), device="cpu")
+    assert given == [["CUDAExecutionProvider"], ["CPUExecutionProvider"]]
+
+
+def test_what_another_backend_has_is_refused(language_bundle: Bundle) -> None:
+    with pytest.raises(OptionError, match=r"--kv-cache q8: .*Use --backend llamacpp"):
+        open_backend(language_bundle, kv_cache="q8")
+    with pytest.raises(OptionError, match=r"--llm-device cuda: llama\.cpp uses the GPU"):
+        open_backend(language_bundle, "llamacpp", device="cuda")
 
 
 def test_a_bundle_without_a_decoder_for_it(language_bundle: Bundle) -> None:
@@ -71,7 +104,7 @@ def test_a_cache_that_no_machine_holds_is_told(language_bundle: Bundle) -> None:
     text = manifest.text.model_copy(update={"context_length": 10**15})
     endless = replace(language_bundle, manifest=manifest.model_copy(update={"text": text}))
     with pytest.raises(BackendError, match=r"takes 512000000\.0 GB, which this machine does not"):
-        open_ort_backend(endless, threads=1)
+        open_ort_backend(endless, threads=1, context_length=10**15)
 
 
 def test_running_out_of_memory_leaves_the_conversation_as_it_was(

@@ -180,6 +180,9 @@ def test_overlay_is_written(language_bundle: Bundle, photo: Path, tmp_path: Path
         (("PHOTO", QUESTION, "--temperature", "-1"), "temperature is -1"),
         (("PHOTO", QUESTION * 100), "the context holds 1024"),
         (("PHOTO", QUESTION, "--context-length", "30"), "the context holds 30"),
+        (("PHOTO", QUESTION, "--context", "30"), "the context holds 30"),
+        (("PHOTO", QUESTION, "--llm-device", "cuda"), "cannot run on CUDAExecutionProvider"),
+        (("PHOTO", QUESTION, "--kv-cache", "q8"), "Use --backend llamacpp"),
     ],
 )
 def test_mistakes_are_told_in_a_paragraph(

@@ -1,0 +1,8 @@
+"""The words by which a user says how a language model is run; options and errors share them."""
+
+from typing import Literal
+
+KvCache = Literal["f16", "q8"]
+"""How llama.cpp keeps keys and values: 16 bits, or 8.5."""
+LlmDevice = Literal["cpu", "cuda"]
+"""Where ONNX Runtime computes a decoder."""
