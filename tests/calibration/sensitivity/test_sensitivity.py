@@ -203,10 +203,10 @@ def test_a_result_must_hold_on_other_frames_too(graph, calibration, frames) -> N
     others = compare_on(graph, calibration, frames[5:8])
     assert others.cosine < compare_on(graph, calibration, frames[4:5]).cosine
     gate = Gate(0.97, others.cosine + 1e-5)
-    content = search_exclusions(graph, calibration, frames[4:5], gate, threads=1)
+    content = search_exclusions((graph,), calibration, frames[4:5], gate, threads=1)
     assert not content.calibration.excluded
     strict = search_exclusions(
-        graph, calibration, frames[4:5], gate, also_on=frames[5:8], threads=1
+        (graph,), calibration, frames[4:5], gate, also_on=frames[5:8], threads=1
     )
     assert strict.calibration.excluded
     assert gate.holds(compare_on(graph, strict.calibration, frames[5:8]))
@@ -217,7 +217,7 @@ def compare_on(graph: Path, calibration: Calibration, frames: list[np.ndarray]) 
         model = ir.load(graph)
         apply_calibration(model, calibration)
         write_graph(model, Path(folder) / "int8.onnx")
-        return compare_graphs(graph, Path(folder) / "int8.onnx", frames, 1)
+        return compare_graphs([graph], [Path(folder) / "int8.onnx"], frames, 1)
 
 
 def test_a_large_tower_is_ranked_by_layers_first(graph, calibration, frames, monkeypatch) -> None:
@@ -229,7 +229,7 @@ def test_a_large_tower_is_ranked_by_layers_first(graph, calibration, frames, mon
         monkeypatch.setattr("calibration.sensitivity.ranking.LARGE", large)
         lines.clear()
         return search_exclusions(
-            graph, calibration, frames[4:6], Gate(0.97, 1 - 1e-6), threads=1,
+            (graph,), calibration, frames[4:6], Gate(0.97, 1 - 1e-6), threads=1,
             progress=lambda line, done: lines.append(line),
         )  # fmt: skip
 
