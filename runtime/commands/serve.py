@@ -55,8 +55,8 @@ def main(
             sys.stdout.flush()
         budgets = ", ".join(map(str, service.budgets))
         print(
-            f"{service.name} answers at {url}/v1 with {budgets} visual tokens; {url}/docs says how. "
-            "Ctrl-C ends it.",
+            f"{service.name} answers at {url}/v1 with {budgets} visual tokens; {url}/docs says "
+            "how. Ctrl-C ends it.",
             file=sys.stderr,
             flush=True,
         )
@@ -100,8 +100,8 @@ def start(
             "'foveate[serve]'"
         ) from error
     from engines.bundle import open_bundle
+    from runtime.server import connections
     from runtime.server.app import make_app
-    from runtime.server.connections import timed_protocol
     from runtime.server.service import Service
 
     listener = _listen(listening)
@@ -112,7 +112,7 @@ def start(
         raise
     config = uvicorn.Config(
         make_app(service, listening),
-        http=timed_protocol(limits.body_s + limits.deadline_s),
+        http=connections.timed_protocol(limits.body_s + limits.deadline_s, connections.IDLE_S),
         ws="none",
         loop="asyncio",
         log_config=None,

@@ -33,6 +33,7 @@ _OPEN = ("/v1/health/live", "/v1/health/ready", "/", "/favicon.ico")
 _OPEN_FOLDER = "/static/"
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 _LONGEST_PAUSE_S = 60
+_GONE = 499
 _log = logging.getLogger(__name__)
 
 
@@ -74,6 +75,8 @@ class Admission:
             await _answer(refusal, noting)
         finally:
             spent_s = time.monotonic() - started
+            if status == _GONE:
+                self._counters.cancelled.inc()
             known = getattr(scope.get("route"), "path", None) or (path if path in WORK else "other")
             self._counters.requests.labels(known, str(status)).inc()
             self._counters.seconds.labels(known).observe(spent_s)

@@ -12,6 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, StreamingResponse
 from starlette.staticfiles import StaticFiles
 
@@ -145,14 +146,17 @@ async def _stream(
     await ticket.wait_for(_first(items), request.receive)
 
     async def events() -> AsyncIterator[bytes]:
-        yield completion.first_event()
         try:
+            yield completion.first_event()
             async for item in items:
                 if isinstance(item, str):
                     yield completion.piece_event(item)
                 elif isinstance(item, Answer):
                     service.counters.observe_answer(item, sum(one.count for one in pictures))
                     yield completion.last_events(item, ticket, question.include_usage)
+        except asyncio.CancelledError:
+            service.counters.cancelled.inc()
+            raise
         except RefusalError as refusal:
             yield event(refusal.document)
         finally:
@@ -276,7 +280,8 @@ def _tell_errors_as_openai(app: FastAPI) -> None:
     app.add_exception_handler(FoveateError, answering(refusal_of))
     app.add_exception_handler(RequestValidationError, answering(_of_parameters))
     app.add_exception_handler(HTTPException, answering(_of_http))
-    app.add_exception_handler(ClientGoneError, answering(lambda _: _GONE))
+    for gone in (ClientGoneError, ClientDisconnect):
+        app.add_exception_handler(gone, answering(lambda _: _GONE))
     app.add_exception_handler(
         Exception,
         answering(

@@ -16,7 +16,7 @@ _CLOSING_S = 5.0
 """Seconds for what is left to be read of a connection that is being closed."""
 
 
-def timed_protocol(request_s: float, idle_s: float = IDLE_S) -> type[H11Protocol]:
+def timed_protocol(request_s: float, idle_s: float) -> type[H11Protocol]:
     """Return uvicorn's protocol with limits of time.
 
     Args:
@@ -40,8 +40,11 @@ def timed_protocol(request_s: float, idle_s: float = IDLE_S) -> type[H11Protocol
                 self._allow(_CLOSING_S if self.cycle.response_complete else request_s)
 
         def on_response_complete(self) -> None:
+            before = self.cycle
             super().on_response_complete()
-            self._allow(_CLOSING_S if self.transport.is_closing() else idle_s)
+            waits = self.cycle is not before  # the next request had come already
+            closing = self.transport.is_closing()
+            self._allow(_CLOSING_S if closing else request_s if waits else idle_s)
 
         def connection_lost(self, exc: Exception | None) -> None:
             if self._timer is not None:
