@@ -46,7 +46,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         403: "Another host or web site asks.",
         404: "No such path or model.",
         405: "The path takes another method.",
-        408: "The body came too slowly.",
+        408: "The body came too slowly, or the deadline that the client chose passed.",
         413: "The body is too large.",
         415: "The body is of another kind.",
         422: "The model cannot keep to the form asked for.",
@@ -82,7 +82,7 @@ def make_app(service: Service, listening: Listening) -> FastAPI:
     _add_answers(app, service)
     _add_encoding(app, service)
     _add_state(app, service)
-    _add_pages(app)
+    _add_pages(app, service)
     _tell_errors_as_openai(app)
     app.add_middleware(
         Admission,
@@ -231,14 +231,14 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return Response(service.counters.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_pages(app: FastAPI) -> None:
+def _add_pages(app: FastAPI, service: Service) -> None:
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi() -> dict[str, Any]:
-        return _openapi(app)
+        return _openapi(app, service)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return HTMLResponse(reference_page(_openapi(app)), headers=SECURITY_HEADERS)
+        return HTMLResponse(reference_page(_openapi(app, service)), headers=SECURITY_HEADERS)
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
@@ -250,13 +250,14 @@ def _add_pages(app: FastAPI) -> None:
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
+def _openapi(app: FastAPI, service: Service) -> dict[str, Any]:
     """Return the OpenAPI document, with the schema of what we read ourselves."""
     if app.openapi_schema is None:
         document = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )
         schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema["properties"]["model"]["enum"] = [service.name]
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         schemas |= {**schema.pop("$defs"), "ChatRequest": schema}
         for methods in document["paths"].values():

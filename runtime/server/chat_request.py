@@ -107,7 +107,7 @@ class ChatRequest(_Body):
     """Ours: tokens of each picture, one of the budgets that `/v1/metadata` lists."""
     patches: bool = False
     """Ours: also tell which patches of each picture were kept."""
-    deadline_s: Annotated[float, Field(gt=0)] | None = None
+    deadline_s: Annotated[float, Field(ge=0.001)] | None = None
     """Ours: give up after so many seconds; the server's own limit holds too."""
     max_tokens: Whole | None = None
     max_completion_tokens: Whole | None = None

@@ -26,6 +26,7 @@ class Ticket:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.milliseconds: dict[str, float] = {}
+        self._chosen = False
         self._started = time.monotonic()
         self._given_up = threading.Event()
 
@@ -41,8 +42,8 @@ class Ticket:
 
     def shorten(self, seconds: float | None) -> None:
         """Bring the deadline forward, as the client asked."""
-        if seconds is not None:
-            self.seconds = min(self.seconds, seconds)
+        if seconds is not None and seconds < self.seconds:
+            self.seconds, self._chosen = seconds, True
 
     def give_up(self) -> None:
         """Tell every thread that works for this request to stop."""
@@ -53,9 +54,9 @@ class Ticket:
         return self._given_up.is_set() or self.left_s <= 0
 
     def deadline_passed(self) -> RefusalError:
-        """Return what the client is told at the deadline."""
+        """Return what the client is told at the deadline: its own, or the server's."""
         return RefusalError(
-            504,
+            408 if self._chosen else 504,
             f"The answer was not ready within {self.seconds:g} s. Ask for fewer tokens, send fewer "
             "requests at once, or start the server with a larger --deadline.",
             "deadline_exceeded",
