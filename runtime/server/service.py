@@ -14,6 +14,7 @@ from engines.errors import OptionError
 from engines.version import __version__
 from runtime.backends import TextBackend
 from runtime.backends.opening import open_text_backend
+from runtime.backends.server_pool import ServerPool
 from runtime.language.prompt import PromptWriter
 from runtime.server.answering import AnsweringThreads, Item
 from runtime.server.caches import Caches
@@ -69,6 +70,7 @@ class Service:
         self._decoding = ThreadPoolExecutor(_DECODERS, "decoding")
         self.writer = PromptWriter(bundle)
         self.context_length, self.backend = bundle.manifest.text.context_length, "none"
+        self._pool: ServerPool | None = None
         self.answering = self._open_answering()
 
     def _open_answering(self) -> AnsweringThreads | None:
@@ -76,6 +78,7 @@ class Service:
         language = _open_language(self.bundle, self.parts, self.writer, self.limits.deadline_s)
         if language is None:
             return None
+        self._pool = language if isinstance(language, ServerPool) else None
         self.context_length, self.backend = language.context_length, language.name
         usual = {"ort": 2, "llamacpp": 1}.get(language.name, 32)
         parallel = self.limits.parallel or usual
@@ -90,6 +93,8 @@ class Service:
         """What keeps it from answering now, if anything does."""
         if not self._encoding.alive:
             return "the vision graph's thread has ended: start the server again"
+        if self._pool is not None and not self._pool.up:
+            return "no server of the language model answers"
         return None
 
     def metadata(self) -> dict[str, Any]:
@@ -102,6 +107,9 @@ class Service:
             "role": self.parts.role,
             "target": manifest.target,
             "backend": self.backend,
+            "servers": {rank.options.url: rank.up for rank in self._pool.ranks}
+            if self._pool is not None
+            else {},
             "context_length": self.context_length,
             "hidden_size": manifest.text.hidden_size,
             "embeddings": manifest.files[manifest.text.embeddings].sha256,
@@ -287,18 +295,19 @@ def _open_language(
     bundle: Bundle, parts: ServedParts, writer: PromptWriter, deadline_s: float
 ) -> TextBackend | None:
     servers = parts.servers(deadline_s)
-    if not servers:
-        if parts.role == "encoder":
-            return None
-        return open_text_backend(
-            writer,
-            bundle,
-            parts.backend,
-            threads=parts.threads,
-            context_length=parts.context_length,
-        )
-    if len(servers) == 1:
-        return open_text_backend(
-            writer, bundle, parts.backend, context_length=parts.context_length, server=servers[0]
-        )
-    raise OptionError("several --llm-url")
+    if servers:
+        if parts.backend not in (None, "vllm") or parts.context_length is not None:
+            raise OptionError(
+                "--llm-url names servers of the language model, and --backend or --context-length "
+                "one of this process. Leave one of them out."
+            )
+        return ServerPool(bundle, servers, writer)
+    if parts.role == "encoder":
+        return None
+    return open_text_backend(
+        writer,
+        bundle,
+        parts.backend,
+        threads=parts.threads,
+        context_length=parts.context_length,
+    )
