@@ -75,13 +75,15 @@ def main(
     bundle: Annotated[Path, typer.Argument(help="With graphs of several budgets.")],
     seconds: Annotated[float, typer.Option(min=0.5, help="Of each run.")] = 60.0,
     clients: Annotated[str, typer.Option(help="Numbers of clients, with commas.")] = "1,8,32,64",
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads of the server.")] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Most pictures encoded at once.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the server.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures encoded at once.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Ask a server of ``bundle`` at each number of clients and each budget in turn."""
     command = [sys.executable, "-m", "runtime.serve", str(bundle), "--port", "0", "--json"]
-    command += ["--threads", str(threads), "--batch", str(batch), "--remember", "0"]
+    command += ["--remember", "0"]
+    for option, value in (("--threads", threads), ("--batch", batch)):
+        command += [] if value is None else [option, str(value)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as server:
@@ -96,14 +98,15 @@ def main(
                     runs.append(run)
         finally:
             server.terminate()
+    ratios = _ratios(runs)
     report = {
         "seconds": seconds,
         "threads": threads,
         "batch": batch,
         "runs": [run.row() for run in runs],
-        "ratios": _ratios(runs),
+        "ratios": ratios,
     }
-    print(json.dumps(report) if as_json else _table(runs, report["ratios"]))
+    print(json.dumps(report) if as_json else _table(runs, ratios))
 
 
 def _measure(url: str, model: str, pid: int, count: int, tokens: int, seconds: float) -> Run:

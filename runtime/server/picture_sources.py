@@ -28,6 +28,7 @@ _VISIBLE = re.compile(r"[!-~]*")
 _FETCH_S = 10.0
 Resolve = Callable[[str, int], list[str]]
 """Returns the numeric addresses of a host and port."""
+_connect = socket.create_connection
 
 
 def _resolve(host: str, port: int) -> list[str]:
@@ -72,9 +73,7 @@ class PictureSources:
         kind = HTTPSConnection if secure else HTTPConnection
         connection: Any = kind(host, port, timeout=_FETCH_S)
         # The name is not looked up again: it might lead elsewhere the second time.
-        connection._create_connection = lambda _, *rest: socket.create_connection(
-            (address, port), *rest
-        )
+        connection._create_connection = lambda _, *rest: _connect((address, port), *rest)
         path = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
         try:
             return self._download(connection, path, host)
@@ -88,8 +87,8 @@ class PictureSources:
             connection.close()
 
     def _download(self, connection: Any, path: str, host: str) -> bytes:
-        patience = Patience(_FETCH_S, _FETCH_S)
         connection.connect()
+        patience = Patience(_FETCH_S, _FETCH_S)
         patience.begin(self.most_bytes + (1 << 16))
         connection.request("GET", path, headers={"Accept": "image/*"})
         with read_response(connection.sock, "GET", patience) as response:

@@ -69,14 +69,14 @@ def _read_regular_file(path: str | os.PathLike[str]) -> bytes:
 
 
 def picture_from_bytes(
-    data: bytes, name: str = "the picture", most_pixels: int = MAX_PIXELS
+    data: bytes, name: str = "the picture", most_pixels: int | None = None
 ) -> Pixels:
     """Decode the bytes of a picture file.
 
     Args:
         data: the file's content.
         name: what to call it in errors.
-        most_pixels: it may have.
+        most_pixels: it may have; left out, `MAX_PIXELS`.
 
     Returns:
         RGB, uint8[H, W, 3].
@@ -122,7 +122,7 @@ def _known_formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def _refuse_too_large(image: Image.Image, data: bytes, name: str, most_pixels: int) -> None:
+def _refuse_too_large(image: Image.Image, data: bytes, name: str, most_pixels: int | None) -> None:
     problem = size_problem(*image.size, most_pixels)
     if problem is not None:
         raise PictureError(_too_large_message(name, problem))
