@@ -16,7 +16,7 @@ MAX_FILE_BYTES = 256_000_000
 
 def size_problem(width: int, height: int, most_pixels: int | None = None) -> str | None:
     """Say what is wrong with a picture's size; None where nothing is."""
-    most_pixels = most_pixels or MAX_PIXELS
+    most_pixels = min(most_pixels or MAX_PIXELS, MAX_PIXELS)
     if width < 1 or height < 1:
         return f"{width} x {height} pixels, expected at least one"
     if width > MAX_SIDE or height > MAX_SIDE:

@@ -98,7 +98,13 @@ class PictureSources:
                     "not followed. Give the picture's final address, or send it as a data URI.",
                     "url_failed",
                 )
-            return response.read(self.most_bytes + 1)
+            data = response.read(self.most_bytes + 1)
+        if len(data) > self.most_bytes:
+            raise _refused(
+                f"The picture at {host} has more than {self.most_bytes:,} bytes. Scale it down.",
+                "url_failed",
+            )
+        return data
 
     def _allows(self, host: str, port: int, usual: bool) -> bool:
         named = f"[{host}]" if ":" in host else host
