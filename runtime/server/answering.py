@@ -14,7 +14,7 @@ from runtime.language.parts import Embeddings
 from runtime.language.prompt import PromptWriter, Turn, interleave
 from runtime.model import Answer, Model
 from runtime.server.caches import Caches
-from runtime.server.refusals import ClientGoneError, RefusalError, refusal_of
+from runtime.server.refusals import RefusalError, refusal_of
 from runtime.server.ticket import Ticket
 from runtime.vision.encoder import VisionEncoder
 
@@ -98,8 +98,7 @@ class AnsweringThreads:
         tell: Callable[[Item], None],
     ) -> None:
         try:
-            if ticket.over():
-                raise ClientGoneError
+            ticket.require_time()
             ids = self._writer.ids(turns)
             prompt = interleave(ids, self._writer.image_token_id, pictures)
             with self.caches.lend(prompt) as language:

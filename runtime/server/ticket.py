@@ -53,6 +53,18 @@ class Ticket:
         """Return whether nobody waits for more."""
         return self._given_up.is_set() or self.left_s <= 0
 
+    def require_time(self) -> None:
+        """Check that somebody still waits.
+
+        Raises:
+            ClientGoneError: the client left.
+            RefusalError: the deadline passed.
+        """
+        if self.left_s <= 0:
+            raise self.deadline_passed()
+        if self._given_up.is_set():
+            raise ClientGoneError
+
     def deadline_passed(self) -> RefusalError:
         """Return what the client is told at the deadline: its own, or the server's."""
         return RefusalError(
@@ -75,12 +87,10 @@ class Ticket:
             await asyncio.wait(
                 {working, gone}, timeout=max(self.left_s, 0), return_when=asyncio.FIRST_COMPLETED
             )
-            if working.done():
+            if working.done() and not working.cancelled():
                 return working.result()
             self.give_up()
-            if gone.done():
-                raise ClientGoneError
-            raise self.deadline_passed()
+            raise ClientGoneError if gone.done() else self.deadline_passed()
         finally:
             for task in (working, gone):
                 if not task.done():
