@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import subprocess
 import sys
 import time
@@ -43,6 +44,8 @@ class Run:
         errors: what was no answer, by its words.
         start_mb: resident memory of the server before.
         end_mb: after.
+        cpu_s: processor time that the server took; unlike the rest, other work on the machine
+            changes it little.
     """
 
     clients: int
@@ -52,11 +55,17 @@ class Run:
     errors: dict[str, int] = field(default_factory=dict)
     start_mb: float = 0.0
     end_mb: float = 0.0
+    cpu_s: float = 0.0
 
     @property
     def per_second(self) -> float:
         """Answers a second."""
         return len(self.milliseconds) / self.seconds
+
+    @property
+    def cpu_ms(self) -> float:
+        """Processor time of one answer."""
+        return self.cpu_s * 1e3 / max(len(self.milliseconds), 1)
 
     def row(self) -> dict[str, Any]:
         """Return what the table shows."""
@@ -65,6 +74,7 @@ class Run:
         return fields | {
             "answers": len(self.milliseconds),
             "per_second": round(self.per_second, 2),
+            "cpu_ms": round(self.cpu_ms, 1),
             "p50_ms": round(low, 1),
             "p99_ms": round(high, 1),
         }
@@ -113,7 +123,9 @@ def _measure(url: str, model: str, pid: int, count: int, tokens: int, seconds: f
     asks = _requests(url, model, tokens)
     asyncio.run(_ask_all(url, asks, Run(count, tokens), min(_WARM_UP_S, seconds)))
     run = Run(count, tokens, start_mb=_resident_mb(pid))
+    before_s = _processor_s(pid)
     asyncio.run(_ask_all(url, asks, run, seconds))
+    run.cpu_s = _processor_s(pid) - before_s
     run.end_mb = _resident_mb(pid)
     return run
 
@@ -190,12 +202,20 @@ def _resident_mb(pid: int) -> float:
     return int(status.split("VmRSS:")[1].split()[0]) / 1e3
 
 
-def _ratios(runs: list[Run]) -> dict[str, float]:
-    """Return answers a second with few tokens against all, by number of clients."""
+def _processor_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _ratios(runs: list[Run]) -> dict[str, dict[str, float]]:
+    """Return how much more few tokens give than all, a second and for one second of processor."""
     most = max(run.tokens for run in runs)
-    whole = {run.clients: run.per_second for run in runs if run.tokens == most}
+    whole = {run.clients: run for run in runs if run.tokens == most}
     return {
-        f"{run.tokens}/{most} at {run.clients}": round(run.per_second / whole[run.clients], 2)
+        f"{run.tokens}/{most} at {run.clients}": {
+            "per_second": round(run.per_second / whole[run.clients].per_second, 2),
+            "per_cpu_second": round(whole[run.clients].cpu_ms / run.cpu_ms, 2),
+        }
         for run in runs
         if run.tokens != most
     }
@@ -205,13 +225,17 @@ def _line(run: Run) -> str:
     row = run.row()
     return (
         f"{run.clients:3d} clients  {run.tokens:4d} tokens  {row['per_second']:7.2f} answers/s  "
-        f"p50 {row['p50_ms']:8.1f} ms  p99 {row['p99_ms']:8.1f} ms  {run.errors or 'no'} errors  "
+        f"p50 {row['p50_ms']:8.1f} ms  p99 {row['p99_ms']:8.1f} ms  "
+        f"CPU {run.cpu_ms:6.1f} ms  {run.errors or 'no'} errors  "
         f"{run.start_mb:.0f} -> {run.end_mb:.0f} MB"
     )
 
 
-def _table(runs: list[Run], ratios: dict[str, float]) -> str:
-    told = [f"{name}: {ratio:.2f}" for name, ratio in ratios.items()]
+def _table(runs: list[Run], ratios: dict[str, dict[str, float]]) -> str:
+    told = [
+        f"{name}: {ratio['per_second']:.2f}, by processor time {ratio['per_cpu_second']:.2f}"
+        for name, ratio in ratios.items()
+    ]
     return "\n".join([*map(_line, runs), "answers a second against all tokens:", *told])
 
 
