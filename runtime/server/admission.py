@@ -33,6 +33,8 @@ _OPEN = ("/v1/health/live", "/v1/health/ready", "/", "/favicon.ico")
 _OPEN_FOLDER = "/static/"
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 _LONGEST_PAUSE_S = 60
+_BODIES = 16
+"""Bodies of the largest size that may be in memory at once; of smaller ones more."""
 _GONE = 499
 _log = logging.getLogger(__name__)
 
@@ -42,11 +44,13 @@ class Admission:
 
     Attributes:
         inside: requests that wait or are answered.
+        bytes_inside: of their bodies, at most.
         refused: how many found no room.
     """
 
     def __init__(self, app: App, listening: Listening, limits: Limits, counters: Counters) -> None:
         self.inside = 0
+        self.bytes_inside = 0
         self.refused = 0
         self._app, self._limits, self._counters = app, limits, counters
         self._key = listening.key
@@ -87,19 +91,22 @@ class Admission:
         self._check_host(headers)
         if path not in _OPEN and not path.startswith(_OPEN_FOLDER):
             check_key(self._key, headers.get("authorization", ""))
-        bounded = _Body(receive, self._limits, headers).receive
+        body = _Body(receive, self._limits, headers)
         if path not in WORK or scope["method"] != "POST":
-            await self._app(scope, bounded, send)
+            await self._app(scope, body.receive, send)
             return
-        if self.inside >= self._limits.queue:
+        most_bytes = _BODIES * self._limits.max_body_bytes
+        if self.inside >= self._limits.queue or self.bytes_inside + body.most_bytes > most_bytes:
             self.refused += 1
             raise self._no_room()
         self.inside += 1
+        self.bytes_inside += body.most_bytes
         started = time.monotonic()
         try:
-            await self._app(scope, bounded, send)
+            await self._app(scope, body.receive, send)
         finally:
             self.inside -= 1
+            self.bytes_inside -= body.most_bytes
             self._usual_s += 0.1 * (time.monotonic() - started - self._usual_s)
 
     def _check_host(self, headers: dict[str, str]) -> None:
@@ -128,8 +135,8 @@ class Admission:
         wait_s = min(max(1, math.ceil(self._usual_s)), _LONGEST_PAUSE_S)
         return RefusalError(
             429,
-            f"{self.inside} requests are being answered, as many as --queue allows. Try again in "
-            f"{wait_s} s.",
+            f"{self.inside} requests are being answered, as many as there is room for (--queue, "
+            f"--max-body). Try again in {wait_s} s.",
             "queue_full",
             retry_after_s=wait_s,
         )
@@ -153,15 +160,21 @@ def check_key(key: Secret, header: str) -> None:
 
 
 class _Body:
-    """A request's body, of a bounded size and within a bounded time."""
+    """A request's body, of a bounded size and within a bounded time.
+
+    Attributes:
+        most_bytes: how large it may be, by what its headers say.
+    """
 
     def __init__(self, receive: Receive, limits: Limits, headers: dict[str, str]) -> None:
         self._receive, self._limits = receive, limits
         self._until = time.monotonic() + limits.body_s
         self._bytes = 0
         self._whole = False
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > limits.max_body_bytes:
+        told = headers.get("content-length", "")
+        unknown = limits.max_body_bytes if "transfer-encoding" in headers else 0
+        self.most_bytes = int(told) if told.isdecimal() else unknown
+        if self.most_bytes > limits.max_body_bytes:
             raise self._too_large()
 
     async def receive(self) -> MutableMapping[str, Any]:

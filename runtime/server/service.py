@@ -68,6 +68,8 @@ class Service:
         self._encoding = EncodingThread(self._graphs, batch, self.counters.observe_batch)
         self.remembered = Remembered(limits.remembered_bytes)
         self._decoding = ThreadPoolExecutor(_DECODERS, "decoding")
+        # Decoded pictures that wait for the graph: each may have 75 MB.
+        self._decoded = asyncio.Semaphore(2 * batch + _DECODERS)
         self.writer = PromptWriter(bundle)
         self.context_length, self.backend = bundle.manifest.text.context_length, "none"
         self._pool: ServerPool | None = None
@@ -171,15 +173,16 @@ class Service:
         self.counters.observe_picture(known is not None)
         if known is not None:
             return known
-        started = time.perf_counter()
-        pixels = await loop.run_in_executor(self._decoding, self._decode, data)
-        decoded = time.perf_counter()
-        visual = await asyncio.wrap_future(self._encoding.encode(pixels, tokens, ticket))
-        encoded = time.perf_counter()
-        spent_ms = {"read": (decoded - started) * 1e3, **visual.milliseconds}
-        waited_ms = (encoded - decoded) * 1e3 - sum(visual.milliseconds.values())
-        spent_ms["queue"] = max(waited_ms, 0.0)
+        came = time.perf_counter()
+        async with self._decoded:
+            started = time.perf_counter()
+            pixels = await loop.run_in_executor(self._decoding, self._decode, data)
+            read_ms = (time.perf_counter() - started) * 1e3
+            visual = await asyncio.wrap_future(self._encoding.encode(pixels, tokens, ticket))
         height, width, _ = pixels.shape
+        spent_ms = {"read": read_ms, **visual.milliseconds}
+        whole_ms = (time.perf_counter() - came) * 1e3
+        spent_ms["queue"] = max(whole_ms - sum(spent_ms.values()), 0.0)
         seen = SeenPicture(visual, width, height, spent_ms)
         self.remembered.keep((digest, tokens), seen)
         return seen
@@ -194,8 +197,10 @@ class Service:
             RefusalError: too many, too large, or not to be had.
             FoveateError: as `look`.
         """
+        if self.answering is None:
+            raise _only_encodes()
         tokens = self.budget(question.visual_tokens)
-        self._refuse_too_much(question, tokens)
+        self._refuse_too_much(question)
         loop = asyncio.get_running_loop()
         urls = question.picture_urls
         files = [await loop.run_in_executor(None, self.sources.read, url) for url in urls]
@@ -206,7 +211,7 @@ class Service:
             for look in looks:
                 look.cancel()
 
-    def _refuse_too_much(self, question: Question, tokens: int) -> None:
+    def _refuse_too_much(self, question: Question) -> None:
         """Refuse what cannot be answered before work is done for it."""
         pictures = len(question.picture_urls)
         if pictures > self.limits.max_pictures:

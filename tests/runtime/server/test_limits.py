@@ -11,7 +11,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import openai
@@ -106,6 +106,22 @@ def test_a_full_queue_says_when_to_come_back(
         # The official client comes back by itself.
         again = served.client(max_retries=3).chat.completions.create(**ASK)
         assert again.choices[0].message.content == answers[0].choices[0].message.content
+
+
+def test_bodies_that_are_large_together_are_refused(language_bundle: Bundle) -> None:
+    """Each has room alone; what they may take is counted before they are read."""
+    with serving_tiny(language_bundle, max_body_bytes=10_000) as served:
+        head = raw_request(ASK).split(b"Content-Length")[0] + b"Content-Length: 10000\r\n\r\n"
+        with ExitStack() as stack:
+            for number in range(16):
+                address = ("127.0.0.1", served.port)
+                connection = stack.enter_context(socket.create_connection(address))
+                connection.sendall(head)
+                wait_until(lambda: metric(served, "foveate_in_flight ") == number + 1)  # noqa: B023
+            with pytest.raises(openai.RateLimitError, match="--max-body"):
+                served.client().chat.completions.create(**ASK)
+        wait_until(lambda: metric(served, "foveate_in_flight ") == 0)
+        assert served.client().chat.completions.create(**ASK).choices[0].message.content
 
 
 def test_many_at_once_are_all_answered_alike(language_bundle: Bundle) -> None:
