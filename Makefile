@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-trt test-faults test-gpu test-llamacpp test-vllm \
-  test-triton test-ray test-real-size test-install train-pocket \
+  test-triton test-ray test-serve-fuzz test-real-size test-install train-pocket \
   lint format bench clean
 
 help:  ## List the targets.
@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (PyTorch is about 200 MB, the rest about as much) ..." >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch==2.13.0
-	@$(PIP) --editable '.[cpu,export,constrained,label,metrics,openvino,ros,tuning,video,dev]'
+	@$(PIP) --editable '.[cpu,export,constrained,label,metrics,openvino,ros,serve,tuning,video,dev]'
 	@touch $@
 
 demo: install  ## Build the bundled checkpoint and answer a question about a picture.
@@ -32,7 +32,7 @@ demo: install  ## Build the bundled checkpoint and answer a question about a pic
 test: install  ## Run the tests that fit in a few minutes.
 	$(BIN)/python -m pytest -n 2 --dist loadfile \
 	  -m "not slow and not gpu and not trt and not llamacpp and not vllm and not triton and not ray \
-	  and not real_size and not network"
+	  and not fuzz and not real_size and not network"
 
 test-slow: install  ## Run the tests at CLIP-L/14-336 size.
 	$(BIN)/python -m pytest -m slow
@@ -102,6 +102,9 @@ test-ray: install  ## Label recordings on a local Ray cluster (80 MB).
 
 test-install: install  ## Ask the package index whether each extra can be installed (dry).
 	$(BIN)/python -m pytest -m network tests/test_extras.py tests/deploy
+
+test-serve-fuzz: install  ## Send 10,000 generated requests to a real server (minutes).
+	$(BIN)/python -m pytest -s -m fuzz
 
 # One test at a time, each step in processes of its own, whose memory is measured.
 test-real-size: install  ## Build and ask a LLaVA-1.5-7B of random weights (60 GB of disk, hours).

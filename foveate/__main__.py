@@ -39,6 +39,7 @@ WAY: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "label": ("runtime.commands.label", "Ask about recordings, into a Parquet file."),
     },
     "5. Serve": {
+        "serve": ("runtime.commands.serve", "Serve it to every OpenAI client."),
         "triton": ("runtime.commands.triton", "Write a model repository for Triton."),
     },
 }

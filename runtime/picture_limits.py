@@ -14,12 +14,13 @@ MAX_FILE_BYTES = 256_000_000
 """Bytes of one encoded picture."""
 
 
-def size_problem(width: int, height: int) -> str | None:
+def size_problem(width: int, height: int, most_pixels: int | None = None) -> str | None:
     """Say what is wrong with a picture's size; None where nothing is."""
+    most_pixels = min(most_pixels or MAX_PIXELS, MAX_PIXELS)
     if width < 1 or height < 1:
         return f"{width} x {height} pixels, expected at least one"
     if width > MAX_SIDE or height > MAX_SIDE:
         return f"{width} x {height} pixels, expected at most {MAX_SIDE:,} along a side"
-    if width * height > MAX_PIXELS:
-        return f"{width} x {height} pixels, expected at most {MAX_PIXELS:,}"
+    if width * height > most_pixels:
+        return f"{width} x {height} pixels, expected at most {most_pixels:,}"
     return None

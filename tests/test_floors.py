@@ -24,8 +24,8 @@ THIN |= {"rich", "tomli", "pydantic_core"}  # the last with pydantic
 OPTIONAL = {
     "engines": {"openvino", "polygraphy", "tensorrt"},
     "runtime": {
-        "av", "gguf", "jsonschema_rs", "llama_cpp", "llguidance", "prometheus_client", "pyarrow",
-        "ray", "rosbags",
+        "av", "fastapi", "gguf", "jsonschema_rs", "llama_cpp", "llguidance", "prometheus_client",
+        "pyarrow", "ray", "rosbags", "starlette", "uvicorn",
     },
 }  # fmt: skip
 ALLOWED = {

@@ -19,7 +19,10 @@ EXPORTED = {
         *("BuildOptions", "VerifyOptions", "build_bundle", "make_reducer", "verify_bundles"),
     ],
 }
-DOORS = {"runtime.ask", "runtime.chat", "runtime.label", "runtime.triton", "runtime.watch"}
+DOORS = {
+    *("runtime.ask", "runtime.chat", "runtime.label", "runtime.serve", "runtime.triton"),
+    "runtime.watch",
+}
 """Modules for `python -m` alone: to import one would hide the function of the same name."""
 
 

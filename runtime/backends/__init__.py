@@ -79,21 +79,27 @@ class LanguageBackend(Protocol):
 
 
 class TextGeneration(Protocol):
-    """One answer in the making: iterate over it for its pieces, close the iterator to cancel it.
+    """One answer in the making: iterate over it for its pieces, close the iterator to cancel it."""
 
-    Attributes:
-        token_ids: tokens of the answer so far, without the stop token.
-        text: the answer so far.
-        finish: why it ended; None while it has not.
-        prompt_tokens: positions of the prompt.
-        reused_tokens: how many of them were in the KV cache already; None where it is unknown.
-    """
+    @property
+    def token_ids(self) -> list[int]:
+        """Tokens of the answer so far, without the stop token."""
 
-    token_ids: list[int]
-    text: str
-    finish: Finish | None
-    prompt_tokens: int
-    reused_tokens: int | None
+    @property
+    def text(self) -> str:
+        """The answer so far."""
+
+    @property
+    def finish(self) -> Finish | None:
+        """Why it ended; None while it has not."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Positions of the prompt."""
+
+    @property
+    def reused_tokens(self) -> int | None:
+        """How many of them were in the KV cache already; None where it is unknown."""
 
     def prefill(self) -> None:
         """Wait until the prompt has been read; iterating does, too."""

@@ -38,6 +38,10 @@ _MOST_LINE_BYTES = 4 << 20
 """Of one event; the first may hold the ids of the whole prompt."""
 
 
+class ServerLostError(BackendError):
+    """A server that cannot be reached, is too busy or broke off: another one may answer."""
+
+
 @dataclass(frozen=True)
 class ServerOptions:
     """How to reach a server, and how patient to be with it.
@@ -123,7 +127,7 @@ class ChatServer:
                 exchange.ask(method, f"{options.address.path}/{name}", body)
             except (OSError, HTTPException, ValueError) as error:
                 exchange.close()
-                problem = self._explain_silence(error, attempt)
+                problem: BackendError = self._explain_silence(error, attempt)
                 if exchange.asked and isinstance(error, TimeoutError):
                     raise problem from error  # another attempt would add to its load
             except BaseException:
@@ -149,10 +153,10 @@ class ChatServer:
         limit_s = min(self.options.connect_seconds, max(patience.total_left_seconds, 0.001))
         return kind(address.host, address.port, timeout=limit_s)
 
-    def _explain_silence(self, error: Exception, attempt: int) -> BackendError:
+    def _explain_silence(self, error: Exception, attempt: int) -> ServerLostError:
         times = "once" if attempt == 1 else f"{attempt} times"
         if isinstance(error, TimeoutError):
-            return BackendError(
+            return ServerLostError(
                 f"{self.options.url} did not answer in time, asked {times} (limits: "
                 f"{self.options.connect_seconds:g} s to connect, {self.options.silence_seconds:g} "
                 f"s of silence, {self.options.answer_seconds:g} s in all). The server is "
@@ -160,7 +164,7 @@ class ChatServer:
                 "(for the next piece) or --llm-deadline (for all of it)."
             )
         reason = shown(f"{type(error).__name__}: {error}", self._key)
-        return BackendError(
+        return ServerLostError(
             f"No answer from {self.options.url}, asked {times} ({reason}). "
             "Check that the server runs and the address and port are right, or answer on the robot "
             "with --backend ort."
@@ -180,7 +184,7 @@ class ChatServer:
                 "address of an OpenAI-style server, ending in /v1."
             )
         if status in _BUSY:
-            return BackendError(
+            return ServerLostError(
                 f"{self.options.url} cannot answer now (HTTP {status}: {said}), asked up to "
                 f"{self.options.attempts} times. Try again later or look at the server's log."
             )
@@ -265,7 +269,7 @@ class _Exchange:
                     self._patience.hear()
                     yield read_event(data.removeprefix("data:"), url, self._key)
         except TimeoutError as error:
-            raise BackendError(
+            raise ServerLostError(
                 f"{url} {self._patience.describe()} in the middle of an answer (after {count} "
                 "pieces). Ask again; if it is only slow, wait longer with --llm-timeout (for the "
                 "next piece) or --llm-deadline (for all of it)."
@@ -283,8 +287,8 @@ class _Exchange:
             yield line.decode("utf-8")
 
 
-def _broken_off(url: str, count: int, reason: str) -> BackendError:
-    return BackendError(
+def _broken_off(url: str, count: int, reason: str) -> ServerLostError:
+    return ServerLostError(
         f"{url} broke off in the middle of an answer, after {count} pieces ({reason}). The "
         "conversation is unchanged: ask again. If it happens again, look at the server's log."
     )

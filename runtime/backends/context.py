@@ -43,6 +43,10 @@ class Context:
         """Positions the cache holds."""
         return self.backend.context_length
 
+    def shared_with(self, prompt: Sequence[Part]) -> int:
+        """Return how many positions of a prompt the cache holds already."""
+        return _shared(self._held, [key for part in prompt for key in _keys(part)])
+
     def prefill(self, prompt: Sequence[Part]) -> Logits:
         """Make the cache hold the whole prompt and return the logits after it, float32[V].
 

@@ -125,6 +125,10 @@ class OrtBackend:
         copy._position = self._position
         return copy
 
+    def another(self) -> OrtBackend:
+        """Return a second conversation with the same model, whose cache is empty."""
+        return OrtBackend(self._open_decoder(), self.context_length)
+
     def close(self) -> None:
         """Free the cache, and the model once no fork uses it; calling it again does nothing."""
         self._decoder = None

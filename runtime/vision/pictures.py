@@ -68,12 +68,15 @@ def _read_regular_file(path: str | os.PathLike[str]) -> bytes:
         return file.read(MAX_FILE_BYTES + 1)  # it may be growing
 
 
-def picture_from_bytes(data: bytes, name: str = "the picture") -> Pixels:
+def picture_from_bytes(
+    data: bytes, name: str = "the picture", most_pixels: int | None = None
+) -> Pixels:
     """Decode the bytes of a picture file.
 
     Args:
         data: the file's content.
         name: what to call it in errors.
+        most_pixels: it may have; left out, `MAX_PIXELS`.
 
     Returns:
         RGB, uint8[H, W, 3].
@@ -89,7 +92,7 @@ def picture_from_bytes(data: bytes, name: str = "the picture") -> Pixels:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata does not change a pixel
             with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
-                _refuse_too_large(image, data, name)
+                _refuse_too_large(image, data, name, most_pixels)
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
                 return _rgb_pixels(image, image.format, name)
@@ -119,8 +122,8 @@ def _known_formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def _refuse_too_large(image: Image.Image, data: bytes, name: str) -> None:
-    problem = size_problem(*image.size)
+def _refuse_too_large(image: Image.Image, data: bytes, name: str, most_pixels: int | None) -> None:
+    problem = size_problem(*image.size, most_pixels)
     if problem is not None:
         raise PictureError(_too_large_message(name, problem))
     if image.format not in {"JPEG", "MPO"}:

@@ -20,7 +20,7 @@ COMMANDS = {name: module for panel in WAY.values() for name, (module, _) in pane
 DOORS = {"engines": "engines.build", "calibrate": "calibration.calibrate"} | {
     **{name: f"engines.{name}" for name in ("targets", "estimate", "doctor", "inspect")},
     **{name: f"export.{name}" for name in ("tune", "build", "verify")},
-    **{name: f"runtime.{name}" for name in ("ask", "chat", "watch", "label", "triton")},
+    **{name: f"runtime.{name}" for name in ("ask", "chat", "watch", "label", "serve", "triton")},
 }
 
 
@@ -42,7 +42,7 @@ def test_help_shows_the_way_from_checkpoint_to_robot() -> None:
     assert places == sorted(places)
     assert list(COMMANDS) == [
         *("targets", "estimate", "tune", "build", "verify", "calibrate"),
-        *("engines", "doctor", "inspect", "ask", "chat", "watch", "label", "triton"),
+        *("engines", "doctor", "inspect", "ask", "chat", "watch", "label", "serve", "triton"),
     ]
     assert "--install-completion" in done.stdout
 
