@@ -209,11 +209,21 @@ def _parameters(**values: str) -> list[_Message]:
 
 
 def _pixel_values(bundle: Bundle, graph: VisionGraph) -> TensorSpec:
-    return _checked(bundle, graph, graph.inputs)[0]
+    return _checked(bundle, graph, bundle.stages(graph)[0].inputs)[0]
 
 
 def _outputs(bundle: Bundle, graph: VisionGraph) -> tuple[TensorSpec, ...]:
-    return _checked(bundle, graph, graph.outputs)
+    """Return what leaves the last of the files; what they hand on to each other does not."""
+    shared = bundle.manifest.shared
+    if shared is None:
+        return _checked(bundle, graph, graph.outputs)
+    handed = {spec.name for spec in shared.projector.inputs}
+    left = tuple(spec for spec in graph.outputs if spec.name not in handed)
+    tokens = tuple(
+        spec.model_copy(update={"shape": (spec.shape[0], graph.leaves, *spec.shape[2:])})
+        for spec in shared.projector.outputs
+    )
+    return _checked(bundle, graph, (*tokens, *left))
 
 
 def _checked(

@@ -63,20 +63,21 @@ def write_repository(
         The folder of each model: one that preprocesses, and for each vision graph two.
 
     Raises:
-        OptionError: a model of that name is there, or the folder cannot be written.
+        OptionError: a model of that name is there, the folder cannot be written, or Triton cannot
+            run the bundle as it is asked for.
         EngineError: there is no TensorRT plan that Triton could run.
         BundleError: the graph cannot be batched.
     """
     chosen = options or RepositoryOptions()
     goal = Path(out)
-    graphs = (
-        bundle.manifest.vision
-        if chosen.visual_tokens is None
-        else (bundle.vision(chosen.visual_tokens),)
-    )
-    backend = chosen.vision or (
-        "tensorrt" if target_of(bundle).engine == "tensorrt" else "onnxruntime"
-    )
+    graphs = _graphs(bundle, chosen.visual_tokens)
+    backend = chosen.vision or _usual_backend(bundle)
+    if bundle.manifest.shared is not None and backend != "python":
+        raise OptionError(
+            f"--vision {backend}: the budgets of {bundle.root} share their tower, and Triton runs "
+            "one file. Use --vision python, or build a bundle with one budget: "
+            "`python -m export.build --tokens N`."
+        )
     served = [_served(bundle, graph, chosen, backend) for graph in graphs]
     written = []
     with _model(goal, preprocess_name(chosen), overwrite) as folder:
@@ -95,6 +96,30 @@ def write_repository(
             _describe(folder, ensemble_config(bundle, each.graph, chosen, each.max_batch))
             written.append(goal / name)
     return written
+
+
+def _graphs(bundle: Bundle, visual_tokens: int | None) -> tuple[VisionGraph, ...]:
+    """Return the graphs to serve, each file's largest budget.
+
+    Raises:
+        OptionError: only a part of what a graph leaves was asked for, or there is no such budget.
+    """
+    if visual_tokens is None:
+        return tuple(graph for graph in bundle.manifest.vision if not graph.is_prefix)
+    graph = bundle.vision(visual_tokens)
+    if graph.is_prefix:
+        raise OptionError(
+            f"--visual-tokens {visual_tokens}: {bundle.root} has it as the first of {graph.leaves} "
+            f"tokens. Serve these: --visual-tokens {graph.leaves}; `token_order` tells the first."
+        )
+    return (graph,)
+
+
+def _usual_backend(bundle: Bundle) -> Backend:
+    """Return what runs the vision graph unless it is said."""
+    if bundle.manifest.shared is not None:
+        return "python"
+    return "tensorrt" if target_of(bundle).engine == "tensorrt" else "onnxruntime"
 
 
 @dataclass(frozen=True)

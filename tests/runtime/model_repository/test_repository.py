@@ -28,6 +28,20 @@ from runtime.model_repository.repository import write_repository
 from runtime.model_repository.text_format import Word, text_from_message
 from tests.tiny_bundle import tiny_manifest, write_tiny_bundle
 
+
+@pytest.fixture(scope="module")
+def one_budget_bundle(
+    language_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    """The tiny checkpoint with one whole vision graph of 6 visual tokens."""
+    from export.build.plan import BuildOptions
+    from export.build.steps import build_bundle
+
+    out = tmp_path_factory.mktemp("one-budget") / "bundle"
+    build_bundle(BuildOptions(str(language_checkpoint), out, tokens=(6,)))
+    return open_bundle(out)
+
+
 VISION = f"""\
 {MARK}
 name: "rover_vision_6"
@@ -87,22 +101,22 @@ def test_the_text_format_nests_repeats_and_escapes() -> None:
 
 
 def test_the_vision_model_is_the_graph_and_loads_where_it_lies(
-    budgets_bundle: Bundle, tmp_path: Path
+    one_budget_bundle: Bundle, tmp_path: Path
 ) -> None:
     options = RepositoryOptions(
         name="rover", vision="onnxruntime", visual_tokens=6, queue_delay_us=500
     )
-    written = write_repository(budgets_bundle, tmp_path / "repo", options)
+    written = write_repository(one_budget_bundle, tmp_path / "repo", options)
     assert [path.name for path in written] == ["rover_preprocess", "rover_vision_6", "rover_6"]
     vision = written[1]
     assert (vision / "config.pbtxt").read_text() == VISION
-    # Alone in its folder, with the weights that the bundle's graphs share.
+    # Alone in its folder, with its weights.
     moved = shutil.move(vision / "1", tmp_path / "elsewhere")
     pictures = np.random.default_rng(0).integers(0, 255, (2, 40, 60, 3), np.uint8)
     with (
         OrtSession(Path(moved) / "model.onnx", threads=1) as session,
-        VisionEncoder(budgets_bundle, session, tokens=6) as copied,
-        VisionEncoder(budgets_bundle, tokens=6, engine="ort", threads=1) as encoder,
+        VisionEncoder(one_budget_bundle, session, tokens=6) as copied,
+        VisionEncoder(one_budget_bundle, tokens=6, engine="ort", threads=1) as encoder,
     ):
         np.testing.assert_array_equal(
             copied.encode(pictures).tokens, encoder.encode(pictures).tokens
@@ -112,7 +126,7 @@ def test_the_vision_model_is_the_graph_and_loads_where_it_lies(
 def test_names_shapes_and_types_are_those_in_the_file(budgets_bundle: Bundle) -> None:
     """The configuration is written from the manifest, so the manifest must tell of the graph."""
     names = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.INT64: "int64"}
-    for graph in budgets_bundle.manifest.vision:
+    for graph in budgets_bundle.manifest.vision_files.files:
         model = onnx.load(budgets_bundle.path(graph.file), load_external_data=False)
         for specs, values in (
             (graph.inputs, model.graph.input),
@@ -160,6 +174,21 @@ def test_glue_has_the_preprocessing_and_the_engine_of_the_bundle(
     for value in (str(budgets_bundle.root.resolve()), "12", "openvino", "8"):
         assert f"string_value: {json.dumps(value)}" in vision
     assert [path.name for path in (tmp_path / "foveate_vision_12" / "1").iterdir()] == ["model.py"]
+
+
+def test_budgets_that_share_a_tower_are_run_by_this_package(
+    budgets_bundle: Bundle, tmp_path: Path
+) -> None:
+    for backend in ("onnxruntime", "tensorrt"):
+        with pytest.raises(OptionError, match="share their tower, and Triton runs one file"):
+            write_repository(budgets_bundle, tmp_path, RepositoryOptions(vision=backend))
+    write_repository(budgets_bundle, tmp_path, RepositoryOptions())
+    vision = (tmp_path / "foveate_vision_6" / "config.pbtxt").read_text()
+    assert 'backend: "python"' in vision
+    handed_on = vision.partition("output {")[2]
+    assert "reduced_tokens" not in handed_on
+    assert 'name: "visual_tokens"\n  data_type: TYPE_FP32\n  dims: 6\n' in handed_on
+    assert 'name: "pixel_values"' in vision.partition("output {")[0]
 
 
 def test_models_of_others_are_never_replaced(budgets_bundle: Bundle, tmp_path: Path) -> None:
@@ -230,7 +259,7 @@ def test_a_plan_is_served_with_the_batch_it_takes(
 
 
 def test_a_plan_that_triton_could_not_run_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budgets_bundle: Bundle
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_budget_bundle: Bundle
 ) -> None:
     bundle = orin_bundle(tmp_path, monkeypatch)
     with pytest.raises(EngineError, match="there is no such plan"):
@@ -245,7 +274,7 @@ def test_a_plan_that_triton_could_not_run_is_refused(
     with pytest.raises(EngineError, match="damaged or was replaced"):
         write_repository(bundle, tmp_path / "repo")
     with pytest.raises(EngineError, match="whose plans Triton's backend tensorrt does not run"):
-        write_repository(budgets_bundle, tmp_path / "repo", RepositoryOptions(vision="tensorrt"))
+        write_repository(one_budget_bundle, tmp_path / "repo", RepositoryOptions(vision="tensorrt"))
     assert not (tmp_path / "repo").exists()
 
 
