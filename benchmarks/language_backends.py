@@ -43,14 +43,18 @@ from runtime.vision.pictures import load_picture
 
 VARIANTS: tuple[tuple[str, str], ...] = (
     ("ort", "fp32"),
+    ("ort", "int8"),
     ("ort", "int4"),
+    ("openvino", "fp32"),
+    ("openvino", "int8"),
+    ("openvino", "int4"),
     ("llamacpp", "f32"),
     ("llamacpp", "f16"),
     ("llamacpp", "q8_0"),
     ("llamacpp", "q4_k_m"),
 )
-SAME_TEXT = ("llamacpp f32", "llamacpp f16", "vllm fp32")
-EXACT_LOGITS = ("llamacpp f32",)
+SAME_TEXT = ("openvino fp32", "llamacpp f32", "llamacpp f16", "vllm fp32")
+EXACT_LOGITS = ("openvino fp32", "llamacpp f32")
 MOST_LOGITS = 1e-3
 MOST_POINTS = 1.0
 TURNS = 3
@@ -219,9 +223,9 @@ def compare(variant: str, heard: Heard, reference: Heard) -> Row:
 
 @contextmanager
 def _built(model: str, tokens: int) -> Iterator[dict[str, Bundle]]:
-    """Build a bundle for every variant; two backends share one where they can."""
+    """Build a bundle for every variant; backends share one where they can."""
     pairs: tuple[tuple[LlmPrecision, GgufPrecision], ...]
-    pairs = (("fp32", "f32"), ("int4", "f16"), ("int4", "q8_0"), ("int4", "q4_k_m"))
+    pairs = (("fp32", "f32"), ("int4", "f16"), ("int8", "q8_0"), ("int4", "q4_k_m"))
     with TemporaryDirectory() as folder:
         bundles: dict[str, Bundle] = {}
         for precision, gguf in pairs:
@@ -237,7 +241,8 @@ def _built(model: str, tokens: int) -> Iterator[dict[str, Bundle]]:
                 )
             )
             opened = open_bundle(out)
-            bundles |= {f"ort {precision}": opened, f"llamacpp {gguf}": opened}
+            names = f"ort {precision}", f"openvino {precision}", f"llamacpp {gguf}"
+            bundles |= dict.fromkeys(names, opened)
         yield bundles
 
 

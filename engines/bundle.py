@@ -35,6 +35,8 @@ from engines.staging import staged_directory
 LOCAL_DIRECTORY = "local"
 """Where a machine may keep what it made from the bundle (TensorRT plans); not part of the bundle,
 so not verified: what lies there carries its own checks."""
+_SAME_FILE = {"ort": "openvino", "openvino": "ort"}
+"""Backends that run each other's decoder: both read the ONNX file."""
 _MOST_TOLD = 20
 """Of many files that are wrong, so many are named."""
 
@@ -114,9 +116,10 @@ class Bundle:
         models = self.manifest.language_models
         if backend is None:
             return models[0]
-        for model in models:
-            if model.backend == backend:
-                return model
+        for name in (backend, _SAME_FILE.get(backend)):
+            for model in models:
+                if model.backend == name:
+                    return model.model_copy(update={"backend": backend})
         held = ", ".join(model.backend for model in models)
         raise OptionError(
             f'{self.root} holds no decoder for the backend "{backend}", only for {held}. Choose '

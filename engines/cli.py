@@ -43,7 +43,8 @@ BackendOption = Annotated[
     str | None,
     typer.Option(
         "--backend",
-        help="ort or llamacpp; vllm where a server will do; left out, the bundle's first.",
+        help="ort, llamacpp or openvino; vllm where a server will do; left out, the bundle's "
+        "first.",
     ),
 ]
 EngineOption = Annotated[

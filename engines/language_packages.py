@@ -6,13 +6,17 @@ import importlib.util
 import re
 from importlib.metadata import PackageNotFoundError, distribution, requires
 
-_MODULES = {"ort": "onnxruntime", "llamacpp": "llama_cpp"}
+_MODULES = {"ort": "onnxruntime", "llamacpp": "llama_cpp", "openvino": "openvino"}
 _PACKAGES = {"llamacpp": "llama-cpp-python"}
 ORT_INSTALL = (
     "pip install 'foveate[cpu]', or 'foveate[cuda]' with an NVIDIA GPU; on a Jetson NVIDIA's wheel "
     "of onnxruntime-gpu for its JetPack, from pypi.jetson-ai-lab.io"
 )
-INSTALL = {"ort": ORT_INSTALL, "llamacpp": "pip install 'foveate[llamacpp]'"}
+INSTALL = {
+    "ort": ORT_INSTALL,
+    "llamacpp": "pip install 'foveate[llamacpp]'",
+    "openvino": "pip install 'foveate[openvino]'",
+}
 """The command that mends it."""
 
 

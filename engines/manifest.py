@@ -23,7 +23,7 @@ MANIFEST_NAME = "bundle.json"
 MOST_MANIFEST_BYTES = 8 << 20
 
 Precision = Literal["fp32", "fp16", "int8", "mixed"]
-LlmPrecision = Literal["fp32", "int4"]
+LlmPrecision = Literal["fp32", "int8", "int4"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -190,6 +190,9 @@ class Prompt(_Record):
     eos_token: str | None
     add_bos_token: bool
     stop_token_ids: tuple[TokenId, ...] = Field(min_length=1)
+    max_new_tokens: int | None = Field(default=None, gt=0, le=2**27)
+    """The longest answer, in tokens, where nobody asks for another; None: the checkpoint does not
+    say."""
 
 
 class DecoderShape(_Record):

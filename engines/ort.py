@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from engines.chained_session import ChainedSession, SharedStages
+from engines.cpu_flags import has_vnni
 from engines.errors import EngineError
 from engines.language_packages import ORT_INSTALL
 from engines.session import Array, InputSpec, check_inputs
@@ -108,16 +109,6 @@ def create_inference_session(
     if session.get_providers()[0] != names[0]:
         raise EngineError(_start_message(path, names[0], onnxruntime, complaints))
     return session
-
-
-@functools.cache
-def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Tell whether the CPU multiplies INT8 into 32 bits at once, which is fast and exact."""
-    try:
-        flags = set(cpuinfo.read_text("utf-8", "replace").split())
-    except OSError:
-        return False
-    return not flags.isdisjoint({"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
 def _read_names(path: Path, session: onnxruntime.InferenceSession) -> None:

@@ -29,7 +29,7 @@ else:
 FREE_SHARE = 0.85
 """Share of the memory left once the system has its own, where a target does not say `free_gb`."""
 Engine = Literal["ort", "openvino", "tensorrt", "tensorrt-rtx"]
-LlmBackend = Literal["ort", "llamacpp", "vllm"]
+LlmBackend = Literal["ort", "llamacpp", "openvino", "vllm"]
 Version = Annotated[str, Field(pattern=r"^\d+(\.\d+){0,3}$")]
 Positive = Annotated[float, Field(gt=0)]
 

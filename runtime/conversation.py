@@ -120,12 +120,12 @@ class Conversation:
             OptionError: the chat template refuses the conversation.
             BackendError: the question alone is more than the context holds.
         """
-        chosen = options or GenerationOptions()
+        chosen = self.model.limited(options)
         before = self.exchanges, self._shown, self.dropped
         self.exchanges = [*self.exchanges, Exchange(question, tuple(self._shown))]
         self._shown = []
         try:
-            self._make_room(chosen.max_tokens)
+            self._make_room(chosen.most_tokens)
             images = [image.tokens for image in self.images]
             answer = self.model.answer(self._turns(), images, chosen, show)
         except BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -186,7 +187,7 @@ class Model(AbstractContextManager["Model"]):
             BackendError: the language model failed, or more positions than the context holds.
         """
         started = time.perf_counter()
-        generation = self.language.generate(turns, images, options or GenerationOptions())
+        generation = self.language.generate(turns, images, self.limited(options))
         generation.prefill()
         decoding = time.perf_counter()
         if prefilled is not None:
@@ -235,6 +236,11 @@ class Model(AbstractContextManager["Model"]):
         self.answer_about([self.encoder.encode([black])], "What is ahead?", options)
         return time.perf_counter() - started
 
+    def limited(self, options: GenerationOptions | None) -> GenerationOptions:
+        """Return how an answer is written, its longest length filled in from the checkpoint."""
+        said = self.bundle.manifest.prompt.max_new_tokens
+        return (options or GenerationOptions()).limited(said)
+
     @property
     def context(self) -> Context:
         """The language model and what its KV cache holds.
@@ -246,7 +252,7 @@ class Model(AbstractContextManager["Model"]):
             return self.language.context
         raise BackendError(
             f'The backend "{self.language.name}" runs on a server, which gives text and no logits. '
-            "Open the model with ort or llamacpp for this."
+            "Open the model with ort, llamacpp or openvino for this."
         )
 
     def __exit__(self, *_: object) -> None:
@@ -294,22 +300,29 @@ def open_model(
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
     writer = PromptWriter(bundle)
-    encoder = VisionEncoder(
-        bundle, engine=engine, threads=threads, tokens=visual_tokens, batch=batch
-    )
-    try:
-        language = open_text_backend(
-            writer,
-            bundle,
-            backend,
-            threads=threads,
-            context_length=context_length,
-            need=need,
-            kv_cache=kv_cache,
-            device=device,
-            server=server,
+    # Side by side: each is loaded by one core, and a 7B's language model takes seconds.
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(
+            VisionEncoder, bundle, engine=engine, threads=threads, tokens=visual_tokens, batch=batch
         )
+        try:
+            language = open_text_backend(
+                writer,
+                bundle,
+                backend,
+                threads=threads,
+                context_length=context_length,
+                need=need,
+                kv_cache=kv_cache,
+                device=device,
+                server=server,
+            )
+        except BaseException:
+            loading.result().close()  # where both fail, the graph's reason is told
+            raise
+    try:
+        encoder = loading.result()
     except BaseException:
-        encoder.close()
+        language.close()
         raise
     return Model(bundle, encoder, writer, language)

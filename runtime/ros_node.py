@@ -25,7 +25,7 @@ from engines.cli import run
 from engines.errors import SourceError
 from runtime.camera.budgets.goal_options import GoalOptions
 from runtime.camera.view_options import ViewOptions
-from runtime.commands.watch import SHORT_ANSWERS, WatchOptions, watch
+from runtime.commands.watch import WatchOptions, watch
 from runtime.frames import FrameSource, SourceOptions
 from runtime.frames.frame import Capture, ReadErrors
 from runtime.frames.ros_image import image_from_compressed_message, image_from_message, stamp_ns
@@ -145,7 +145,7 @@ def main(
     frames: FrameView,
     budget: GoalOptions,
     model: ModelOptions,
-    generation: GenerationOptions = SHORT_ANSWERS,
+    generation: GenerationOptions = GenerationOptions(),
 ) -> None:
     """Answer about an image topic of ROS 2.
 

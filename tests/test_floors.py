@@ -24,8 +24,8 @@ THIN |= {"rich", "tomli", "pydantic_core"}  # the last with pydantic
 OPTIONAL = {
     "engines": {"openvino", "polygraphy", "tensorrt"},
     "runtime": {
-        "av", "fastapi", "gguf", "jsonschema_rs", "llama_cpp", "llguidance", "prometheus_client",
-        "pyarrow", "ray", "rosbags", "starlette", "uvicorn",
+        "av", "fastapi", "gguf", "jsonschema_rs", "llama_cpp", "llguidance", "openvino",
+        "prometheus_client", "pyarrow", "ray", "rosbags", "starlette", "uvicorn",
     },
 }  # fmt: skip
 ALLOWED = {

@@ -23,7 +23,7 @@ class ContextNeed:
     Attributes:
         visual_tokens: of all pictures of one question; None is the bundle's largest budget.
         prompt_tokens: text before the answer.
-        answer_tokens: most tokens of an answer.
+        answer_tokens: most tokens of an answer; None is what the bundle says, or 256.
         exchanges: questions with their pictures and answers that are kept.
         clip_frames: pictures of a clip, each with a few words; together they cost as many visual
             tokens as one picture has patches, unless ``visual_tokens`` says otherwise.
@@ -31,7 +31,7 @@ class ContextNeed:
 
     visual_tokens: int | None = None
     prompt_tokens: int = PROMPT_TOKENS
-    answer_tokens: int = ANSWER_TOKENS
+    answer_tokens: int | None = None
     exchanges: int = EXCHANGES
     clip_frames: int = 0
 
@@ -54,7 +54,7 @@ class ContextNeed:
             trained: positions the model was trained for, which is the most.
         """
         text = self.prompt_tokens + self.clip_frames * _WORDS_OF_A_FRAME
-        one = (self.visual_tokens or 0) + text + self.answer_tokens
+        one = (self.visual_tokens or 0) + text + (self.answer_tokens or ANSWER_TOKENS)
         return min(round_up(one * self.exchanges), trained)
 
 

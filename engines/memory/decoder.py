@@ -20,8 +20,10 @@ BATCH_ROWS = 512
 _Q4_K, _Q6_K, _Q8_0 = 4.5, 6.5625, 8.5
 """Bits of a weight in GGUF's block types, scales included."""
 _GGUF_BITS = {"q8_0": _Q8_0, "f16": 16.0, "f32": 32.0}
-_ONNX_BITS = {"fp32": 32.0, "int4": 4 + 32 / 32}
-"""In the file: INT4 has one FP32 scale for 32 weights."""
+_ONNX_BITS = {"fp32": 32.0, "int8": 8 + 32 / 32, "int4": 4 + 32 / 32}
+"""In the file: INT8 and INT4 have one FP32 scale for 32 weights."""
+_PACKED_OPENVINO = 2.0
+"""What INT4 and INT8 weights take once OpenVINO has packed them, in sizes of the file; about."""
 _PACKED_INT4 = 6 / 5
 """ONNX Runtime packs INT4 for the CPU with a second FP32 number for 32 weights, their sum."""
 _CACHE_BYTES = {"f16": 2.0, "q8": _Q8_0 / 8}
@@ -33,7 +35,7 @@ class DecoderPlan:
     """How a decoder is going to be run.
 
     Attributes:
-        backend: ``"ort"`` or ``"llamacpp"``.
+        backend: ``"ort"``, ``"openvino"`` or ``"llamacpp"``.
         precision: of its weights, in the backend's words.
         positions: what its KV cache holds.
         kv_cache: how llama.cpp keeps keys and values.
@@ -57,6 +59,8 @@ def decoder_parts(shape: DecoderShape, plan: DecoderPlan) -> list[MemoryPart]:
         weights = int(weight_bits(shape, plan.backend, plan.precision) / 8)
     if plan.backend == "ort" and plan.precision == "int4" and not plan.on_gpu:
         weights = int(weights * _PACKED_INT4)
+    if plan.backend == "openvino" and plan.precision != "fp32":
+        weights = int(weights * _PACKED_OPENVINO)
     rows = 2 * plan.positions * shape.hidden_size * 4  # the prompt's rows, and a copy of them
     buffers = _llama_buffers(shape) if plan.backend == "llamacpp" else _ort_arena(shape, plan)
     return [
@@ -83,7 +87,7 @@ def weight_bits(shape: DecoderShape, backend: str, precision: str) -> float:
     values, down, head = d * keys, m * d, d * shape.vocabulary
     rest = 2 * d * queries + d * keys + 2 * d * m
     layers = shape.layers
-    if backend == "ort":
+    if backend != "llamacpp":
         return (layers * (rest + values + down) + head) * _ONNX_BITS[precision]
     if precision != "q4_k_m":
         return (layers * (rest + values + down) + head) * _GGUF_BITS[precision]

@@ -44,6 +44,7 @@ _BYTES_IN_WORK = 2 + 4 + 4 + 1
 """Of a weight that is being quantized: as stored, in float32, transposed, and the result."""
 _BYTES_PER_WEIGHT: Mapping[str, float] = {
     "int4": 0.5 + 4 / 32,
+    "int8": 1 + 4 / 32,
     "fp32": 4,
     "q4_k_m": 0.606,
     "q8_0": 1.0625,
@@ -52,6 +53,7 @@ _BYTES_PER_WEIGHT: Mapping[str, float] = {
 }
 _CORE_SECONDS_PER_GIGAWEIGHT: Mapping[str, float] = {
     "int4": 15,
+    "int8": 15,
     "fp32": 15,
     "q4_k_m": 130,
     "q8_0": 30,
@@ -63,6 +65,9 @@ _GRAPH_S, _DECODER_S = 5, 8
 """What the smallest takes."""
 _HASHING_S_PER_GB = 5
 _STARTING_S = 10
+_ONNX = ("ort", "openvino")
+"""Backends that share one file."""
+_ONNX_STEPS = tuple(f"decoder_{backend}" for backend in _ONNX)
 _MOST_CORES = 4
 
 
@@ -152,6 +157,9 @@ def predict_cost(
     if precision in ("int8", "mixed"):
         steps.append(_calibration_cost(seen, precision, graphs, frames))
     for backend in decoders.backends:
+        if backend in _ONNX and any(step.name in _ONNX_STEPS for step in steps):
+            steps.append(StepCost(f"decoder_{backend}", int(_PROCESS_BYTES), 0, 0, 0))
+            continue
         precision_of = decoders.precision_of(backend)
         steps.append(_decoder_cost(backend, precision_of, language, tables))
     steps.append(StepCost("text", int(_PROCESS_BYTES + 6 * tables), 0, 2 * tables, tables / 1e8))
@@ -197,7 +205,7 @@ def _decoder_cost(
     backend: DecoderBackend, precision: str, language: Mapping[str, int], tables: int
 ) -> StepCost:
     count = sum(language.values())
-    written = count - tables if backend == "ort" else count
+    written = count - tables if backend in _ONNX else count
     largest = max(language.values())
     quantized = precision not in ("f16", "f32", "fp32")
     cores = min(os.cpu_count() or 1, _MOST_CORES)

@@ -207,9 +207,10 @@ def read_prompt(root: Path, tokenizer: str, image_token_id: int, text_eos: objec
         )
     generation = root / "generation_config.json"
     written = read_json(generation) if generation.is_file() else {}
+    generated = checked(GenerationFile, written, generation)
     own = {"eos_token_id": loaded.eos_token_id}
     stops = [
-        *checked(GenerationFile, written, generation).eos_token_id,
+        *generated.eos_token_id,
         *checked(GenerationFile, {"eos_token_id": text_eos}, root / "config.json").eos_token_id,
         *checked(GenerationFile, own, root / "tokenizer_config.json").eos_token_id,
     ]
@@ -225,6 +226,7 @@ def read_prompt(root: Path, tokenizer: str, image_token_id: int, text_eos: objec
             eos_token=loaded.eos_token,
             add_bos_token=adds_bos,
             stop_token_ids=tuple(dict.fromkeys(stops)),
+            max_new_tokens=generated.max_new_tokens,
         )
     except ValidationError as error:
         raise CheckpointError(

@@ -109,6 +109,7 @@ class GenerationFile(CheckpointFile):
     """`generation_config.json`."""
 
     eos_token_id: TokenIds = []
+    max_new_tokens: Annotated[int, Field(gt=0, le=2**27)] | None = None
 
 
 class Size(CheckpointFile):

@@ -114,7 +114,7 @@ def _blocks(built: Any) -> Any:
     """Return how the builder wants weights quantized; None where they stay as they are."""
     from export.language.block_weights import Blocks
 
-    if built.onnx_dtype.name not in ("INT4", "UINT4"):
+    if built.onnx_dtype.name not in ("INT4", "UINT4", "INT8", "UINT8"):
         return None
     wanted = built.quant_attrs
     unknown = {

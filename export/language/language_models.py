@@ -27,7 +27,9 @@ from export.language.onnx_decoder import (
 )
 from runtime.backends.llama_library import load_llama_library
 
-DecoderBackend = Literal["ort", "llamacpp"]
+DecoderBackend = Literal["ort", "llamacpp", "openvino"]
+
+_LIKE: dict[LlmPrecision, GgufPrecision] = {"int4": "q4_k_m", "int8": "q8_0", "fp32": "f16"}
 
 
 def _read_backends(words: str) -> tuple[DecoderBackend, ...]:
@@ -49,17 +51,19 @@ class DecoderOptions:
     backends: Annotated[
         tuple[DecoderBackend, ...],
         typer.Option(
-            "--llm-backend", help="ort, llamacpp, or both with a comma; the first is the default."
+            "--llm-backend",
+            help="ort, llamacpp, openvino, or several with commas; the first is the default.",
         ),
         Typed(_read_backends, ",".join),
     ] = ("ort",)
-    precision: Annotated[LlmPrecision, typer.Option("--llm-precision", help="int4 or fp32.")] = (
-        "int4"
-    )
+    precision: Annotated[
+        LlmPrecision, typer.Option("--llm-precision", help="int4, int8 or fp32.")
+    ] = "int4"
     gguf_precision: Annotated[
         GgufPrecision | None,
         typer.Option(
-            help="llama.cpp: q4_k_m, q8_0, f16 or f32; left out, q4_k_m for int4, f16 for fp32."
+            help="llama.cpp: q4_k_m, q8_0, f16 or f32; left out, q4_k_m for int4, q8_0 for int8, "
+            "f16 for fp32."
         ),
     ] = None
     device: Annotated[
@@ -72,12 +76,12 @@ class DecoderOptions:
 
     def precision_of(self, backend: DecoderBackend) -> LlmPrecision | GgufPrecision:
         """Return the precision a backend's decoder will have."""
-        return self.precision if backend == "ort" else self.chosen_gguf_precision
+        return self.chosen_gguf_precision if backend == "llamacpp" else self.precision
 
     @property
     def chosen_gguf_precision(self) -> GgufPrecision:
         """The GGUF decoder's precision, the default filled in."""
-        return self.gguf_precision or ("q4_k_m" if self.precision == "int4" else "f16")
+        return self.gguf_precision or _LIKE[self.precision]
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def check_language_models(checkpoint: Checkpoint, options: DecoderOptions) -> No
     backends = options.backends
     if not backends or len(set(backends)) != len(backends):
         raise OptionError(
-            f"--llm-backend {','.join(backends)}: expected ort, llamacpp or both, each once."
+            f"--llm-backend {','.join(backends)}: expected ort, llamacpp or openvino, each once."
         )
     if "llamacpp" not in backends:
         return
@@ -153,8 +157,14 @@ def export_language_models(
     notes: list[str] = []
     written: dict[DecoderBackend, LanguageModel] = {}
     for index, backend in enumerate(options.backends):
-        part = f"decoder_{backend}"
-        made_with = {"precision": options.precision_of(backend), "device": options.device}
+        if other := next((one for one in written if _file_of(one) == _file_of(backend)), None):
+            written[backend] = written[other].model_copy(
+                update={"backend": backend, "device": options.device}
+            )
+            continue
+        part = f"decoder_{_file_of(backend)}"
+        precision = options.precision_of(backend)
+        made_with = {"precision": precision, "backend": backend, "device": options.device}
         found = kept.restore(part, made_with, root)
         if found is None:
             told = _tell_bytes(progress, f"Decoder for {backend}", index, len(options.backends))
@@ -181,13 +191,18 @@ def _export_decoder(
     told: Callable[[int, int], None],
 ) -> tuple[LanguageModel, str]:
     """Write one decoder and return what the manifest and the notes say of it."""
-    if backend == "ort":
+    if _file_of(backend) == "onnx":
         model = export_decoder(
             checkpoint, root, options.precision, device=options.device, progress=told
         )
-        return model, ""
+        return model.model_copy(update={"backend": backend}), ""
     gguf = export_gguf(checkpoint, root, options.chosen_gguf_precision, told)
     return gguf.model, gguf.describe_fallbacks()
+
+
+def _file_of(backend: DecoderBackend) -> Literal["onnx", "gguf"]:
+    """Return which file a backend runs: ONNX Runtime and OpenVINO the same one."""
+    return "gguf" if backend == "llamacpp" else "onnx"
 
 
 def _tell_bytes(

@@ -68,8 +68,8 @@ def export_language(
     Args:
         checkpoint: an opened LLaVA checkpoint.
         root: the bundle's directory, while it is being written.
-        precision: ``"int4"`` (weights in blocks of 32, the language model's head included) or
-            ``"fp32"`` (exact).
+        precision: ``"int4"`` or ``"int8"`` (weights in blocks of 32, the language model's head
+            included), or ``"fp32"`` (exact).
         device: where the decoder will run; for ``"cuda"`` it computes in float16.
         progress: called as weights are written.
 

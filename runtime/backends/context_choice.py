@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engines.bundle import Bundle
 from engines.errors import BackendError
 from engines.memory.context_length import ContextNeed
+from runtime.language.generate import GenerationOptions
 
 
 def choose_context_length(bundle: Bundle, given: int | None, need: ContextNeed) -> int:
@@ -20,6 +23,9 @@ def choose_context_length(bundle: Bundle, given: int | None, need: ContextNeed) 
     """
     trained = bundle.manifest.text.context_length
     if given is None:
+        if need.answer_tokens is None:
+            limit = GenerationOptions().limited(bundle.manifest.prompt.max_new_tokens).most_tokens
+            need = replace(need, answer_tokens=limit)
         largest = bundle.largest_vision()
         patches = largest.patch_rows * largest.patch_columns
         return need.with_visual_tokens(largest.reducer.tokens, patches).positions(trained)

@@ -10,7 +10,7 @@ from runtime.backends import LanguageBackend, TextBackend
 from runtime.backends.chat_server import ServerOptions
 from runtime.language.prompt import PromptWriter
 
-BACKENDS = ("ort", "llamacpp", "vllm")
+BACKENDS = ("ort", "llamacpp", "openvino", "vllm")
 
 
 def open_text_backend(
@@ -96,7 +96,7 @@ def open_backend(
 
     Args:
         bundle: an opened bundle.
-        name: ``"ort"`` or ``"llamacpp"``; left out, the bundle's first.
+        name: ``"ort"``, ``"llamacpp"`` or ``"openvino"``; left out, the bundle's first.
         threads: CPU threads; left out, one per physical core.
         context_length: positions the KV cache holds; left out, what ``need`` asks for.
         need: what the KV cache has to hold; left out, four questions about a picture.
@@ -131,10 +131,21 @@ def open_backend(
         return open_llamacpp_backend(
             bundle, threads=threads, context_length=context_length, need=need, kv_cache=kv_cache
         )
+    if chosen == "openvino":
+        if kv_cache != "f16" or device is not None:
+            raise OptionError(
+                "--kv-cache and --llm-device have no meaning for OpenVINO, which runs on the CPU "
+                "and keeps keys and values in the type it computes in. Leave them out."
+            )
+        from runtime.backends.openvino_backend import open_openvino_backend
+
+        return open_openvino_backend(
+            bundle, threads=threads, context_length=context_length, need=need
+        )
     if chosen == "vllm":
         raise OptionError(
             'The backend "vllm" is a server that gives text only, and logits are needed here. '
-            "Choose ort or llamacpp."
+            "Choose ort, llamacpp or openvino."
         )
     raise OptionError(
         f'There is no language backend "{chosen}", expected one of {", ".join(BACKENDS)}.'

@@ -87,7 +87,7 @@ class VllmBackend:
             "model": self.model,
             "messages": self._prompt.messages(turns, payloads),
             "add_special_tokens": self._prompt.adds_special_tokens(turns),
-            "max_tokens": options.max_tokens,
+            "max_tokens": options.most_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
@@ -185,7 +185,7 @@ class VllmGeneration:
 
     def _require_measure(self) -> None:
         """Check that no more came than was asked for."""
-        most = self._options.max_tokens
+        most = self._options.most_tokens
         self._read += 1
         written = max(len(self.token_ids), self._pieces)
         if written > most + 1 or self._read > 2 * most + _OTHER_EVENTS:
@@ -211,7 +211,7 @@ class VllmGeneration:
         if self.token_ids and self.token_ids[-1] in self._stop_token_ids:
             self.token_ids.pop()
         if choice.finish_reason == "length":
-            full = len(self.token_ids) < self._options.max_tokens
+            full = len(self.token_ids) < self._options.most_tokens
             return "context_full" if full else "max_tokens"
         return "stop_string" if isinstance(choice.stop_reason, str) else "stop_token"
 

@@ -11,6 +11,9 @@ from runtime.language.generate import GenerationOptions
 from runtime.model import Answer, Model
 from runtime.vision import Pixels, VisionEncoder, VisualTokens
 
+SHORT_TOKENS = 64
+"""The longest answer about a frame where the user says none: the next frame waits for it."""
+
 
 class FrameEncoder:
     """The vision graph; see `runtime.camera.parts.Encoder`."""
@@ -38,7 +41,8 @@ class FrameAnswerer:
         self, model: Model, options: GenerationOptions | None = None, system: str | None = None
     ) -> None:
         self._model = model
-        self._options = options or GenerationOptions(max_tokens=64)
+        said = model.bundle.manifest.prompt.max_new_tokens
+        self._options = (options or GenerationOptions()).limited(said, SHORT_TOKENS, SHORT_TOKENS)
         self._system = system
 
     def answer(

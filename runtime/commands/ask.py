@@ -117,7 +117,7 @@ def document_from_answer(answer: Answer, bundle: Bundle) -> dict[str, Any]:
     """Return an answer as the JSON object that `--json` prints."""
     from runtime.clips.clip import ClipAnswer
 
-    here = {model.backend: model.precision for model in bundle.manifest.language_models}
+    served = answer.backend == "vllm"
     graph = bundle.vision(answer.seen[0].tokens.shape[1])
     decode_seconds = answer.milliseconds["decode"] / 1e3
     document = {
@@ -134,7 +134,7 @@ def document_from_answer(answer: Answer, bundle: Bundle) -> dict[str, Any]:
         "reducer": graph.reducer.name,
         "vision_precision": graph.precision,
         "backend": answer.backend,
-        "llm_precision": here.get(answer.backend),
+        "llm_precision": None if served else bundle.language_model(answer.backend).precision,
         "versions": installed_versions(),
     }
     if isinstance(answer, ClipAnswer):

@@ -48,7 +48,6 @@ EXAMPLES = (
 
 _PROMPT_TOKENS = 512
 """The question may be changed to a longer one while the loop runs."""
-SHORT_ANSWERS = GenerationOptions(max_tokens=64)
 
 
 @dataclass(frozen=True)
@@ -107,6 +106,7 @@ def watch(
     Raises:
         FoveateError: anything the user can fix.
     """
+    from runtime.camera.answering import SHORT_TOKENS
     from runtime.camera.parts import CameraAnswer, CameraOptions
     from runtime.camera.recording import Recording
     from runtime.camera.steering import obey, stopping_on_signals
@@ -118,8 +118,9 @@ def watch(
     with ExitStack() as open_things:
         sources = [open_things.enter_context(_open(each, options.source)) for each in given]
         # Left to the garbage collector: a backend that hangs may still be inside it at the end.
-        generation = options.generation or SHORT_ANSWERS
-        need = ContextNeed(None, _PROMPT_TOKENS, generation.max_tokens, exchanges=1)
+        generation = options.generation or GenerationOptions()
+        most_tokens = generation.max_tokens or SHORT_TOKENS
+        need = ContextNeed(None, _PROMPT_TOKENS, most_tokens, exchanges=1)
         model = options.model.open(bundle, batch=len(sources), need=need.with_text(options.system))
         if options.warm_up:
             seconds = model.warm_up(len(sources))
@@ -277,7 +278,7 @@ def main(
     source: SourceOptions,
     budget: GoalOptions,
     model: ModelOptions,
-    generation: GenerationOptions = SHORT_ANSWERS,
+    generation: GenerationOptions = GenerationOptions(),
 ) -> int:
     """Watch cameras and answer about what they see, again and again.
 

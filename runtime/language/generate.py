@@ -6,12 +6,11 @@ A piece never ends in the middle of a character.
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import typer
 
-from engines.cli import MaxTokensOption
 from engines.errors import OptionError
 from engines.option_groups import Typed
 from runtime.language.answer_form import is_final, problem_with_form
@@ -34,6 +33,10 @@ Finish = Literal[
 """Without a form: the model stopped, or a stop string came. With one: `complete` if the answer has
 that form, checked, and nothing is missing, and `broken_form` if it has not. After the last three it
 may be cut short; `interrupted`: the caller stopped it."""
+USUAL_TOKENS = 256
+"""The longest answer where neither the user nor the checkpoint says one."""
+MOST_TOKENS = 2048
+"""The longest that a checkpoint alone may ask for; a user may ask for more."""
 _CUT: tuple[Finish, ...] = ("max_tokens", "context_full", "interrupted")
 
 
@@ -58,13 +61,21 @@ class GenerationOptions:
     """How an answer is written and when it ends.
 
     Attributes:
-        max_tokens: most tokens of an answer.
+        max_tokens: most tokens of an answer; None: as the checkpoint says, or `USUAL_TOKENS`.
         stop: texts that end the answer; they are not part of it.
         sampling: how each token is chosen.
         grammar: the form of the answer, if it must have one; leading blanks are dropped then.
     """
 
-    max_tokens: MaxTokensOption = 256
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            min=1,
+            help="Longest answer, in tokens; left out, what the checkpoint says, or 256 (64 about "
+            "the frames of a camera).",
+        ),
+    ] = None
     stop: Annotated[
         tuple[str, ...],
         typer.Option(help="Text that ends the answer; may be given again."),
@@ -74,10 +85,29 @@ class GenerationOptions:
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
+        if self.max_tokens is not None and self.max_tokens < 1:
             raise OptionError(f"max_tokens is {self.max_tokens}, expected 1 or more.")
         if "" in self.stop:
             raise OptionError("A stop string is empty, which would end every answer at once.")
+
+    @property
+    def most_tokens(self) -> int:
+        """Most tokens of an answer, the default filled in."""
+        return USUAL_TOKENS if self.max_tokens is None else self.max_tokens
+
+    def limited(
+        self, said: int | None, usual: int = USUAL_TOKENS, most: int = MOST_TOKENS
+    ) -> GenerationOptions:
+        """Return the options with a longest answer where the user gave none.
+
+        Args:
+            said: what the checkpoint says, if it says something.
+            usual: what it is otherwise.
+            most: the longest that may come of it.
+        """
+        if self.max_tokens is not None:
+            return self
+        return replace(self, max_tokens=min(said or usual, most))
 
 
 class Decoding(Protocol):
@@ -169,7 +199,7 @@ class Generation:
             yield token
             if self._constraint is not None and self._constraint.complete:
                 self._reason = "complete"
-            elif len(self.token_ids) == self._options.max_tokens:
+            elif len(self.token_ids) == self._options.most_tokens:
                 self._reason = "max_tokens"
             elif self._backend.position == self._backend.context_length:
                 self._reason = "context_full"

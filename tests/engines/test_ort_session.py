@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from engines import ort
+from engines.cpu_flags import has_vnni
 from engines.errors import EngineError
 from engines.ort import CPU, CUDA, OrtSession, create_inference_session
 from engines.session import Session
@@ -141,5 +142,5 @@ def test_the_fast_int8_product_is_taken_only_where_it_is_exact(tmp_path: Path) -
     for number, (text, expected) in enumerate(flags.items()):
         file = tmp_path / str(number)
         file.write_text(f"flags\t\t: fpu sse {text}\n")
-        assert ort.has_vnni(file) is expected
-    assert not ort.has_vnni(tmp_path / "none")
+        assert has_vnni(file) is expected
+    assert not has_vnni(tmp_path / "none")

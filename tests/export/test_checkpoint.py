@@ -62,6 +62,23 @@ def test_describes_itself(tiny_checkpoint: Path) -> None:
     assert checkpoint.tokenizer_files()[0].name == "tokenizer.json"
 
 
+@pytest.mark.parametrize(("written", "read"), [(80, 80), (None, None)])
+def test_the_longest_answer_is_read_from_the_generation_config(
+    make_checkpoint: Make, written: int | None, read: int | None
+) -> None:
+    root = make_checkpoint("transformers-5", 1)
+    (root / "generation_config.json").write_text(json.dumps({"max_new_tokens": written}))
+    assert open_checkpoint(root).prompt("tokenizer.json").max_new_tokens == read
+
+
+@pytest.mark.parametrize("written", [0, -5, "many", 10**12])
+def test_a_longest_answer_that_is_none_is_refused(make_checkpoint: Make, written: object) -> None:
+    root = make_checkpoint("transformers-5", 1)
+    (root / "generation_config.json").write_text(json.dumps({"max_new_tokens": written}))
+    with pytest.raises(CheckpointError, match="max_new_tokens"):
+        open_checkpoint(root).prompt("tokenizer.json")
+
+
 def test_language_model_directory_is_a_plain_causal_lm(
     make_checkpoint: Make, tiny_model: LlavaForConditionalGeneration, tmp_path: Path
 ) -> None:

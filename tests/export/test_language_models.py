@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,12 @@ def test_a_bundle_for_llama_cpp_alone_has_what_every_backend_shares(
 
 @pytest.mark.parametrize(
     ("precision", "gguf_precision", "chosen"),
-    [("int4", None, "q4_k_m"), ("fp32", None, "f16"), ("int4", "q8_0", "q8_0")],
+    [
+        ("int4", None, "q4_k_m"),
+        ("fp32", None, "f16"),
+        ("int4", "q8_0", "q8_0"),
+        ("int8", None, "q8_0"),
+    ],
 )
 def test_the_gguf_precision_follows_the_other(precision, gguf_precision, chosen: str) -> None:
     options = DecoderOptions(("ort", "llamacpp"), precision, gguf_precision)
@@ -51,7 +57,7 @@ def test_backends_are_named_once(language_checkpoint: Path, tmp_path: Path, back
     options = BuildOptions(
         str(language_checkpoint), tmp_path / "b", decoders=DecoderOptions(backends)
     )
-    with pytest.raises(OptionError, match="expected ort, llamacpp or both, each once"):
+    with pytest.raises(OptionError, match="expected ort, llamacpp or openvino, each once"):
         plan_build(options)
 
 
@@ -92,3 +98,28 @@ def test_both_backends_answer_alike(language_checkpoint: Path, tmp_path: Path) -
     assert answers[0] == answers[1] != ""
     with pytest.raises(FoveateError, match="expected one of ort, llamacpp"):
         open_model(bundle, backend="llama.cpp")
+
+
+def test_openvino_and_onnx_runtime_share_one_decoder(
+    language_checkpoint: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    options = BuildOptions(
+        str(language_checkpoint),
+        tmp_path / "bundle",
+        tokens=(8,),
+        decoders=DecoderOptions(("openvino", "ort"), "int8"),
+    )
+    plan = plan_build(options)
+    alone = plan_build(replace(options, decoders=DecoderOptions(("ort",), "int8")))
+    assert plan.cost.bundle_bytes == alone.cost.bundle_bytes
+    build_bundle(options)
+    bundle = open_bundle(tmp_path / "bundle")
+    models = bundle.manifest.language_models
+    assert [(m.backend, m.precision) for m in models] == [("openvino", "int8"), ("ort", "int8")]
+    assert models[0].file == models[1].file
+    picture = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    with open_model(bundle, threads=1) as model:
+        answer = model.ask(picture, "What is this?")
+    assert answer.backend == "openvino"
+    assert answer.text

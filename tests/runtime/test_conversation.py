@@ -12,6 +12,7 @@ import pytest
 
 from engines.bundle import Bundle
 from engines.errors import BackendError, OptionError, PictureError
+from runtime.camera.answering import FrameAnswerer
 from runtime.conversation import Conversation
 from runtime.language.generate import GenerationOptions
 from runtime.language.prompt import Turn
@@ -206,3 +207,23 @@ def test_two_conversations_over_one_model_do_not_mix(model: Model) -> None:
     ]
     assert mine == starting_over(model, turns, [FIRST])
     assert replace(theirs.exchanges[0], answer=None).question == "What is that?"
+
+
+@pytest.mark.parametrize("given", [None, GenerationOptions(max_tokens=3)])
+def test_the_checkpoints_longest_answer_counts_where_the_user_gives_none(
+    model: Model, monkeypatch: pytest.MonkeyPatch, given: GenerationOptions | None
+) -> None:
+    prompt = model.bundle.manifest.prompt.model_copy(update={"max_new_tokens": 5})
+    manifest = model.bundle.manifest.model_copy(update={"prompt": prompt})
+    monkeypatch.setattr(model, "bundle", replace(model.bundle, manifest=manifest))
+    limit = 5 if given is None else 3
+    conversation = Conversation(model)
+    conversation.show(FIRST)
+    visual = model.encoder.encode([FIRST])
+    told = [
+        model.ask(FIRST, "What is it?", given),
+        conversation.ask("What is it?", given),
+        FrameAnswerer(model, given).answer(visual, "What is it?", lambda: None, lambda: False),
+    ]
+    for answer in told:  # random weights hardly ever stop by themselves
+        assert (len(answer.token_ids), answer.finish) == (limit, "max_tokens")

@@ -107,6 +107,17 @@ def test_answers_equal_transformers_on_held_out_pictures(
     assert not different, "\n".join(different)
 
 
+def test_openvino_writes_what_onnx_runtime_writes(pocket: Model) -> None:
+    pytest.importorskip("openvino")
+    short = GenerationOptions(max_tokens=24)
+    with open_model(pocket.bundle, backend="openvino", threads=1) as other:
+        for file, question in questions():
+            pixels = load_picture(file)
+            ours, theirs = (model.ask(pixels, question, short) for model in (other, pocket))
+            assert ours.text == theirs.text, f"{file.name} {question!r}"
+            assert (ours.backend, theirs.backend) == ("openvino", "ort")
+
+
 def test_answers_of_a_still_scene_are_those_of_a_fresh_look(pocket: Model) -> None:
     """Sensor noise does not change what is said: keeping the tokens says the same for nothing."""
     rng = np.random.default_rng(0)

@@ -20,6 +20,7 @@ from export.language.onnx_decoder import export_language
 from runtime.backends import LanguageBackend
 from runtime.backends.llama_decoder import LlamaDecoder
 from runtime.backends.llamacpp import LlamaCppBackend, open_llamacpp_backend
+from runtime.backends.openvino_backend import open_openvino_backend
 from runtime.backends.ort import open_ort_backend
 from runtime.language.embeddings import EmbeddingTable
 from runtime.language.generate import Generation, GenerationOptions
@@ -34,9 +35,10 @@ HALF_TOLERANCE = 0.05
 OPEN: dict[str, Callable[..., LanguageBackend]] = {
     "ort": open_ort_backend,
     "llamacpp": open_llamacpp_backend,
+    "openvino": open_openvino_backend,
 }
 Opened = Callable[[int | None], LanguageBackend]
-BACKENDS = ["ort", pytest.param("llamacpp", marks=pytest.mark.llamacpp)]
+BACKENDS = ["ort", pytest.param("llamacpp", marks=pytest.mark.llamacpp), "openvino"]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,8 @@ def bundle(language_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 def loaded(request: pytest.FixtureRequest, bundle: Bundle) -> Iterator[LanguageBackend]:
     if request.param == "llamacpp":
         pytest.importorskip("llama_cpp", reason="llama-cpp-python: run `make test-llamacpp`")
+    if request.param == "openvino":
+        pytest.importorskip("openvino")
     backend = OPEN[request.param](bundle, threads=1)
     yield backend
     backend.close()
@@ -224,16 +228,15 @@ def test_a_closed_backend_says_so(opened: Opened) -> None:
         backend.prefill([IDS])
 
 
-@pytest.mark.llamacpp
-def test_llama_cpp_writes_what_onnx_runtime_writes(bundle: Bundle) -> None:
+@pytest.mark.parametrize("loaded", BACKENDS[1:], indirect=True)
+def test_every_backend_writes_what_onnx_runtime_writes(
+    backend: LanguageBackend, bundle: Bundle
+) -> None:
     """Greedy text of three turns about each of 50 pictures."""
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python: run `make test-llamacpp`")
-    theirs = open_llamacpp_backend(bundle, threads=1)
     ours = open_ort_backend(bundle, threads=1)
     writer = PromptWriter(bundle)
     for seed in range(50):
-        assert _converse(theirs, writer, seed) == _converse(ours, writer, seed), f"picture {seed}"
-    theirs.close()
+        assert _converse(backend, writer, seed) == _converse(ours, writer, seed), f"picture {seed}"
 
 
 @pytest.mark.llamacpp

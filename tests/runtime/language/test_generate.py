@@ -185,3 +185,18 @@ def test_sampling_is_seeded(language_bundle: Bundle, tokenizer: Tokenizer) -> No
 
     assert answer(1) == answer(1)
     assert answer(1) != answer(2)
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "limit"),
+    [(None, None, 256), (None, 20, 20), (None, 10**6, 2048), (7, 20, 7), (5000, 20, 5000)],
+)
+def test_the_longest_answer_is_the_users_or_the_checkpoints(
+    given: int | None, said: int | None, limit: int
+) -> None:
+    assert GenerationOptions(max_tokens=given).limited(said).max_tokens == limit
+
+
+def test_a_longest_answer_is_known_without_a_checkpoint() -> None:
+    assert GenerationOptions().most_tokens == 256
+    assert GenerationOptions(max_tokens=9).most_tokens == 9
