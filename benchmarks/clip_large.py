@@ -9,7 +9,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from export.reducers import Reducer
-from export.towers.clip import ClipTower
+from export.towers.clip import clip_tower
 from export.vision.vision_module import VisionModule
 
 IMAGE_SIZE = 336
@@ -55,5 +55,5 @@ def clip_large_graph(
     model: CLIPVisionModel, projector: nn.Module, reducer: Reducer
 ) -> VisionModule:
     """Return the whole graph around a reducer."""
-    tower = ClipTower(model, FEATURE_LAYER, reducer.scoring)
+    tower = clip_tower(model, FEATURE_LAYER, reducer.scoring)
     return VisionModule(tower, reducer, projector, IMAGE_SIZE, PATCHES).eval()

@@ -33,7 +33,7 @@ from benchmarks.packed_answers import POCKET, Examination
 from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.reducers import Reduced, Reducer, make_reducer, reducer_for_budget
 from export.reducers.selection import unit_rows
-from export.towers import Scoring, TowerOutput
+from export.towers import Scoring, TowerOutput, without_scores
 from export.vision.vision_module import VisionModule, build_vision_module
 from runtime.vision.pictures import load_picture
 from runtime.vision.preprocess import preprocess_batch
@@ -154,9 +154,9 @@ def answer_with(
     for batch in tower:
         given = batch
         if reducer.scoring is Scoring.NONE:
-            given = TowerOutput(batch.features, batch.scores[:, :0], batch.keys[:, :, :0])
+            given = without_scores(batch.features, batch.class_token)
         reduced = reducer(given)
-        covered.append(share_covered(batch.features[:, 1:], reduced))
+        covered.append(share_covered(batch.features, reduced))
         valid.append(reduced.valid)
         tokens.append(graph.projector(reduced.tokens))
     real: NDArray[np.int64] = torch.cat(valid).numpy()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from engines.ort import OrtSession
 from export.reducers import Reducer, reducer_for_budget
-from export.towers import Scoring, TowerOutput
+from export.towers import Scoring, TowerOutput, without_scores
 
 PATCHES, WIDTH, KEY_WIDTH = 576, 1024, 64
 CASES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
@@ -80,12 +80,12 @@ def main(
 def random_frame() -> dict[str, NDArray[np.float32]]:
     """Return features, scores and keys of one frame, patches in a few groups of alike ones."""
     rng = np.random.default_rng(0)
-    groups = rng.standard_normal((12, WIDTH))[rng.integers(0, 12, 1 + PATCHES)]
-    features = groups + rng.standard_normal((1 + PATCHES, WIDTH))
+    groups = rng.standard_normal((12, WIDTH))[rng.integers(0, 12, PATCHES)]
+    features = groups + rng.standard_normal((PATCHES, WIDTH))
     frame = {
         "features": features,
         "scores": rng.random(PATCHES),
-        "keys": rng.standard_normal((1 + PATCHES, KEY_WIDTH)),
+        "keys": rng.standard_normal((PATCHES, KEY_WIDTH)),
     }
     return {name: part[None].astype(np.float32) for name, part in frame.items()}
 
@@ -117,16 +117,16 @@ class _Alone(nn.Module):
         self.reducer = reducer
 
     def forward(self, features: Tensor, *scored: Tensor) -> tuple[Tensor, ...]:
-        given = scored or (features[:, :0, 0], features[:, :, :0])  # what a tower leaves empty
-        reduced = self.reducer(TowerOutput(features, *given))
+        tower = TowerOutput(features, *scored) if scored else without_scores(features)
+        reduced = self.reducer(tower)
         return reduced.tokens, reduced.valid, reduced.origin, reduced.assignment
 
 
 def export_reducer(reducer: Reducer, file: Path) -> None:
     """Write a reducer alone as ONNX, the batch dynamic."""
-    example = [torch.randn(2, 1 + PATCHES, WIDTH)]
+    example = [torch.randn(2, PATCHES, WIDTH)]
     if reducer.scoring is not Scoring.NONE:
-        example += [torch.rand(2, PATCHES), torch.randn(2, 1 + PATCHES, KEY_WIDTH)]
+        example += [torch.rand(2, PATCHES), torch.randn(2, PATCHES, KEY_WIDTH)]
     names = ["features", "scores", "keys"][: len(example)]
     batched = [{0: "batch"}, *([({0: "batch"},) * 2] if len(example) > 1 else [])]
     with warnings.catch_warnings():

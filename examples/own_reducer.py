@@ -30,7 +30,7 @@ class Looked(BudgetReducer):
         order = torch.where(kept, index, index + patches).float()
         origin = first_by(order, self.token_count(patches))  # [B, N]
         return Reduced(
-            tokens=pick_rows(tower.features, origin + 1),  # [B, N, D]; row 0 is the class token
+            tokens=pick_rows(tower.features, origin),  # [B, N, D]
             valid=torch.full((batch,), self.budget, device=origin.device),
             origin=origin,
             assignment=assignment_from(origin, torch.full_like(order, -1).long()),

@@ -20,8 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    CLIPVisionConfig,
-    CLIPVisionModel,
+    MODEL_MAPPING,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PretrainedConfig,
@@ -42,9 +41,9 @@ from export.checkpoint.processor import (
 )
 from export.checkpoint.schema import ConfigFile, checked, read_json
 from export.checkpoint.weights import INDEX_FILE, LlavaWeights, Part, find_weights
+from export.towers.registry import TOWERS, has_class_token
 
 T = TypeVar("T")
-ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 _EMBEDDINGS = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
@@ -58,7 +57,7 @@ class Checkpoint:
         root: its directory.
         name: what to call it.
         config: LLaVA's whole configuration.
-        vision_config: configuration of the CLIP tower.
+        vision_config: configuration of the vision tower.
         text_config: configuration of the language model.
         feature_layer: how many encoder layers run before the features are taken, 1 to all of them
             (LLaVA-1.5: 23 of 24, which its configuration calls -2).
@@ -70,7 +69,7 @@ class Checkpoint:
     root: Path
     name: str
     config: LlavaConfig
-    vision_config: CLIPVisionConfig
+    vision_config: PretrainedConfig
     text_config: PretrainedConfig
     feature_layer: int
     weights: LlavaWeights
@@ -91,9 +90,10 @@ class Checkpoint:
         follow their released code, which gives the class token to the language model (VisionZip)
         or does not (PruMerge) whatever the checkpoint says.
         """
-        return bool(self.config.vision_feature_select_strategy == "full")
+        strategy = self.config.vision_feature_select_strategy
+        return bool(strategy == "full") and has_class_token(self.vision_config)
 
-    def vision_model(self) -> CLIPVisionModel:
+    def vision_model(self) -> PreTrainedModel:
         """Return the vision tower in float32.
 
         Raises:
@@ -103,7 +103,8 @@ class Checkpoint:
         state = self.weights.read(Part.VISION_TOWER)
         if _wraps_vision_model(self.vision_config):
             state = {f"vision_model.{name}": tensor for name, tensor in state.items()}
-        return _fill(self.root, CLIPVisionModel, self.vision_config, state, torch.float32)
+        architecture = _architecture(self.vision_config)
+        return _fill(self.root, Part.VISION_TOWER, architecture, self.vision_config, state)
 
     def projector(self) -> LlavaMultiModalProjector:
         """Return the projector in float32.
@@ -126,8 +127,8 @@ class Checkpoint:
         self.check(Part.LANGUAGE_MODEL)
         state = self.weights.read(Part.LANGUAGE_MODEL)
         config = self.plain_text_config()
-        architecture = _causal_lm(config)
-        return _fill(self.root, architecture, config, state, dtype or state[_EMBEDDINGS].dtype)
+        stored = dtype or state[_EMBEDDINGS].dtype
+        return _fill(self.root, Part.LANGUAGE_MODEL, _causal_lm(config), config, state, stored)
 
     def check(self, part: Part) -> None:
         """Compare a part's tensors with its configuration; reads headers only.
@@ -240,7 +241,8 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
         revision: branch, tag or commit of the repository.
 
     Raises:
-        CheckpointError: not a checkpoint, not LLaVA over CLIP, pickled, incomplete or damaged.
+        CheckpointError: not a checkpoint, not LLaVA over a tower that is known, pickled, incomplete or
+            damaged.
     """
     root = Path(source)
     if not root.is_dir():
@@ -297,13 +299,19 @@ def _read_config(root: Path) -> LlavaConfig:
         ) from error
 
 
-def _read_parts(file: Path, config: LlavaConfig) -> tuple[CLIPVisionConfig, PretrainedConfig, int]:
+def _read_parts(file: Path, config: LlavaConfig) -> tuple[PretrainedConfig, PretrainedConfig, int]:
     problems = []
     vision: Any = config.vision_config
     text: Any = config.text_config
     layer = config.vision_feature_layer
-    if not isinstance(vision, CLIPVisionConfig):
-        problems.append(f"the vision tower is {vision.model_type!r}, expected 'clip_vision_model'")
+    if vision.model_type not in TOWERS:
+        known = ", ".join(map(repr, TOWERS))
+        problems.append(f"the vision tower is {vision.model_type!r}, expected one of {known}")
+    elif config.vision_feature_select_strategy == "default" and not has_class_token(vision):
+        problems.append(
+            'vision_feature_select_strategy is "default", which drops the first token, and the '
+            'tower has no class token: expected "full"'
+        )
     elif not isinstance(layer, int):
         problems.append(
             f"vision_feature_layer is {layer!r}; features of several layers cannot be reduced by "
@@ -324,10 +332,10 @@ def _read_parts(file: Path, config: LlavaConfig) -> tuple[CLIPVisionConfig, Pret
     return vision, text, layer
 
 
-def _wraps_vision_model(config: CLIPVisionConfig) -> bool:
+def _wraps_vision_model(config: PretrainedConfig) -> bool:
     """Return whether this release of transformers keeps the transformer one module deeper."""
     with torch.device("meta"):
-        return hasattr(CLIPVisionModel(config), "vision_model")
+        return hasattr(_architecture(config)(config), "vision_model")
 
 
 def _expected_tensors(
@@ -337,7 +345,7 @@ def _expected_tensors(
     model: Any
     with torch.device("meta"):
         if part is Part.VISION_TOWER:
-            model = CLIPVisionModel(checkpoint.vision_config)
+            model = _architecture(checkpoint.vision_config)(checkpoint.vision_config)
         elif part is Part.PROJECTOR:
             model = LlavaMultiModalProjector(checkpoint.config)
         else:
@@ -351,20 +359,24 @@ def _expected_tensors(
     return shapes, {_HEAD} if tied else set()
 
 
-def _causal_lm(config: PretrainedConfig) -> type[PreTrainedModel]:
-    mapped: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+def _architecture(config: PretrainedConfig, mapping: Any = MODEL_MAPPING) -> type[PreTrainedModel]:
+    mapped: Any = mapping[type(config)]
     architecture: type[PreTrainedModel] = mapped[0] if isinstance(mapped, tuple) else mapped
     return architecture
 
 
+def _causal_lm(config: PretrainedConfig) -> type[PreTrainedModel]:
+    return _architecture(config, MODEL_FOR_CAUSAL_LM_MAPPING)
+
+
 def _fill(
     root: Path,
-    architecture: type[ModelT],
+    part: Part,
+    architecture: type[PreTrainedModel],
     config: PretrainedConfig,
     state: dict[str, Tensor],
-    dtype: torch.dtype,
-) -> ModelT:
-    part = Part.VISION_TOWER if architecture is CLIPVisionModel else Part.LANGUAGE_MODEL
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
     try:
         with _quiet_transformers():
             filled: Any = architecture.from_pretrained(
@@ -375,7 +387,7 @@ def _fill(
     model, report = filled
     if report["missing_keys"]:
         raise _wrong_tensors(root, part, f"missing: {', '.join(sorted(report['missing_keys']))}")
-    checked: ModelT = model.eval()
+    checked: PreTrainedModel = model.eval()
     return checked
 
 

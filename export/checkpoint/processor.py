@@ -31,7 +31,12 @@ if TYPE_CHECKING:
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 
 # The image processors whose steps are exactly those of `Preprocessing`.
-_KNOWN_PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor")
+_KNOWN_PROCESSORS = (
+    "CLIPImageProcessor",
+    "CLIPFeatureExtractor",
+    "LlavaImageProcessor",
+    "SiglipImageProcessor",
+)
 # PIL.Image.Resampling, by number.
 _RESAMPLING: tuple[Resample, ...] = (
     "nearest",

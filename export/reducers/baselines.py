@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import typer
 
+from engines.errors import OptionError
 from export.reducers.base import BudgetReducer, Reducer
 from export.reducers.grid import grid_of
 from export.reducers.reduced import Reduced
@@ -50,7 +51,19 @@ class KeepAll(Reducer):
 
     def __call__(self, tower: TowerOutput) -> Reduced:
         """Hand everything on."""
-        return _keep(tower, list(range(-int(self.class_token), tower.features.shape[1] - 1)))
+        kept = _keep(tower, list(range(tower.features.shape[1])))
+        if not self.class_token:
+            return kept
+        if tower.class_token is None:
+            raise OptionError(
+                "reducer none: class_token is True, and the tower has no class token."
+            )
+        return Reduced(
+            tokens=torch.cat([tower.class_token, kept.tokens], dim=1),
+            valid=kept.valid + 1,
+            origin=torch.cat([torch.full_like(kept.origin[:, :1], -1), kept.origin], dim=1),
+            assignment=kept.assignment + 1,
+        )
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,7 @@ class Uniform(BudgetReducer):
 
     def __call__(self, tower: TowerOutput) -> Reduced:
         """Keep the same patches of every picture."""
-        return _keep(tower, self.kept(tower.features.shape[1] - 1))
+        return _keep(tower, self.kept(tower.features.shape[1]))
 
 
 def _spread(count: int, length: int) -> list[int]:
@@ -127,20 +140,20 @@ class Random(BudgetReducer):
 
     def __call__(self, tower: TowerOutput) -> Reduced:
         """Keep the same patches of every picture."""
-        patches = tower.features.shape[1] - 1
+        patches = tower.features.shape[1]
         drawn = np.random.default_rng(self.seed).permutation(patches)[: self.token_count(patches)]
         return _keep(tower, sorted(drawn.tolist()))
 
 
 def _keep(tower: TowerOutput, kept: list[int]) -> Reduced:
-    """Keep the same patches of every picture; -1 is the class token."""
+    """Keep the same patches of every picture."""
     features = tower.features
-    batch, patches = features.shape[0], features.shape[1] - 1
+    batch, patches, _ = features.shape
     index = torch.tensor(kept, device=features.device)
     slot_of = {patch: slot for slot, patch in enumerate(kept)}
     slots = torch.tensor([slot_of.get(p, -1) for p in range(patches)], device=features.device)
     return Reduced(
-        tokens=features.index_select(1, index + 1),  # [B, N, D]
+        tokens=features.index_select(1, index),  # [B, N, D]
         valid=torch.full((batch,), len(kept), device=features.device),
         origin=index.expand(batch, -1),
         assignment=slots.expand(batch, -1),

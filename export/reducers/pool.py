@@ -49,18 +49,18 @@ class Pool(BudgetReducer):
         return grid_of(self.name, self.budget, patches)
 
     def __call__(self, tower: TowerOutput) -> Reduced:
-        """Pool a batch; the class token is left out."""
+        """Pool a batch; a class token is left out."""
         features = tower.features
-        batch, patches = features.shape[0], features.shape[1] - 1
+        batch, patches, _ = features.shape
         rows, columns = self.grid(patches)
         side = isqrt(patches)
         line = torch.arange(side, device=features.device)
         cell = (line * rows // side)[:, None] * columns + line * columns // side  # [S, S]
         cells = torch.arange(self.budget, device=features.device)
         member = (cells[:, None] == cell.flatten()).float()  # [N, P]
-        finite = finite_patches(features.float()[:, 1:])  # [B, P]
+        finite = finite_patches(features.float())  # [B, P]
         member = member * finite.float()[:, None, :]  # [B, N, P]
-        sums = member @ torch.where(finite[:, :, None], features.float()[:, 1:], 0.0)
+        sums = member @ torch.where(finite[:, :, None], features.float(), 0.0)
         tokens = sums / member.sum(dim=-1, keepdim=True).clamp(min=1.0)  # [B, N, D]
         return Reduced(
             tokens=tokens.to(features.dtype),

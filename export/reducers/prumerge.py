@@ -95,7 +95,7 @@ class PruMerge(BudgetReducer):
 
     def __call__(self, tower: TowerOutput) -> Reduced:
         """Reduce a batch to N tokens, of which ``valid`` are real."""
-        given, keys = tower.features.float()[:, 1:], tower.keys.float()[:, 1:]
+        given, keys = tower.features.float(), tower.keys.float()
         count = self.token_count(given.shape[1])
         finite = finite_patches(given, keys, tower.scores.float()[:, :, None])  # [B, P]
         attention = torch.where(finite, tower.scores.float(), 0.0)

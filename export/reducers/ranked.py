@@ -92,7 +92,7 @@ class Ranked(BudgetReducer):
 
     def __call__(self, tower: TowerOutput) -> Reduced:
         """Reduce a batch to at most N tokens, of which ``valid`` are real."""
-        given = tower.features.float()[:, 1:]  # [B, P, D]
+        given = tower.features.float()  # [B, P, D]
         count = self.token_count(given.shape[1])
         scores = [] if self.scoring is Scoring.NONE else [tower.scores.float()[:, :, None]]
         finite = finite_patches(given, *scores)  # [B, P]

@@ -40,7 +40,7 @@ class TopAttention(BudgetReducer):
 
     def __call__(self, tower: TowerOutput) -> Reduced:
         """Reduce a batch to N tokens, all of them valid."""
-        features, scores = tower.features[:, 1:], tower.scores.float()
+        features, scores = tower.features, tower.scores.float()
         count = self.token_count(features.shape[1])
         finite = finite_patches(features.float(), scores[:, :, None])
         rank = rank_descending(torch.where(finite, scores, -1.0))  # [B, P]

@@ -33,9 +33,10 @@ MERGES = ("mean", "reference")
 class VisionZip(Reducer):
     """The dominant tokens in spatial order, then the contextual ones.
 
-    Dominant: the class token and the ``dominant - 1`` patches with the highest score. Of the M
-    patches left, in spatial order, every ``max(1, floor(M / contextual))``-th is a target, the
-    first ``contextual`` of them; every other patch joins the target whose key is nearest (cosine).
+    Dominant: the class token and the ``dominant - 1`` patches with the highest score; of a tower
+    without a class token, ``dominant`` patches. Of the M patches left, in spatial order, every
+    ``max(1, floor(M / contextual))``-th is a target, the first ``contextual`` of them; every other
+    patch joins the target whose key is nearest (cosine).
 
     The default merge is the paper's mean: it keeps a merged token as long as a patch, which is what
     the projector was trained on, and answers as well (`docs/accuracy.md`: equal at 64 tokens and
@@ -101,13 +102,13 @@ class VisionZip(Reducer):
     def __call__(self, tower: TowerOutput) -> Reduced:
         """Reduce a batch to ``dominant + contextual`` tokens, all of them valid."""
         features, keys = tower.features.float(), tower.keys.float()
-        scores, patches = tower.scores.float(), features.shape[1] - 1
+        scores, patches = tower.scores.float(), features.shape[1]
         count = self.token_count(patches)
         index = torch.arange(patches, device=features.device)
-        kept_count = self.dominant - 1
+        kept_count = self.dominant if tower.class_token is None else self.dominant - 1
         step = max(1, (patches - kept_count) // max(1, self.contextual))
 
-        finite = finite_patches(features[:, 1:], keys[:, 1:], scores[:, :, None])  # [B, P]
+        finite = finite_patches(features, keys, scores[:, :, None])  # [B, P]
         kept = rank_descending(torch.where(finite, scores, -1.0)) < kept_count  # [B, P]
         # Kept patches in spatial order, then the rest in spatial order, what is not finite last.
         group = torch.where(kept, 0, torch.where(finite, patches, 2 * patches))
@@ -115,9 +116,11 @@ class VisionZip(Reducer):
         kept_index = order[:, :kept_count]
         target_index = order[:, kept_count::step][:, : self.contextual]
 
-        class_token = torch.full_like(order[:, :1], -1)  # position 0, one before the first patch
-        dominant_index = torch.cat([class_token, kept_index], dim=1)
-        dominant = pick_rows(features, dominant_index + 1)  # [B, dominant, D]
+        dominant_index, dominant = kept_index, pick_rows(features, kept_index)
+        if tower.class_token is not None:
+            no_patch = torch.full_like(order[:, :1], -1)
+            dominant_index = torch.cat([no_patch, kept_index], dim=1)
+            dominant = torch.cat([tower.class_token.float(), dominant], dim=1)  # [B, dominant, D]
         made_from = torch.cat([dominant_index, target_index], dim=1)  # [B, N]
         origin = torch.cat([dominant_index, torch.full_like(target_index, -1)], dim=1)
         valid = torch.full_like(order[:, 0], count)  # [B]
@@ -125,7 +128,7 @@ class VisionZip(Reducer):
             assignment = assignment_from(made_from, torch.full_like(order, -1))
             return Reduced(dominant.to(tower.features.dtype), valid, origin, assignment)
 
-        unit_keys = unit_rows(torch.where(finite[:, :, None], keys[:, 1:], 0.0))  # [B, P, Dk]
+        unit_keys = unit_rows(torch.where(finite[:, :, None], keys, 0.0))  # [B, P, Dk]
         similarity = unit_keys @ pick_rows(unit_keys, target_index).transpose(1, 2)  # [B, P, C]
         nearest = similarity.argmax(dim=-1)  # [B, P]
         targets = mark_index(target_index, patches).float().sum(dim=1) > 0  # [B, P]
@@ -133,8 +136,8 @@ class VisionZip(Reducer):
         slots = torch.arange(self.contextual, device=features.device)[:, None]
         joined = ((nearest[:, None, :] == slots) & free[:, None, :]).float()  # [B, C, P]
         joined_count = joined.sum(dim=-1, keepdim=True)  # [B, C, 1]
-        joined_sum = joined @ torch.where(finite[:, :, None], features[:, 1:], 0.0)  # [B, C, D]
-        contextual = pick_rows(features[:, 1:], target_index)
+        joined_sum = joined @ torch.where(finite[:, :, None], features, 0.0)  # [B, C, D]
+        contextual = pick_rows(features, target_index)
         if self.merge == "mean":
             contextual = (contextual + joined_sum) / (joined_count + 1.0)
         else:

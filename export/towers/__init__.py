@@ -21,14 +21,27 @@ class Scoring(Enum):
 
 @dataclass(frozen=True)
 class TowerOutput:
-    """Features of a batch of pictures and how much the class token looked at each patch.
+    """Features of a batch of pictures and how much attention each patch received.
 
     Attributes:
-        features: float[B, 1+P, D]; the class token first, then patches in raster order.
-        scores: float32[B, P]; attention each patch received from the class token.
-        keys: float32[B, 1+P, Dk]; what a reducer measures similarity by.
+        features: float[B, P, D]; patches in raster order.
+        scores: float32[B, P]; attention each patch received: from the class token, or, of a tower
+            without one, on the mean from all patches.
+        keys: float32[B, P, Dk]; what a reducer measures similarity by.
+        class_token: float[B, 1, D]; None of a tower that has none.
     """
 
     features: Tensor
     scores: Tensor
     keys: Tensor
+    class_token: Tensor | None = None
+
+
+def without_scores(features: Tensor, class_token: Tensor | None = None) -> TowerOutput:
+    """Return what `Scoring.NONE` asks for.
+
+    Args:
+        features: float[B, P, D].
+        class_token: float[B, 1, D].
+    """
+    return TowerOutput(features, features[:, :0, 0], features[:, :, :0], class_token)

@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from engines.errors import CheckpointError
 from export.towers import Scoring
-from export.towers.clip import ClipTower
+from export.towers.clip import clip_tower
+from export.towers.siglip import siglip_tower
 
-TOWERS: dict[str, Callable[[Any, int, Scoring], nn.Module]] = {"clip_vision_model": ClipTower}
-"""Hugging Face `model_type` -> tower, made from (model, feature layer, scoring)."""
+
+@dataclass(frozen=True)
+class TowerKind:
+    """One architecture of vision towers.
+
+    Attributes:
+        make: makes the tower from (model, feature layer, scoring).
+        class_token: whether its first position is a class token rather than a patch.
+    """
+
+    make: Callable[[Any, int, Scoring], nn.Module]
+    class_token: bool
+
+
+TOWERS = {
+    "clip_vision_model": TowerKind(clip_tower, class_token=True),
+    "siglip_vision_model": TowerKind(siglip_tower, class_token=False),
+}
+"""Hugging Face `model_type` -> its kind."""
+
+
+def has_class_token(config: PretrainedConfig) -> bool:
+    """Return whether the first position of a known tower is a class token."""
+    return TOWERS[config.model_type].class_token
 
 
 def make_tower(model: Any, feature_layer: int, scoring: Scoring) -> nn.Module:
@@ -27,4 +52,4 @@ def make_tower(model: Any, feature_layer: int, scoring: Scoring) -> nn.Module:
             f"vision tower {kind!r} is not one of {', '.join(TOWERS)}. Adding one is one file in "
             "export/towers and one line in its registry."
         )
-    return TOWERS[kind](model, feature_layer, scoring)
+    return TOWERS[kind].make(model, feature_layer, scoring)

@@ -1,7 +1,7 @@
 """Compute what transformers makes of a checkpoint: visual tokens, logits and greedy answers.
 
 The tower is transformers' own with eager attention that returns every attention matrix, as in the
-papers' code. It shares nothing with `export.towers.clip`, so a mistake there shows.
+papers' code. It shares nothing with `export.towers`, so a mistake there shows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from export.checkpoint.llava import Checkpoint
 from export.checkpoint.weights import Part as CheckpointPart
 from export.language.streamed_model import stream_language_model
 from export.reducers import Reducer
-from export.towers import Scoring, TowerOutput
+from export.towers import Scoring, TowerOutput, without_scores
+from export.towers.registry import has_class_token
 from runtime.language.parts import Part
 from runtime.vision import VisualTokens
 
@@ -92,10 +93,10 @@ class VisionReference:
 def observe_tower(
     model: Any, feature_layer: int, scoring: Scoring, pixel_values: Tensor
 ) -> tuple[TowerOutput, tuple[Tensor, ...]]:
-    """Run transformers' CLIP tower and read off what a reducer wants, as the papers' code does.
+    """Run transformers' tower and read off what a reducer wants, as the papers' code does.
 
     Args:
-        model: `CLIPVisionModel` with eager attention.
+        model: `CLIPVisionModel` or its kin, with eager attention.
         feature_layer: how many encoder layers run before the features are taken.
         scoring: whose attention row and keys to read.
         pixel_values: float32[B, 3, H, W].
@@ -122,17 +123,22 @@ def observe_tower(
         for handle in handles:
             handle.remove()
     states: tuple[Tensor, ...] = outputs.hidden_states
-    features = states[feature_layer]  # [B, S, D]
+    first = int(has_class_token(model.config))
+    features = states[feature_layer][:, first:]  # [B, P, D]
+    class_token = states[feature_layer][:, :1] if first else None
+    if scoring is Scoring.NONE:
+        return without_scores(features, class_token), states
     keys = seen["k_proj"]  # [B, S, D]
     if scoring is Scoring.SELECTED_LAYER:
         attention = outputs.attentions[feature_layer - 1]  # [B, H, S, S]
-        scores = attention[:, :, 0, 1:].sum(dim=1)  # [B, P]
-        by_head = keys.view(*keys.shape[:2], attention.shape[1], -1)  # [B, S, H, d]
-        return TowerOutput(features, scores, by_head.mean(dim=2)), states
-    if scoring is Scoring.LAST_LAYER:
-        logits = seen["q_proj"] @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5  # [B, S, S]
-        return TowerOutput(features, logits.softmax(dim=-1)[:, 0, 1:], keys), states
-    return TowerOutput(features, features[:, :0, 0], features[:, :, :0]), states
+        heads = attention.shape[1]
+        attention = attention.sum(dim=1)  # [B, S, S]
+        keys = keys.view(*keys.shape[:2], heads, -1).mean(dim=2)  # [B, S, d]
+    else:
+        logits = seen["q_proj"] @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5
+        attention = logits.softmax(dim=-1)  # [B, S, S]
+    scores = attention[:, 0, 1:] if first else attention.mean(dim=1)  # [B, P]
+    return TowerOutput(features, scores, keys[:, first:], class_token), states
 
 
 class LanguageReference:

@@ -16,7 +16,7 @@ import onnxruntime
 import torch
 
 from export.reducers import Reduced, make_reducer
-from export.towers import Scoring, TowerOutput
+from export.towers import Scoring, TowerOutput, without_scores
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GOLDEN_NAMES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
@@ -55,7 +55,7 @@ def tower_from_golden(name):
         options = {"dominant": dominant, "contextual": contextual, "merge": "reference"}
         reducer = make_reducer("visionzip", **options)
     elif name.startswith(("scope", "divprune")):
-        features = torch.nn.functional.pad(case["features"], (0, 0, 1, 0))  # a class token of zeros
+        features = case["features"]
         case["kept_patches"] = _patches_kept(case)
         case["tokens"] = case["features"].gather(
             1, case["kept_patches"][:, :, None].expand(-1, -1, features.shape[2])
@@ -63,7 +63,7 @@ def tower_from_golden(name):
         budget = int(case["budget"])
         if name.startswith("divprune"):
             reducer = make_reducer("divprune", budget=budget)
-            return TowerOutput(features, features[:, :0, 0], features[:, :, :0]), reducer, case
+            return without_scores(features), reducer, case
         reducer = make_reducer("scope", budget=budget, alpha=float(case["alpha"]))
         return TowerOutput(features, case["scores"], features[:, :, :1]), reducer, case
     else:
@@ -72,7 +72,19 @@ def tower_from_golden(name):
         scores = logits.softmax(dim=-1)[:, 1:]
         torch.testing.assert_close(scores, case["cls_attention"], atol=1e-6, rtol=0)
         reducer = make_reducer(name.rsplit("_", 1)[0], budget=256 if "plus" in name else 128)
-    return TowerOutput(case["features"], scores, case["keys"]), reducer, case
+    return with_class_token(case["features"], scores, case["keys"]), reducer, case
+
+
+def with_class_token(features, scores, keys):
+    """Return a tower's output whose first feature row is the class token's, and so of the keys."""
+    return TowerOutput(features[:, 1:], scores, keys[:, 1:], features[:, :1])
+
+
+def rows_of(tower):
+    """Return features and keys as `with_class_token` takes them; zeros where none was."""
+    first = tower.features[:, :1] * 0 if tower.class_token is None else tower.class_token
+    keys = torch.nn.functional.pad(tower.keys, (0, 0, 1, 0))
+    return torch.cat([first, tower.features], dim=1), keys
 
 
 def _patches_kept(case):
@@ -86,7 +98,7 @@ def random_tower(batch, patches, width=8, seed=0, scoring=Scoring.SELECTED_LAYER
     draw = torch.Generator().manual_seed(seed)
     kept = 0 if scoring is Scoring.NONE else 1
     scores = torch.randn(batch, patches, generator=draw).mul(2).softmax(dim=-1)
-    return TowerOutput(
+    return with_class_token(
         torch.randn(batch, 1 + patches, width, generator=draw),
         scores[:, : patches * kept],
         torch.randn(batch, 1 + patches, 6, generator=draw)[:, :, : 6 * kept],
@@ -96,7 +108,8 @@ def random_tower(batch, patches, width=8, seed=0, scoring=Scoring.SELECTED_LAYER
 def stack(tower, batch):
     """Return a batch of the requested size out of the pictures a tower has."""
     rows = [row % tower.features.shape[0] for row in range(batch)]
-    return TowerOutput(tower.features[rows], tower.scores[rows], tower.keys[rows]), rows
+    kept = (tower.features, tower.scores, tower.keys, tower.class_token)
+    return TowerOutput(*(None if part is None else part[rows] for part in kept)), rows
 
 
 class _Graph(torch.nn.Module):
@@ -105,7 +118,7 @@ class _Graph(torch.nn.Module):
         self.reducer = reducer
 
     def forward(self, features, scores, keys):
-        reduced = self.reducer(TowerOutput(features, scores, keys))
+        reduced = self.reducer(with_class_token(features, scores, keys))
         every = (getattr(reduced, name) for name in Reduced.__dataclass_fields__)
         return tuple(tensor for tensor in every if tensor is not None)
 
@@ -146,9 +159,10 @@ def _session_of(reducer, patches, width, key_width):
 def run_onnx(reducer, tower):
     """Run an exported reducer in ONNX Runtime."""
     session = _session_of(
-        reducer, tower.features.shape[1] - 1, tower.features.shape[2], tower.keys.shape[2]
+        reducer, tower.features.shape[1], tower.features.shape[2], tower.keys.shape[2]
     )
-    given = {"features": tower.features, "scores": tower.scores, "keys": tower.keys}
+    features, keys = rows_of(tower)
+    given = {"features": features, "scores": tower.scores, "keys": keys}
     feeds = {node.name: given[node.name].numpy() for node in session.get_inputs()}
     names = [node.name for node in session.get_outputs()]
     return Reduced(**dict(zip(names, map(torch.from_numpy, session.run(None, feeds)), strict=True)))

@@ -159,8 +159,8 @@ def test_image_processor_inside_processor_config(make_checkpoint: Make) -> None:
         ({"vision_feature_layer": 9}, "vision_feature_layer is 9 and the tower has 4 layers"),
         ({"vision_feature_layer": 0}, "vision_feature_layer is 0 and the tower has 4 layers"),
         (
-            {"vision_config": {"model_type": "siglip_vision_model"}},
-            "tower is 'siglip_vision_model'",
+            {"vision_config": {"model_type": "pixtral"}},
+            "tower is 'pixtral', expected one of 'clip_vision_model'",
         ),
         ({"quantization_config": {"bits": 4}}, "quantized already"),
         ({"vision_feature_select_strategy": "some"}, "transformers cannot read it"),

@@ -81,7 +81,7 @@ def test_options_that_cannot_be_served(name, options, says):
 )
 def test_a_budget_larger_than_the_patches(name, options):
     reducer = make_reducer(name, **options)
-    tower = TowerOutput(torch.zeros(1, 50, 4), torch.zeros(1, 49), torch.zeros(1, 50, 4))
+    tower = TowerOutput(torch.zeros(1, 49, 4), torch.zeros(1, 49), torch.zeros(1, 49, 4))
     for use in (lambda: reducer.token_count(49), lambda: reducer(tower)):
         with pytest.raises(
             OptionError, match=f"reducer {name}: a budget of 64 .* 49 patches .* 49"

@@ -7,9 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.reducers import make_reducer
-from export.towers import Scoring, TowerOutput
+from export.towers import Scoring
 from tests.export import oracles
-from tests.export.reducer_cases import EVERY_REDUCER, random_tower, run_onnx
+from tests.export.reducer_cases import (
+    EVERY_REDUCER,
+    random_tower,
+    rows_of,
+    run_onnx,
+    with_class_token,
+)
 
 SETTINGS = settings(max_examples=60, deadline=None)
 
@@ -37,15 +43,18 @@ def towers(draw, patches=(2, 70), width=4, key_width=5):
             [-2.0, 0.0, 1.0], (b, 1 + p, 1)
         )
     features = rng.integers(-8, 9, (b, 1 + p, width))
-    return TowerOutput(*(torch.tensor(t, dtype=torch.float32) for t in (features, scores, keys)))
+    return with_class_token(
+        *(torch.tensor(t, dtype=torch.float32) for t in (features, scores, keys))
+    )
 
 
 def check(out, tower, oracle):
     """Compare a batch with what the oracle says of each picture."""
-    budget, patches = out.tokens.shape[1], tower.features.shape[1] - 1
+    budget, patches = out.tokens.shape[1], tower.features.shape[1]
+    features, every_key = rows_of(tower)
     for b in range(tower.features.shape[0]):
-        keys = tower.keys[b].double().numpy()
-        answer = oracle(tower.features[b].double().numpy(), tower.scores[b].double().numpy(), keys)
+        keys = every_key[b].double().numpy()
+        answer = oracle(features[b].double().numpy(), tower.scores[b].double().numpy(), keys)
         padding = budget - len(answer.tokens)
         assert out.valid[b] == len(answer.tokens)
         assert out.origin[b].tolist() == answer.origin + [-1] * padding
@@ -83,7 +92,7 @@ def test_prumerge(name, tower, data):
 def test_prumerge_plus_can_keep_every_patch_and_the_merged_token():
     scores = torch.full((1, 16), 0.01)
     scores[0, [3, 9, 15]] = 0.2  # r = 3/16, so the grid has every patch but the last, which is out
-    tower = TowerOutput(torch.randn(1, 17, 4), scores, torch.randn(1, 17, 4))
+    tower = with_class_token(torch.randn(1, 17, 4), scores, torch.randn(1, 17, 4))
     out = make_reducer("prumerge_plus", budget=17)(tower)
     assert out.valid.tolist() == [17]
     assert sorted(out.origin[0, :16].tolist()) == list(range(16))
@@ -98,7 +107,7 @@ def axis_tower(draw, patches):
     features = axes * rng.choice([-2.0, 0.0, 1.0, 4.0], (batch, 1 + patches, 1))
     scores = rng.integers(0, 4, (batch, patches)) / 64
     parts = (features, scores, rng.standard_normal((batch, 1 + patches, 3)))
-    return TowerOutput(*(torch.tensor(part, dtype=torch.float32) for part in parts))
+    return with_class_token(*(torch.tensor(part, dtype=torch.float32) for part in parts))
 
 
 def smooth_tower(draw, patches):
@@ -108,7 +117,7 @@ def smooth_tower(draw, patches):
     features = rng.standard_normal((batch, 1 + patches, 4)) + 0.5
     scores = rng.random((batch, patches)) + 0.05
     parts = (features, scores, rng.standard_normal((batch, 1 + patches, 3)))
-    return TowerOutput(*(torch.tensor(part, dtype=torch.float32) for part in parts))
+    return with_class_token(*(torch.tensor(part, dtype=torch.float32) for part in parts))
 
 
 @st.composite
@@ -239,7 +248,7 @@ def test_onnx_breaks_ties_as_pytorch_does(reducer):
 
 
 def test_prumerge_plus_keeps_a_thin_grid_where_nothing_stands_out():
-    tower = TowerOutput(
+    tower = with_class_token(
         torch.randn(1, 577, 4), torch.full((1, 576), 1 / 577), torch.randn(1, 577, 4)
     )
     assert make_reducer("prumerge", budget=64)(tower).valid.tolist() == [1]
@@ -251,7 +260,7 @@ def test_prumerge_plus_keeps_a_thin_grid_where_nothing_stands_out():
 def test_prumerge_counts_each_picture_of_a_batch_for_itself():
     scores = torch.full((2, 100), 0.001)
     scores[0, :3], scores[1, 40:52] = 0.2, 0.05
-    tower = TowerOutput(torch.randn(2, 101, 4), scores, torch.randn(2, 101, 4))
+    tower = with_class_token(torch.randn(2, 101, 4), scores, torch.randn(2, 101, 4))
     out = make_reducer("prumerge", budget=30)(tower)
     assert out.valid.tolist() == [4, 13]
     assert out.origin[1, :12].tolist() == list(range(40, 52))

@@ -1,5 +1,7 @@
 """What holds for every reducer: static shapes, pure rows, consistent origins, allowed operators."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -33,9 +35,10 @@ def test_shapes_and_types(reducer, batch):
 @every_reducer
 def test_half_precision_features_stay_half(reducer):
     tower = random_tower(2, PATCHES, scoring=reducer.scoring)
-    half = TowerOutput(tower.features.half(), tower.scores, tower.keys)
+    half = replace(tower, features=tower.features.half(), class_token=tower.class_token.half())
     # Rounded already, because some choose by features.
-    full = reducer(TowerOutput(half.features.float(), tower.scores, tower.keys))
+    rounded = {"features": half.features.float(), "class_token": half.class_token.float()}
+    full = reducer(replace(tower, **rounded))
     out = reducer(half)
     assert out.tokens.dtype == torch.float16
     assert torch.equal(out.origin, full.origin)
@@ -46,7 +49,8 @@ def test_half_precision_features_stay_half(reducer):
 def test_a_picture_does_not_see_its_batch(reducer):
     tower = random_tower(4, PATCHES, scoring=reducer.scoring)
     order = torch.tensor([2, 0, 3, 1])
-    mixed = reducer(TowerOutput(tower.features[order], tower.scores[order], tower.keys[order]))
+    parts = (tower.features, tower.scores, tower.keys, tower.class_token)
+    mixed = reducer(TowerOutput(*(part[order] for part in parts)))
     straight = reducer(tower)
     for name, tensor in vars(straight).items():
         if tensor is not None:
@@ -73,7 +77,7 @@ def test_origin_valid_and_assignment_agree(reducer):
         if reducer.name in {"visionzip", "none", "uniform", "random", "top_attention"}:
             for slot, patch in enumerate(origin):
                 if patch >= 0:
-                    assert torch.equal(out.tokens[b, slot], tower.features[b, 1 + patch])
+                    assert torch.equal(out.tokens[b, slot], tower.features[b, patch])
 
 
 @every_reducer
@@ -138,8 +142,9 @@ def test_random_is_its_seed():
 
 def test_none_is_every_patch_without_the_class_token():
     tower = random_tower(2, PATCHES, scoring=Scoring.NONE)
-    assert torch.equal(make_reducer("none")(tower).tokens, tower.features[:, 1:])
-    assert torch.equal(make_reducer("none", class_token=True)(tower).tokens, tower.features)
+    assert torch.equal(make_reducer("none")(tower).tokens, tower.features)
+    whole = torch.cat([tower.class_token, tower.features], dim=1)
+    assert torch.equal(make_reducer("none", class_token=True)(tower).tokens, whole)
 
 
 @pytest.mark.parametrize(("tokens", "split"), [(64, (54, 10)), (128, (108, 20)), (192, (162, 30))])

@@ -18,7 +18,7 @@ from engines.ort import OrtSession
 from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.reducers import REDUCERS, make_reducer
 from export.towers import Scoring
-from export.towers.clip import ClipTower
+from export.towers.clip import clip_tower
 from export.towers.registry import make_tower
 from export.vision.to_onnx import export_onnx, trace_graph
 from export.vision.vision_module import build_vision_module
@@ -270,25 +270,29 @@ def test_a_checkpoint_that_keeps_the_class_token(make_checkpoint, pixels):
     assert index[0].tolist() == list(range(-1, 64))
 
 
+def whole(tower):
+    return torch.cat([tower.class_token, tower.features], dim=1)
+
+
 @pytest.mark.parametrize("layer", [1, 2, 3, 4])
 def test_any_layer_can_be_selected(checkpoint, pixels, layer):
     model = checkpoint.vision_model()
     images = torch.from_numpy(pixels[:2])
     papers = run_tower(model, images, layer)
     with torch.no_grad():
-        selected = ClipTower(model, layer, Scoring.SELECTED_LAYER)(images)
-        last = ClipTower(model, layer, Scoring.LAST_LAYER)(images)
-    torch.testing.assert_close(selected.features, papers.features)
+        selected = clip_tower(model, layer, Scoring.SELECTED_LAYER)(images)
+        last = clip_tower(model, layer, Scoring.LAST_LAYER)(images)
+    torch.testing.assert_close(whole(selected), papers.features)
     torch.testing.assert_close(selected.scores, papers.attention[:, :, 0, 1:].sum(dim=1))
-    torch.testing.assert_close(last.features, papers.features)
-    torch.testing.assert_close(last.keys, papers.last_keys)
-    assert selected.keys.shape == (2, 65, 16)
+    torch.testing.assert_close(whole(last), papers.features)
+    torch.testing.assert_close(last.keys, papers.last_keys[:, 1:])
+    assert selected.keys.shape == (2, 64, 16)
 
 
 def test_tower_errors_name_what_is_expected(checkpoint: Checkpoint) -> None:
     model = checkpoint.vision_model()
-    with pytest.raises(OptionError, match="feature layer 5 of a CLIP tower with 4 layers"):
-        ClipTower(model, 5, Scoring.NONE)
-    model.config.model_type = "siglip_vision_model"
-    with pytest.raises(CheckpointError, match="'siglip_vision_model' is not one of clip_vision"):
+    with pytest.raises(OptionError, match="feature layer 5 of a tower with 4 layers"):
+        clip_tower(model, 5, Scoring.NONE)
+    model.config.model_type = "vit"
+    with pytest.raises(CheckpointError, match="'vit' is not one of clip_vision"):
         make_tower(model, 3, Scoring.NONE)
