@@ -241,8 +241,8 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
         revision: branch, tag or commit of the repository.
 
     Raises:
-        CheckpointError: not a checkpoint, not LLaVA over a tower that is known, pickled, incomplete or
-            damaged.
+        CheckpointError: not a checkpoint, not LLaVA over a tower of the registry, pickled,
+            incomplete or damaged.
     """
     root = Path(source)
     if not root.is_dir():

@@ -20,7 +20,9 @@ def clip_tower(model: CLIPVisionModel, feature_layer: int, scoring: Scoring) -> 
     # Older releases of transformers wrap the transformer once more.
     inner = getattr(model, "vision_model", model)
     embeddings = PatchEmbeddings(inner.embeddings, inner.pre_layrnorm)
-    return EncoderTower(embeddings, inner.encoder.layers, feature_layer, scoring, class_token=True)
+    return EncoderTower(
+        embeddings, list(inner.encoder.layers), feature_layer, scoring, class_token=True
+    )
 
 
 class PatchEmbeddings(nn.Module):

@@ -21,7 +21,9 @@ def siglip_tower(model: SiglipVisionModel, feature_layer: int, scoring: Scoring)
     """
     inner = getattr(model, "vision_model", model)
     embeddings = PatchEmbeddings(inner.embeddings)
-    return EncoderTower(embeddings, inner.encoder.layers, feature_layer, scoring, class_token=False)
+    return EncoderTower(
+        embeddings, list(inner.encoder.layers), feature_layer, scoring, class_token=False
+    )
 
 
 class PatchEmbeddings(nn.Module):
