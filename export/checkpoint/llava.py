@@ -77,10 +77,16 @@ class Checkpoint:
     checked: set[Part] = field(default_factory=set, compare=False, repr=False)
 
     @property
+    def image_size(self) -> int:
+        """Side of the square picture in pixels (LLaVA-1.5: 336)."""
+        config: Any = self.vision_config
+        return int(config.image_size)
+
+    @property
     def patch_side(self) -> int:
         """Patches along one side of the picture (LLaVA-1.5: 24)."""
         config: Any = self.vision_config
-        return int(config.image_size) // int(config.patch_size)
+        return self.image_size // int(config.patch_size)
 
     @property
     def keeps_class_token(self) -> bool:

@@ -83,7 +83,9 @@ class EncoderLayer(nn.Module):
     """One encoder layer; beside its output it returns the queries and keys it made.
 
     Args:
-        layer: an encoder layer of transformers' CLIP or SigLIP.
+        layer: an encoder layer of transformers' CLIP or SigLIP, or what has the same names:
+            ``layer_norm1``, ``self_attn`` (``num_heads``, ``q_proj``, ``k_proj``, ``v_proj``,
+            ``out_proj``), ``layer_norm2`` and ``mlp``.
     """
 
     def __init__(self, layer: Any) -> None:

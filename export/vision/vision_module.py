@@ -99,13 +99,12 @@ def build_vision_module(checkpoint: Checkpoint, reducer: Reducer) -> VisionModul
     _check_class_token(checkpoint, reducer)
     model: Any = checkpoint.vision_model()
     tower = make_tower(model, checkpoint.feature_layer, reducer.scoring)
-    embeddings = getattr(model, "vision_model", model).embeddings
     graph = VisionModule(
         tower,
         reducer,
         checkpoint.projector(),
-        image_size=embeddings.image_size,
-        patches=embeddings.num_patches,
+        image_size=checkpoint.image_size,
+        patches=checkpoint.patch_side**2,
     )
     return graph.eval().requires_grad_(False)
 
