@@ -8,6 +8,7 @@ they compute what the whole graph computes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 import torch
@@ -17,11 +18,11 @@ from engines.errors import OptionError
 from engines.manifest import ORDER_OUTPUT, TOKENS_AXIS
 from export.checkpoint.llava import Checkpoint
 from export.reducers import Reducer
-from export.towers import Scoring, TowerOutput
+from export.towers import Scoring, TowerOutput, without_scores
 from export.vision.to_onnx import note_reducer, trace_module
 from export.vision.vision_module import INPUT, OUTPUTS, VisionModule, build_vision_module
 
-FEATURES, SCORES, KEYS = "features", "scores", "keys"
+FEATURES, CLASS_TOKEN, SCORES, KEYS = "features", "class_token", "scores", "keys"
 REDUCED = "reduced_tokens"
 """What a reducer hands on to the projector."""
 
@@ -39,18 +40,13 @@ class VisionParts:
         side = self._whole.image_size
         with torch.no_grad():
             seen = self._whole.tower(torch.zeros(1, 3, side, side))
-        self._shapes = {
-            name: tuple(value.shape[1:])
-            for name, value in zip(
-                (FEATURES, SCORES, KEYS), (seen.features, seen.scores, seen.keys), strict=True
-            )
-        }
+        self._shapes = {name: tuple(value.shape[1:]) for name, value in _named(seen).items()}
 
     def trace_tower(self) -> ir.Model:
         """Return pixels -> features and, where a reducer reads them, scores and keys."""
         side = self._whole.image_size
-        outputs = (FEATURES, SCORES, KEYS) if self._scored else (FEATURES,)
-        return trace_module(_Tower(self._whole, len(outputs)), {INPUT: (3, side, side)}, outputs)
+        outputs = tuple(self._handed_on(self._scored))
+        return trace_module(_Tower(self._whole, outputs), {INPUT: (3, side, side)}, outputs)
 
     def trace_reducer(self, reducer: Reducer) -> ir.Model:
         """Return what the reducer reads of the tower -> `REDUCED` and what became of each patch."""
@@ -63,12 +59,18 @@ class VisionParts:
         )
         outputs = (REDUCED, *OUTPUTS[1:], *((ORDER_OUTPUT,) if reducer.ranks else ()))
         scored = self._scored and reducer.scoring is not Scoring.NONE
-        shapes = self._shapes if scored else {FEATURES: self._shapes[FEATURES]}
-        model = trace_module(_Reducer(whole), shapes, outputs)
+        shapes = self._handed_on(scored)
+        model = trace_module(_Reducer(whole, tuple(shapes)), shapes, outputs)
+        _ask_for_batch(model.graph.inputs[0], model.graph)
         for value in [one for one in model.graph.inputs if not one.uses()]:
             model.graph.inputs.remove(value)  # what the reducer does not read is not handed on
         note_reducer(model, reducer, whole.token_count)
         return model
+
+    def _handed_on(self, scored: bool) -> dict[str, tuple[int, ...]]:
+        """Return names and shapes of what a tower computes, with or without scores."""
+        left_out = set() if scored else {SCORES, KEYS}
+        return {name: shape for name, shape in self._shapes.items() if name not in left_out}
 
     def trace_projector(self) -> ir.Model:
         """Return `REDUCED`, any number of them -> visual tokens."""
@@ -95,28 +97,59 @@ def build_parts(checkpoint: Checkpoint, reducers: Sequence[Reducer]) -> VisionPa
     return VisionParts(build_vision_module(checkpoint, first))
 
 
+def _ask_for_batch(features: ir.Value, graph: ir.Graph) -> None:
+    """Take the number of pictures from the features, which every reducer reads.
+
+    The exporter takes it from any input, and an input that is read for nothing else would have to
+    be handed on.
+    """
+    for value in graph.inputs:
+        for node, at in list(value.uses()):
+            asked = (
+                node.op_type,
+                node.attributes.get_int("start", 0),
+                node.attributes.get_int("end", 0),
+            )
+            if asked == ("Shape", 0, 1):
+                node.replace_input_with(at, features)
+
+
+def _named(seen: TowerOutput) -> dict[str, Tensor]:
+    """Return what a tower computed by the names it is handed on under."""
+    first = {} if seen.class_token is None else {CLASS_TOKEN: seen.class_token}
+    return {FEATURES: seen.features, **first, SCORES: seen.scores, KEYS: seen.keys}
+
+
 class _Tower(nn.Module):
-    def __init__(self, whole: VisionModule, outputs: int) -> None:
+    def __init__(self, whole: VisionModule, outputs: Sequence[str]) -> None:
         super().__init__()
         self.tower = whole.tower
         self._outputs = outputs
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        seen = self.tower(pixel_values)
-        return (seen.features, seen.scores, seen.keys)[: self._outputs]
+        seen = _named(self.tower(pixel_values))
+        return tuple(seen[name] for name in self._outputs)
 
 
 class _Reducer(nn.Module):
-    def __init__(self, whole: VisionModule) -> None:
+    def __init__(self, whole: VisionModule, inputs: Sequence[str]) -> None:
         super().__init__()
         self.reducer = whole.reducer
+        self._inputs = inputs
 
     def forward(
-        self, features: Tensor, scores: Tensor | None = None, keys: Tensor | None = None
+        self,
+        first: Tensor,
+        second: Tensor | None = None,
+        third: Tensor | None = None,
+        fourth: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        if scores is None or keys is None:  # as towers leave them where nothing is to be scored
-            scores, keys = features[:, :0, 0], features[:, :, :0]
-        left = self.reducer(TowerOutput(features, scores, keys))
+        given = dict(zip(self._inputs, (first, second, third, fourth), strict=False))
+        seen = without_scores(first, given.get(CLASS_TOKEN))
+        scores, keys = given.get(SCORES), given.get(KEYS)
+        if scores is not None and keys is not None:
+            seen = replace(seen, scores=scores, keys=keys)
+        left = self.reducer(seen)
         outputs = (left.tokens, left.valid, left.origin, left.assignment)
         return outputs if left.order is None else (*outputs, left.order)
 

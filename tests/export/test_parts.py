@@ -92,7 +92,7 @@ def test_a_reducer_reads_what_it_needs_and_has_no_weights(files: Files) -> None:
         for name, stages in files.items()
     }
     assert read["pool"] == read["none"] == {"features"}
-    assert {"features", "scores", "keys"} == read["visionzip"]
+    assert {"features", "class_token", "scores", "keys"} == read["visionzip"]
     for stages in files.values():
         assert stages[1].stat().st_size < 0.2 * stages[0].stat().st_size
 
