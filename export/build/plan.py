@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,6 +17,7 @@ from calibration.int8.options import Int8Options
 from calibration.scales.calibration_file import Calibration
 from engines.bundle import refuse_occupied
 from engines.errors import OptionError
+from engines.frame_size import FrameSize, frame_size_from_text
 from engines.manifest import Precision
 from engines.option_groups import Given, Typed
 from engines.targets import Target, find_target
@@ -32,6 +33,7 @@ from export.reducers import (
     make_reducer,
     reducer_for_budget,
 )
+from graphs.frame_input import check_frame_size
 from graphs.graph_file import check_opset
 
 USUAL_OPSET = 18
@@ -53,6 +55,9 @@ def budgets_from_text(text: str) -> tuple[Budget, ...]:
     return tuple("all" if word == "all" else int(word) for word in words)
 
 
+GraphInput = Literal["float", "uint8"]
+
+
 @dataclass(frozen=True)
 class BuildOptions:
     """What to build.
@@ -68,6 +73,9 @@ class BuildOptions:
         precision: of the vision graph; None takes the target's default.
         decoders: which of them the bundle gets.
         opset: of the vision graph; None takes 18, or 19 where float16 is quantized.
+        graph_input: ``float``: normalised pixels; ``uint8``: a camera's frame, which the graph
+            resizes and normalises.
+        frame: size of the frames, for ``uint8``.
         int8: frames or a calibration, for the precisions ``int8`` and ``mixed``.
         targets_file: a TOML file of the user's own targets.
         overwrite: replace a bundle that is already there.
@@ -98,6 +106,23 @@ class BuildOptions:
     opset: Annotated[
         int | None,
         typer.Option(help="ONNX operator set: 17, 18 or 19; left out, 18, or 19 where INT8 needs."),
+    ] = None
+    graph_input: Annotated[
+        GraphInput,
+        typer.Option(
+            "--input",
+            help="What the vision graph takes: float, pixels that the CPU has resized and "
+            "normalised; uint8, a camera's frame as it is, of the size --frame. The latter saves "
+            "the CPU that work where a GPU runs the graph.",
+        ),
+    ] = "float"
+    frame: Annotated[
+        FrameSize | None,
+        typer.Option(
+            help="Height and width of the camera's frames for --input uint8, such as 1080x1920, or "
+            "378x672 where a Jetson's scaler (nvvidconv) makes them small."
+        ),
+        Typed(frame_size_from_text),
     ] = None
     int8: Int8Options = field(default_factory=Int8Options)
     targets_file: Annotated[
@@ -153,15 +178,32 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     target = find_target(options.target, options.targets_file)
     precision = target.check_precision(options.precision or target.default_precision)
     record = options.int8.check(precision)
+    _check_frame(options)
     opset = _choose_opset(options.opset, precision, target)
     refuse_occupied(options.out, options.overwrite)
     checkpoint = open_checkpoint(options.model)
+    if options.frame is not None:
+        check_frame_size(checkpoint.preprocessing, options.frame)
     check_language_models(checkpoint, options.decoders)
     reducers = tuple(_choose_reducer(options, budget, checkpoint) for budget in options.budgets)
     frames = options.int8.choice.max_frames if options.int8.frames is not None else 0
     cost = predict_cost(checkpoint.weights, precision, len(reducers), options.decoders, frames)
     refuse_what_cannot_fit(cost, options.out, options.decoders)
     return BuildPlan(checkpoint, target, precision, reducers, opset, cost, record)
+
+
+def _check_frame(options: BuildOptions) -> None:
+    if (options.graph_input == "uint8") == (options.frame is not None):
+        return
+    if options.frame is None:
+        raise OptionError(
+            "--input uint8 without --frame: the graph is made for one size of frames. Give the "
+            "camera's, height and width, such as --frame 1080x1920."
+        )
+    raise OptionError(
+        f"--frame {options.frame} without --input uint8: a graph that takes pixels takes frames of "
+        "any size. Add --input uint8, or leave --frame out."
+    )
 
 
 def _choose_opset(given: int | None, precision: Precision, target: Target) -> int:

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from engines.bundle import Bundle
 from engines.errors import BundleError, EngineError, OptionError, PictureError
+from engines.frame_size import frame_size_of
 from engines.manifest import ORDER_OUTPUT, VisionGraph
 from engines.opening import open_session
 from engines.session import Session
 from runtime.vision.parallel_resize import Bands
-from runtime.vision.preprocess import check_picture, preprocess_batch
+from runtime.vision.preprocess import check_picture, frames_batch, preprocess_batch
 from runtime.vision.resize import Pixels
 
 _OUTPUTS = ("visual_tokens", "valid_count", "patch_index", "assignment")
@@ -104,7 +105,15 @@ class VisualTokens:
 
 
 class VisionEncoder(AbstractContextManager["VisionEncoder"]):
-    """The vision graph of a bundle, ready to run; use it as a context manager."""
+    """The vision graph of a bundle, ready to run; use it as a context manager.
+
+    Attributes:
+        bundle: from `open_bundle`.
+        graph: the budget's.
+        session: runs it.
+        frame_size: of the camera frames that the graph takes; None: it takes pixels, and pictures
+            of any size become those.
+    """
 
     def __init__(
         self,
@@ -168,7 +177,9 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
                 f"{', '.join(self.session.output_names)}, expected one input and at least "
                 f"{', '.join(_OUTPUTS)}. Build the bundle again with `python -m export.build`."
             )
-        self._dtype = np.dtype(bundle.stages(self.graph)[0].inputs[0].dtype)
+        first = bundle.stages(self.graph)[0]
+        self.frame_size = frame_size_of(first)
+        self._dtype = np.dtype(first.inputs[0].dtype)
 
     def encode(self, images: Pixels | Sequence[Pixels]) -> VisualTokens:
         """Turn images into visual tokens.
@@ -179,17 +190,20 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
                 ``image[:, :, ::-1]``, which costs nothing.
 
         Raises:
-            PictureError: a wrong shape or dtype, or no images.
+            PictureError: a wrong shape or dtype, no images, or one that is not of the shape of the
+                frames that the graph takes.
             EngineError: the graph failed, or gave what no exported graph gives.
         """
         _check_images(images)
         started = time.perf_counter()
-        pixel_values = preprocess_batch(
-            images, self.bundle.preprocessing, self._bands
-        )  # [B, 3, H, W]
+        given: NDArray[Any]
+        if self.frame_size is None:
+            given = preprocess_batch(images, self.bundle.preprocessing, self._bands)  # [B, 3, H, W]
+        else:
+            given = frames_batch(images, self.frame_size, self._bands)  # [B, H, W, 3]
         prepared = time.perf_counter()
         name = self.session.input_names[0]
-        outputs = self.session.run({name: pixel_values.astype(self._dtype, copy=False)})
+        outputs = self.session.run({name: given.astype(self._dtype, copy=False)})
         tokens, valid, origin, assignment = (outputs[name] for name in _OUTPUTS)
         order = outputs.get(ORDER_OUTPUT)
         ended = time.perf_counter()

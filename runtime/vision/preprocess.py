@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import PictureError
+from engines.frame_size import FrameSize
 from engines.manifest import Preprocessing
 from runtime.vision.geometry import Geometry, lay_out
 from runtime.vision.parallel_resize import ALONE, Bands
@@ -107,6 +108,51 @@ def preprocess_batch(
     for picture, out in zip(pictures, batch, strict=True):
         preprocess(picture, preprocessing, out, bands)
     return batch
+
+
+def frames_batch(
+    pictures: Sequence[Pixels] | Pixels, size: FrameSize, bands: Bands = ALONE
+) -> NDArray[np.uint8]:
+    """Turn pictures into what a graph takes that resizes and normalises itself.
+
+    A single picture that has the size and lies in memory as a camera gives it is not copied. One of
+    another size is resized where it has the same shape.
+
+    Args:
+        pictures: RGB, uint8[B, H, W, 3] or B arrays of uint8[H, W, 3].
+        size: of the frames that the graph takes.
+        bands: threads that share the work on each picture; left out, this one does it alone.
+
+    Returns:
+        uint8[B, height, width, 3].
+
+    Raises:
+        PictureError: a picture is not uint8[H, W, 3], has no pixels, or another shape.
+    """
+    for at, picture in enumerate(pictures):
+        check_picture(picture, f"pictures[{at}]")
+    frames = [_frame_of(picture, size, bands) for picture in pictures]
+    return np.ascontiguousarray(frames[0])[None] if len(frames) == 1 else np.stack(frames)
+
+
+def _frame_of(picture: Pixels, size: FrameSize, bands: Bands) -> Pixels:
+    height, width = picture.shape[:2]
+    if (height, width) == (size.height, size.width):
+        return picture
+    if abs(height * size.width / width - size.height) > 1:
+        raise PictureError(
+            f"A picture is {width} x {height}, and this bundle's graph takes camera frames of "
+            f"{size.width} x {size.height} or of the same shape. Set the camera to that size, or "
+            f"build the bundle with --frame {height}x{width}, or without --input uint8 for "
+            "pictures of any size."
+        )
+    rows, columns = (
+        Span(0, size.height, size.height, height),
+        Span(0, size.width, size.width, width),
+    )
+    return resize(
+        Canvas(picture, (0, 0, 0), (0, 0), (height, width)), rows, columns, "bicubic", bands
+    )
 
 
 def check_picture(picture: Pixels, name: str = "picture") -> None:

@@ -121,12 +121,17 @@ def resize(canvas: Canvas, rows: Span, columns: Span, resample: str, bands: Band
     """
     method = Image.Resampling[resample.upper()]
     axes = [(_COLUMNS, columns), (_ROWS, rows)]
-    if _CHOOSES_AXIS and rows.loses > max(2 * columns.loses, 0):
+    if resizes_rows_first(rows.loses, columns.loses):
         axes.reverse()
     source: _Source = canvas.cut(rows, columns)
     for axis, span in axes:
         source = _Resized(_resize_axis(source, axis, span, method, bands), canvas.colour)
     return np.asarray(source.band(_ROWS, source.held(_ROWS)))
+
+
+def resizes_rows_first(lost_rows: int, lost_columns: int) -> bool:
+    """Return whether this Pillow resizes the rows of a picture before its columns."""
+    return _CHOOSES_AXIS and lost_rows > max(2 * lost_columns, 0)
 
 
 class _Source(Protocol):

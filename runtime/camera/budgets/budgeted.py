@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 
 from engines.errors import OptionError
+from engines.frame_size import FrameSize
 from runtime.camera.budgets.controller import BudgetController, tell_accuracy
 from runtime.camera.budgets.goal import FrameCost, Goal
 from runtime.camera.budgets.power import PowerMeter
@@ -29,6 +30,7 @@ _ROUNDS = 5
 noise of it."""
 _MOST_ROUNDS = 10_000
 """Where power is measured, rounds go on until a reading is there, but no longer."""
+_USUAL_FRAME = FrameSize(1080, 1920)
 _ANSWER_TOKENS = 4
 """Length of the answers that are written to measure."""
 
@@ -109,8 +111,11 @@ class BudgetedEncoder(AbstractContextManager["BudgetedEncoder"]):
             return cost_of(visual, said)
 
         def encode(tokens: int) -> VisualTokens:
-            image = random.integers(0, 256, (1080, 1920, 3), dtype=np.uint8)  # nothing reused
-            return self._pool.encoder(tokens).encode([image])
+            encoder = self._pool.encoder(tokens)
+            size = encoder.frame_size or _USUAL_FRAME
+            shape = (size.height, size.width, 3)
+            image = random.integers(0, 256, shape, dtype=np.uint8)  # nothing reused
+            return encoder.encode([image])
 
         def play_one(tokens: int) -> FrameCost:
             return answer(encode(tokens))
