@@ -20,6 +20,7 @@ from calibration.int8.resume import ResumeFolder
 from engines import __version__
 from engines.bundle import Bundle, BundleDraft, refuse_occupied, write_bundle
 from engines.errors import OptionError
+from engines.frame_size import frame_size_of
 from engines.manifest import SCHEMA_VERSION, Precision, Preprocessing
 from engines.progress_bar import Progress
 from engines.targets import find_target
@@ -75,7 +76,7 @@ def calibrate_bundle(
     record = options.check(precision)
     target = find_target(bundle.manifest.target, targets_file)
     target.check_precision(precision)
-    _refuse_rounded(bundle)
+    _refuse_what_cannot_be_calibrated(bundle)
     if out.resolve() == bundle.root.resolve():
         raise OptionError(f"--out {out} is the bundle itself. Give another directory.")
     refuse_occupied(out, overwrite)
@@ -139,13 +140,18 @@ def collect(
     return frames
 
 
-def _refuse_rounded(bundle: Bundle) -> None:
+def _refuse_what_cannot_be_calibrated(bundle: Bundle) -> None:
     rounded = [graph for graph in bundle.manifest.vision if graph.precision != "fp32"]
     if rounded:
         raise OptionError(
             f"{bundle.root}: {rounded[0].file} is {rounded[0].precision}, and calibration starts "
             "from fp32. Build the bundle with --precision fp32 and calibrate that one; for a "
             "TensorRT device what is not quantized becomes fp16 by itself."
+        )
+    if frame_size_of(bundle.manifest.vision_files.files[0]) is not None:
+        raise OptionError(
+            f"{bundle.root} takes camera frames, and calibration starts from a graph that takes "
+            "pixels. Build both at once: python -m export.build --precision int8 --input uint8."
         )
 
 

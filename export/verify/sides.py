@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from calibration.agreement.token_metrics import measure_cosine
 from engines.bundle import Bundle
 from engines.errors import OptionError
+from engines.frame_size import frame_size_of
 from engines.manifest import VisionGraph
 from export.checkpoint.llava import Checkpoint
 from export.reducers import make_reducer
@@ -179,9 +180,15 @@ def refuse_other_checkpoint(bundle: Bundle, checkpoint: Checkpoint) -> None:
     """Check that a bundle can have been built from a checkpoint.
 
     Raises:
-        OptionError: a size differs; all that do are named.
+        OptionError: a size differs; all that do are named. Or the bundle takes camera frames.
     """
     manifest = bundle.manifest
+    if frame_size_of(manifest.vision_files.files[0]) is not None:
+        raise OptionError(
+            f"{bundle.root} takes camera frames of one size, and both sides are compared on pixels "
+            "of pictures of any size. Build it without --input uint8 as well and verify that one: "
+            "all that differs is how a frame becomes pixels."
+        )
     vision: Any = checkpoint.vision_config
     text: Any = checkpoint.text_config
     side = vision.image_size // vision.patch_size
