@@ -10,9 +10,12 @@ import pytest
 from transformers import CLIPVisionConfig
 
 from benchmarks import random_graphs
+from engines.frame_size import FrameSize
 from engines.manifest import Precision, TensorSpec
 from engines.targets import find_target
 from engines.trt.builder import BuildResult, PlanTask, build_plan
+from graphs.frame_input import write_frame_input
+from tests.graphs.test_frame_input import clip_preprocessing
 
 pytestmark = [pytest.mark.trt, pytest.mark.usefixtures("compiler")]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "mixed")
@@ -33,10 +36,15 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def build(file: Path, inputs: tuple[TensorSpec, ...], precision: Precision, sm: int) -> BuildResult:
-    typed = random_graphs.write_typed_graph(file, precision)
+    return build_typed(random_graphs.write_typed_graph(file, precision), inputs, precision, sm)
+
+
+def build_typed(
+    typed: Path, inputs: tuple[TensorSpec, ...], precision: Precision, sm: int
+) -> BuildResult:
     target = find_target("rtx-4090").model_copy(update={"sm": sm})
     sha256 = hashlib.sha256(typed.read_bytes()).hexdigest()
-    plan = file.with_name(f"{precision}-{sm}.plan")
+    plan = typed.with_name(f"{precision}-{sm}.plan")
     return build_plan(PlanTask(typed, sha256, plan, target, precision, inputs))
 
 
@@ -57,6 +65,19 @@ def test_a_reducer_parses_and_builds(exported: Exported, precision: Precision, s
         assert layers >= 3
         assert kinds["QUANTIZE"] == 6 * layers + 1
         assert kinds["DEQUANTIZE"] == kinds["QUANTIZE"] + 6 * layers + 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "mixed"])
+def test_a_graph_takes_frames(tmp_path: Path, precision: Precision) -> None:
+    file, _ = random_graphs.write_graph(tmp_path, "visionzip")
+    typed = random_graphs.write_typed_graph(file, precision)
+    side = random_graphs.TINY.image_size
+    inputs = write_frame_input(typed, clip_preprocessing(side=side), FrameSize(378, 672))
+    result = build_typed(typed, inputs, precision, 89)
+    assert result.record.profile["frames"].opt == (1, 378, 672, 3)
+    assert_fused(result, precision, attentions_of(random_graphs.TINY))
+    # Only TensorRT's own input is uint8: a Cast stands right behind it.
+    assert "UINT8" not in result.layers.network.output_types
 
 
 def attentions_of(config: CLIPVisionConfig) -> int:
