@@ -28,6 +28,7 @@ EXAMPLES = (
     "`python -m export.build --model models/pocket-llava --out build/pocket`",
     "`python -m export.build --model llava-hf/llava-1.5-7b-hf --tokens 64,192 --out build/llava`",
     "`python -m export.build --model DIR --precision int8 --frames drive.mp4 --out build/int8`",
+    "`python -m export.build --model DIR --input uint8 --frame 1080x1920 --out build/camera`",
     "`python -m export.build --model DIR --reducer prumerge_plus --tokens 144 --dry-run --out B`",
 )
 
@@ -78,6 +79,7 @@ def _tell_plan(plan: BuildPlan, options: BuildOptions, as_json: bool) -> None:
                     name: options.decoders.precision_of(name) for name in options.decoders.backends
                 },
                 "patches": plan.patches,
+                "input": _told_input(options),
                 "vision": graphs,
                 "bundle": str(options.out),
                 "needs": {
@@ -97,10 +99,15 @@ def _tell_plan(plan: BuildPlan, options: BuildOptions, as_json: bool) -> None:
             f"  vision graph  {plan.precision}, {graph['reducer']}{detail}: "
             f"{graph['tokens']} of {plan.patches} visual tokens"
         )
+    print(f"  takes         {_told_input(options)}")
     for backend in options.decoders.backends:
         print(f"  decoder       {options.decoders.precision_of(backend)}, {backend}")
     print(f"  into          {options.out}")
     print(f"  needs         {plan.cost.describe()}")
+
+
+def _told_input(options: BuildOptions) -> str:
+    return "float pixels" if options.frame is None else f"uint8 frames of {options.frame}"
 
 
 def _tell_report(report: BuildReport, as_json: bool) -> None:

@@ -172,7 +172,19 @@ def test_dry_run_prints_one_object_and_writes_nothing(
     assert plan["vision"] == [
         {"reducer": "visionzip", "tokens": 8, "dominant": 5, "contextual": 3, "merge": "mean"}
     ]
+    assert plan["input"] == "float pixels"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_frame_is_typed_as_height_and_width(
+    run_build: Callable[..., tuple[int, str, str]],
+) -> None:
+    code, out, _ = run_build("--input", "uint8", "--frame", "90x120", "--dry-run")
+    assert code == 0
+    assert "uint8 frames of 90x120" in out
+    code, _, err = run_build("--input", "uint8", "--frame", "wide", "--dry-run")
+    assert code == 2
+    assert "--frame wide: expected height and width" in err
 
 
 def test_a_wrong_option_ends_with_two(run_build: Callable[..., tuple[int, str, str]]) -> None:
