@@ -56,6 +56,7 @@ def budgets_from_text(text: str) -> tuple[Budget, ...]:
 
 
 GraphInput = Literal["float", "uint8"]
+GraphOutput = Literal["fp32", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class BuildOptions:
         graph_input: ``float``: normalised pixels; ``uint8``: a camera's frame, which the graph
             resizes and normalises.
         frame: size of the frames, for ``uint8``.
+        graph_output: what the visual tokens are.
         int8: frames or a calibration, for the precisions ``int8`` and ``mixed``.
         targets_file: a TOML file of the user's own targets.
         overwrite: replace a bundle that is already there.
@@ -124,6 +126,14 @@ class BuildOptions:
         ),
         Typed(frame_size_from_text),
     ] = None
+    graph_output: Annotated[
+        GraphOutput,
+        typer.Option(
+            "--output",
+            help="Visual tokens in fp32, or in fp16 for a language model that reads them on the "
+            "device.",
+        ),
+    ] = "fp32"
     int8: Int8Options = field(default_factory=Int8Options)
     targets_file: Annotated[
         Path | None, typer.Option("--targets", help="TOML file of your own targets.")

@@ -3,8 +3,8 @@
 One graph is written whole. Where several are needed, the tower and the projector are written once
 and each has a file for its reducer; budgets of a reducer that ranks need one graph together.
 FP32 and FP16 graphs are written as they are traced. For INT8 the graphs are first written in FP32
-to a folder of their own, and `calibration.int8.graphs` makes the bundle's graphs from them. That
-they take frames instead of pixels comes last.
+to a folder of their own, and `calibration.int8.graphs` makes the bundle's graphs from them. What
+they take and return otherwise comes last.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from calibration.frames.dataset import CalibrationSet
 from calibration.int8.graphs import Int8Graphs, Int8Task, make_int8_graphs
 from calibration.int8.resume import ResumeFolder
 from engines.bundle import BundleDraft
-from engines.frame_size import FrameSize
 from engines.manifest import (
     Graph,
     Precision,
@@ -32,6 +31,7 @@ from engines.manifest import (
     VisionGraph,
 )
 from engines.progress_bar import Progress
+from export.build.graph_ends import change_ends
 from export.build.plan import BuildOptions, BuildPlan
 from export.checkpoint.accuracy_table import AccuracyTable
 from export.kept_parts import KeptParts
@@ -40,7 +40,6 @@ from export.vision.parts import build_parts
 from export.vision.to_onnx import trace_graph
 from export.vision.vision_module import build_vision_module
 from graphs.float16 import convert_to_fp16
-from graphs.frame_input import write_frame_input
 from graphs.graph_file import write_graph
 from graphs.operator_check import check_graph, oldest_tensorrt
 
@@ -91,29 +90,7 @@ def export_vision(
         FoveateError: a graph cannot be had in this precision.
     """
     vision = _export_floats(plan, options, frames, draft, kept, step)
-    if options.frame is None:
-        return vision
-    return replace(vision, files=_take_frames(vision.files, plan, options.frame, draft.root))
-
-
-def _take_frames(files: VisionFiles, plan: BuildPlan, size: FrameSize, root: Path) -> VisionFiles:
-    """Put the preprocessing before the files that take pixels, which have their precision now."""
-    names = {files.stages(graph)[0].file for graph in files.graphs}
-    inputs = {
-        name: write_frame_input(root / name, plan.checkpoint.preprocessing, size) for name in names
-    }
-    if (tensorrt := oldest_tensorrt(plan.target)) is not None:
-        for name in names:
-            check_graph(root / name, tensorrt)
-    graphs = tuple(
-        graph.model_copy(update={"inputs": inputs.get(graph.file, graph.inputs)})
-        for graph in files.graphs
-    )
-    shared = files.shared
-    if shared is not None:
-        tower = shared.tower.model_copy(update={"inputs": inputs[shared.tower.file]})
-        shared = SharedGraphs(tower=tower, projector=shared.projector)
-    return VisionFiles(graphs=graphs, shared=shared)
+    return replace(vision, files=change_ends(vision.files, plan, options, draft.root))
 
 
 def _export_floats(
@@ -124,7 +101,7 @@ def _export_floats(
     kept: KeptParts,
     step: Step,
 ) -> Vision:
-    """Write the vision graphs, which take pixels."""
+    """Write the vision graphs, which take pixels and return float32 tokens."""
     if plan.precision in ("fp32", "fp16"):
         return Vision(_export_graphs(plan, plan.precision, draft.root, kept, step))
     # Inside the draft, so that it goes with it should the process be killed.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from PIL import Image
 
@@ -15,6 +16,7 @@ from calibration.int8.options import Int8Options
 from engines.bundle import Bundle, open_bundle
 from engines.errors import FoveateError, OptionError, PictureError
 from engines.frame_size import FrameSize, frame_size_of
+from engines.ort import open_files
 from export.build import BuildOptions, build_bundle
 from export.checkpoint.llava import open_checkpoint
 from export.language.language_models import DecoderOptions
@@ -93,6 +95,40 @@ def test_int8_is_calibrated_on_pixels(build: Build, drive: Path) -> None:
 def test_fp16_and_the_rules_of_tensorrt(build: Build) -> None:
     frames = with_frames(build, precision="fp16", target="jetson-orin")
     assert frame_size_of(frames.manifest.vision[0]) == SIZE
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_visual_tokens_in_half(build: Build, precision: str) -> None:
+    changes = {"tokens": (8, "all"), "precision": precision, "target": "rtx-4090"}
+    whole, half = build(**changes), build(**changes, graph_output="fp16")
+    last = half.stages(half.vision(8))[-1]
+    assert [one.dtype for one in last.outputs] == ["float16"]
+    model = ir.load(half.path(last.file))
+    assert model.graph.outputs[0].dtype is ir.DataType.FLOAT16
+    casts = [node for node in model.graph if node.op_type == "Cast"]
+    assert len(casts) == 1  # to float16: of what comes in, or of what goes out
+    (frame,) = frames_of(90, 120, 1)
+    # This machine may lack the engine of the target; the graph runs on the CPU all the same.
+    for bundle in (whole, half):
+        assert bundle.manifest.target == "rtx-4090"
+    seen = []
+    for bundle in (whole, half):
+        files = [bundle.path(one.file) for one in bundle.stages(bundle.vision(8))]
+        with VisionEncoder(bundle, open_files(files, threads=1), tokens=8) as encoder:
+            seen.append(encoder.encode([frame]))
+    np.testing.assert_array_equal(seen[0].origin, seen[1].origin)
+    assert seen[1].tokens.dtype == np.float32
+    np.testing.assert_array_equal(seen[0].tokens.astype(np.float16), seen[1].tokens)
+
+
+def test_frames_in_and_half_out_of_one_graph(build: Build) -> None:
+    both = with_frames(build, graph_output="fp16")
+    (graph,) = both.manifest.vision
+    assert (graph.inputs[0].dtype, graph.outputs[0].dtype) == ("uint8", "float16")
+    (frame,) = frames_of(90, 120, 1)
+    with VisionEncoder(both) as one, VisionEncoder(with_frames(build)) as other:
+        wanted = other.encode([frame]).tokens.astype(np.float16)
+        np.testing.assert_array_equal(one.encode([frame]).tokens, wanted)
 
 
 def test_a_frame_of_the_same_shape_is_resized_and_another_refused(build: Build) -> None:
