@@ -291,6 +291,7 @@ WAYS: dict[str, Callable[[Case], Step]] = {
     "ONNX Runtime CUDA, FP16, CUDA graph": onnxruntime_cuda("fp16", cuda_graph=True),
     "TensorRT, FP32": tensorrt("fp32"),
     "TensorRT, FP16": tensorrt("fp16"),
+    "TensorRT, INT8 and FP16 (mixed)": tensorrt("mixed"),
 }
 
 

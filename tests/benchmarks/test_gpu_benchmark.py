@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from transformers import CLIPVisionModel
@@ -70,8 +71,12 @@ def test_a_known_batch_leaves_no_named_axis(case: gpu.Case) -> None:
     assert all(isinstance(axis, int) for shape in shapes for axis in shape)
 
 
+@pytest.mark.parametrize(
+    ("way", "precision"),
+    [("TensorRT, FP16", "fp16"), ("TensorRT, INT8 and FP16 (mixed)", "mixed")],
+)
 def test_tensorrt_is_built_for_the_batch_and_precision(
-    case: gpu.Case, monkeypatch: pytest.MonkeyPatch
+    way: str, precision: str, case: gpu.Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[builder.BuildOptions] = []
 
@@ -86,9 +91,12 @@ def test_tensorrt_is_built_for_the_batch_and_precision(
     monkeypatch.setattr(session, "TrtSession", lambda *_: opened)
     monkeypatch.setattr("engines.trt.library.load_library_for", lambda target: None)
     monkeypatch.setattr("engines.trt.cuda_memory.open_cuda_runtime", lambda: None)
-    assert gpu.measure("TensorRT", case, gpu.tensorrt("fp16")).problem == ""
+    assert gpu.measure(way, case, gpu.WAYS[way]).problem == ""
     (options,) = built
-    assert (options.precision, options.target.sm, options.onnx.name) == ("fp16", 90, "fp16.onnx")
+    assert (options.precision, options.target.sm) == (precision, 90)
+    assert options.onnx.name == f"{precision}.onnx"
+    quantized = "QuantizeLinear" in {node.op_type for node in ir.load(options.onnx).graph}
+    assert quantized == (precision == "mixed")
     ranges = shape_ranges(options.inputs, options.batch)["pixel_values"]
     assert ranges.min == ranges.max == (2, 3, 56, 56)
 

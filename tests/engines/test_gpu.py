@@ -95,7 +95,7 @@ def test_a_plan_of_another_driver_is_refused(built: Bundle, target: Target) -> N
         open_session(built)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "mixed"])
 @pytest.mark.parametrize("reducer", random_graphs.NAMES)
 def test_a_reducer_keeps_what_onnx_runtime_keeps(
     reducer: str, precision: Precision, target: Target, library: TrtLibrary, tmp_path: Path
