@@ -1,7 +1,7 @@
 """What a graph that takes camera frames saves and changes, beside one that takes pixels.
 
     python -m benchmarks.pixels_in --frame 1080x1920 --rounds 20
-    python -m benchmarks.pixels_in --scaled 378x672 --bundle build/pocket
+    python -m benchmarks.pixels_in --scaled 378x672 --bundle build/pocket --pictures 40
 
 Both graphs are the bundled checkpoint's, FP32 on ONNX Runtime. They take turns in one process, so
 that ratios mean something on a machine that does other things too. `cpu_ms` is what the CPU does
