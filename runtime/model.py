@@ -228,7 +228,7 @@ class Model(AbstractContextManager["Model"]):
             FoveateError: what a first answer would raise.
         """
         started = time.perf_counter()
-        size = self.bundle.manifest.preprocessing
+        size = self.encoder.frame_size or self.bundle.manifest.preprocessing
         black = np.zeros((size.height, size.width, 3), np.uint8)
         if batch > 1:
             self.encoder.encode([black] * batch)

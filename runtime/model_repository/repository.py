@@ -14,6 +14,7 @@ from pathlib import Path
 
 from engines.bundle import Bundle
 from engines.errors import EngineError, OptionError
+from engines.frame_size import frame_size_of
 from engines.manifest import VisionGraph
 from engines.opening import target_of
 from engines.staging import staged_directory
@@ -70,6 +71,11 @@ def write_repository(
     """
     chosen = options or RepositoryOptions()
     goal = Path(out)
+    if frame_size_of(bundle.manifest.vision_files.files[0]) is not None:
+        raise OptionError(
+            f"{bundle.root} takes camera frames of one size, and this repository serves pictures "
+            "of any. Build the bundle without --input uint8."
+        )
     graphs = _graphs(bundle, chosen.visual_tokens)
     backend = chosen.vision or _usual_backend(bundle)
     if bundle.manifest.shared is not None and backend != "python":

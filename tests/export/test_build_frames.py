@@ -21,6 +21,8 @@ from export.build import BuildOptions, build_bundle
 from export.checkpoint.llava import open_checkpoint
 from export.language.language_models import DecoderOptions
 from export.verify.sides import refuse_other_checkpoint
+from runtime.model import open_model
+from runtime.model_repository.repository import write_repository
 from runtime.vision import VisionEncoder
 from tests.graphs.test_frame_input import frames_of
 
@@ -165,11 +167,18 @@ def test_refusals_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_such_a_bundle_is_neither_calibrated_nor_verified(
+def test_a_model_warms_up_with_a_frame(build: Build) -> None:
+    with open_model(with_frames(build)) as model:
+        assert model.warm_up() > 0
+
+
+def test_such_a_bundle_is_neither_calibrated_nor_verified_nor_served_by_triton(
     build: Build, language_checkpoint: Path, drive: Path, tmp_path: Path
 ) -> None:
     frames = with_frames(build)
     with pytest.raises(OptionError, match="takes camera frames, and calibration"):
         calibrate_bundle(frames, tmp_path / "out", Int8Options(frames=str(drive)))
+    with pytest.raises(OptionError, match="takes camera frames of one size"):
+        write_repository(frames, tmp_path / "repository")
     with pytest.raises(OptionError, match="takes camera frames of one size"):
         refuse_other_checkpoint(frames, open_checkpoint(str(language_checkpoint)))
