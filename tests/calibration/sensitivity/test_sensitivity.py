@@ -236,7 +236,7 @@ def test_a_large_tower_is_ranked_by_layers_first(graph, calibration, frames, mon
     small, found = search(40), search(3)
     ranked = [line for line in lines if line.endswith(" alone")]
     assert sum(line.startswith("layer of") for line in ranked) == 3
-    assert len(ranked) == 4 + 4, "the patches and three layers, then four sites"
+    assert len(ranked) == 3 + 4, "three layers, then four sites"
     assert len(found.sites) == len(small.sites)
     assert found.gate.holds(found.after)
 
