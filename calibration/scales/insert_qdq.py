@@ -97,9 +97,7 @@ def _quantize_weight(graph: ir.Graph, layer: Layer, mean: Vector) -> None:
     layer.node.replace_input_with(1, floats)
     _forget(graph, weight)
     rounded = np.clip(np.round(exact / scales), -LEVELS, LEVELS) * scales  # [K, N]
-    means = np.repeat(mean, len(exact) // len(mean))  # a convolution reads h x w of each channel
-    off = means @ (rounded - exact)  # [N]
-    _change_bias(graph, layer, -off)
+    _change_bias(graph, layer, -(mean @ (rounded - exact)))  # [N]
 
 
 def _smooth_norm(
@@ -155,7 +153,7 @@ def _change_bias(
 
     Args:
         graph: that the layer is part of.
-        layer: a matrix product followed by the addition of its bias, or a convolution.
+        layer: a matrix product followed by the addition of its bias.
         added: float32[N].
         factor: float32[N].
     """

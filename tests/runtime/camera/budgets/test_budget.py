@@ -431,7 +431,7 @@ class RankedPool:
                 order=ranked,
             ).first(tokens)
 
-        return SimpleNamespace(encode=encode)
+        return SimpleNamespace(frame_size=None, encode=encode)
 
 
 def test_budgets_of_one_graph_are_encoded_once_and_differ_in_prefill() -> None:
