@@ -179,10 +179,10 @@ def test_dry_run_prints_one_object_and_writes_nothing(
 def test_a_frame_is_typed_as_height_and_width(
     run_build: Callable[..., tuple[int, str, str]],
 ) -> None:
-    code, out, _ = run_build("--input", "uint8", "--frame", "90x120", "--dry-run")
+    code, out, _ = run_build("--tokens", "8", "--input", "uint8", "--frame", "90x120", "--dry-run")
     assert code == 0
     assert "uint8 frames of 90x120" in out
-    code, _, err = run_build("--input", "uint8", "--frame", "wide", "--dry-run")
+    code, _, err = run_build("--tokens", "8", "--input", "uint8", "--frame", "wide", "--dry-run")
     assert code == 2
     assert "--frame wide: expected height and width" in err
 
