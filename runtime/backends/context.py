@@ -47,6 +47,10 @@ class Context:
         """Return how many positions of a prompt the cache holds already."""
         return _shared(self._held, [key for part in prompt for key in _keys(part)])
 
+    def forget(self) -> None:
+        """Hold nothing, so that the next prompt is computed whole."""
+        self._held.clear()
+
     def prefill(self, prompt: Sequence[Part]) -> Logits:
         """Make the cache hold the whole prompt and return the logits after it, float32[V].
 

@@ -53,6 +53,7 @@ class AnsweringThreads:
         pictures: Sequence[Embeddings],
         options: GenerationOptions,
         ticket: Ticket,
+        fresh: bool = False,
     ) -> AsyncIterator[Item]:
         """Yield `Prefilled`, the pieces of the answer and, last, the answer.
 
@@ -61,6 +62,7 @@ class AnsweringThreads:
             pictures: float32[N, D] of each picture in it.
             options: how the answer is written.
             ticket: once it is over, writing stops.
+            fresh: read the whole prompt, whatever a KV cache holds of it.
 
         Raises:
             RefusalError: the answer cannot be written, or its deadline passed.
@@ -73,7 +75,7 @@ class AnsweringThreads:
                 loop.call_soon_threadsafe(items.put_nowait, item)
 
         working = loop.run_in_executor(
-            self._threads, self._write, turns, pictures, options, ticket, tell
+            self._threads, self._write, turns, pictures, options, ticket, fresh, tell
         )
         try:
             while True:
@@ -95,13 +97,14 @@ class AnsweringThreads:
         pictures: Sequence[Embeddings],
         options: GenerationOptions,
         ticket: Ticket,
+        fresh: bool,
         tell: Callable[[Item], None],
     ) -> None:
         try:
             ticket.require_time()
             ids = self._writer.ids(turns)
             prompt = interleave(ids, self._writer.image_token_id, pictures)
-            with self.caches.lend(prompt) as language:
+            with self.caches.lend(prompt, fresh) as language:
                 model = Model(self._bundle, self._encoder, self._writer, language)
                 answer = model.answer(
                     turns,

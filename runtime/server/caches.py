@@ -52,16 +52,19 @@ class Caches:
         return self._count
 
     @contextmanager
-    def lend(self, prompt: Sequence[Part]) -> Iterator[TextBackend]:
+    def lend(self, prompt: Sequence[Part], fresh: bool = False) -> Iterator[TextBackend]:
         """Lend a language model to one answer.
 
         Args:
             prompt: what it will read; there must be no more borrowers than `most`.
+            fresh: as if none held anything of it; what a server caches is its own affair.
         """
         if not isinstance(self._first, LocalText):
             yield self._first
             return
-        text = self._take(prompt)
+        text = self._take([] if fresh else prompt)
+        if fresh:
+            text.context.forget()
         try:
             yield text
         finally:

@@ -52,8 +52,9 @@ class Completion:
         }
 
     def first_event(self) -> bytes:
-        """Return the event that begins a stream."""
-        return self._event({"role": "assistant", "content": "", "refusal": None})
+        """Return the event that begins a stream; it tells the kept patches if they were asked for."""
+        more = {"foveate": {"pictures": self._seen()}} if self.patches else {}
+        return self._event({"role": "assistant", "content": "", "refusal": None}, more=more)
 
     def piece_event(self, text: str) -> bytes:
         """Return the event of a piece of the answer."""
@@ -110,8 +111,11 @@ class Completion:
             "backend": answer.backend,
         }
         if self.patches:
-            own["pictures"] = [picture.document(self.bundle) for picture in self.pictures]
+            own["pictures"] = self._seen()
         return own
+
+    def _seen(self) -> list[dict[str, Any]]:
+        return [picture.document(self.bundle) for picture in self.pictures]
 
 
 def event(document: dict[str, Any]) -> bytes:

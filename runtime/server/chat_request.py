@@ -106,7 +106,9 @@ class ChatRequest(_Body):
     visual_tokens: Whole | None = None
     """Ours: tokens of each picture, one of the budgets that `/v1/metadata` lists."""
     patches: bool = False
-    """Ours: also tell which patches of each picture were kept."""
+    """Ours: also tell which patches of each picture were kept; a stream tells it first."""
+    fresh: bool = False
+    """Ours: use nothing kept of earlier requests, so that the times are of the whole work."""
     deadline_s: Annotated[float, Field(ge=0.001)] | None = None
     """Ours: give up after so many seconds; the server's own limit holds too."""
     max_tokens: Whole | None = None
@@ -146,6 +148,7 @@ class Question:
         stream: answer piece by piece.
         include_usage: end the stream with what it took.
         patches: tell which patches were kept.
+        fresh: use neither pictures nor KV caches of earlier requests.
     """
 
     turns: tuple[Turn, ...]
@@ -155,6 +158,7 @@ class Question:
     stream: bool
     include_usage: bool
     patches: bool
+    fresh: bool = False
 
 
 def read_chat_request(body: bytes) -> ChatRequest:
@@ -211,6 +215,7 @@ def question_from_request(request: ChatRequest, most_tokens: int) -> Question:
         stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
         patches=request.patches,
+        fresh=request.fresh,
     )
 
 

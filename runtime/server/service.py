@@ -155,13 +155,16 @@ class Service:
             )
         return asked
 
-    async def look(self, data: bytes, tokens: int, ticket: Ticket) -> SeenPicture:
+    async def look(
+        self, data: bytes, tokens: int, ticket: Ticket, fresh: bool = False
+    ) -> SeenPicture:
         """Return what the tower sees in a picture.
 
         Args:
             data: the picture file.
             tokens: the budget.
             ticket: of the request.
+            fresh: encode it even if it is remembered.
 
         Raises:
             PictureError: it cannot be read.
@@ -169,7 +172,7 @@ class Service:
         """
         loop = asyncio.get_running_loop()
         digest = await loop.run_in_executor(self._decoding, _digest, data)
-        known = self.remembered.find((digest, tokens))
+        known = None if fresh else self.remembered.find((digest, tokens))
         self.counters.observe_picture(known is not None)
         if known is not None:
             return known
@@ -204,7 +207,9 @@ class Service:
         loop = asyncio.get_running_loop()
         urls = question.picture_urls
         files = [await loop.run_in_executor(None, self.sources.read, url) for url in urls]
-        looks = [asyncio.ensure_future(self.look(data, tokens, ticket)) for data in files]
+        looks = [
+            asyncio.ensure_future(self.look(data, tokens, ticket, question.fresh)) for data in files
+        ]
         try:
             return list(await asyncio.gather(*looks))
         finally:
@@ -257,7 +262,7 @@ class Service:
             raise self._too_long(f"{positions:,} tokens, {visual:,} of them visual,")
         tokens = [picture.visual.tokens_of(0) for picture in pictures]
         async for item in self.answering.answer(
-            question.turns, tokens, question.generation, ticket
+            question.turns, tokens, question.generation, ticket, question.fresh
         ):
             yield item
 

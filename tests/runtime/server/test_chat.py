@@ -305,3 +305,31 @@ def test_a_picture_of_another_kind(client: openai.OpenAI) -> None:
         ],
     )
     assert completion.choices[0].message.content == "four"
+
+
+def test_a_fresh_question_uses_nothing_kept_of_earlier_ones(client: openai.OpenAI) -> None:
+    messages = asking("How many boxes are there?", POCKET / "test" / "00004.png")
+    told = [
+        client.chat.completions.create(model=MODEL, messages=messages, extra_body={"fresh": fresh})
+        for fresh in (False, False, True)
+    ]
+    _, again, fresh = told
+    assert again.usage.prompt_tokens_details.cached_tokens == again.usage.prompt_tokens - 1
+    assert again.foveate["milliseconds"]["encode"] == 0
+    assert fresh.usage.prompt_tokens_details.cached_tokens == 0
+    assert fresh.foveate["milliseconds"]["encode"] > 0
+    assert len({one.choices[0].message.content for one in told}) == 1
+
+
+def test_a_stream_tells_the_kept_patches_first(client: openai.OpenAI) -> None:
+    chunks = list(
+        client.chat.completions.create(
+            model=MODEL,
+            messages=asking("How many boxes are there?", POCKET / "test" / "00004.png"),
+            stream=True,
+            extra_body={"patches": True, "visual_tokens": 16},
+        )
+    )
+    (seen,) = chunks[0].model_dump()["foveate"]["pictures"]
+    assert seen["budget"] == 16
+    assert len(seen["assignment"]) == 24 * 24
