@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-trt test-faults test-gpu test-llamacpp test-vllm \
-  test-triton test-ray test-serve-fuzz test-real-size test-install train-pocket \
+  test-triton test-ray test-serve-fuzz test-page test-real-size test-install train-pocket \
   lint format bench clean
 
 help:  ## List the targets.
@@ -32,7 +32,7 @@ demo: install  ## Build the bundled checkpoint and answer a question about a pic
 test: install  ## Run the tests that fit in a few minutes.
 	$(BIN)/python -m pytest -n 2 --dist loadfile \
 	  -m "not slow and not gpu and not trt and not llamacpp and not vllm and not triton and not ray \
-	  and not fuzz and not real_size and not network"
+	  and not fuzz and not browser and not real_size and not network"
 
 test-slow: install  ## Run the tests at CLIP-L/14-336 size.
 	$(BIN)/python -m pytest -m slow
@@ -105,6 +105,14 @@ test-install: install  ## Ask the package index whether each extra can be instal
 
 test-serve-fuzz: install  ## Send 10,000 generated requests to a real server (minutes).
 	$(BIN)/python -m pytest -s -m fuzz
+
+test-page: install  ## Ask through the live page in a real Chromium.
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    apt-get update -qq && apt-get install -qq -y chromium chromium-driver; } || \
+	  { echo "make test-page needs Chromium and its driver. On Debian and Ubuntu: sudo apt-get install" \
+	    "chromium chromium-driver" >&2; exit 2; }
+	$(BIN)/python -m pytest -m browser
 
 # One test at a time, each step in processes of its own, whose memory is measured.
 test-real-size: install  ## Build and ask a LLaVA-1.5-7B of random weights (60 GB of disk, hours).

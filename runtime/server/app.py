@@ -9,12 +9,11 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import FileResponse, StreamingResponse
-from starlette.staticfiles import StaticFiles
+from starlette.responses import StreamingResponse
 
 from engines.errors import FoveateError
 from engines.version import __version__
@@ -29,7 +28,7 @@ from runtime.server.chat_request import (
     read_chat_request,
 )
 from runtime.server.options import Listening
-from runtime.server.pages import SECURITY_HEADERS, STATIC, reference_page
+from runtime.server.pages import SECURITY_HEADERS, PageFiles, live_page, reference_page
 from runtime.server.refusals import ClientGoneError, RefusalError, refusal_of
 from runtime.server.service import Service
 from runtime.server.ticket import Ticket
@@ -242,12 +241,9 @@ def _add_pages(app: FastAPI, service: Service) -> None:
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
-        page = STATIC / "index.html"
-        if page.is_file():
-            return FileResponse(page, headers=SECURITY_HEADERS)
-        return RedirectResponse("/docs")
+        return live_page()
 
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.mount("/static", PageFiles(), name="static")
 
 
 def _openapi(app: FastAPI, service: Service) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Completion:
         }
 
     def first_event(self) -> bytes:
-        """Return the event that begins a stream; it tells the kept patches if they were asked for."""
+        """Return the event that begins a stream; kept patches that were asked for are in it."""
         more = {"foveate": {"pictures": self._seen()}} if self.patches else {}
         return self._event({"role": "assistant", "content": "", "refusal": None}, more=more)
 

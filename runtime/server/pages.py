@@ -1,4 +1,4 @@
-"""The pages for people: the reference at `/docs`, and the folder of static files.
+"""The pages for people: the live page at `/`, the reference at `/docs`, and their static files.
 
 They load nothing from elsewhere, so they work on a robot without the internet.
 """
@@ -10,16 +10,41 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+
 STATIC = Path(__file__).parent / "static"
-"""Served at `/static`; `index.html` in it is the page at `/`."""
+"""Served at `/static`; `index.html` in it is the live page."""
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
-        "default-src 'self'; img-src 'self' data: blob:; media-src 'self' blob:; "
-        "object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src 'self' blob:; media-src 'self' blob:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     ),
+    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-cache",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+
+
+class PageFiles(StaticFiles):
+    """The static files; a browser asks each time whether they are still the same."""
+
+    def __init__(self) -> None:
+        super().__init__(directory=STATIC)
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        """Return a file with the headers of a page."""
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(SECURITY_HEADERS)
+        return response
+
+
+def live_page() -> Response:
+    """Return the page at `/`."""
+    return FileResponse(STATIC / "index.html", headers=SECURITY_HEADERS)
 
 
 def reference_page(openapi: dict[str, Any]) -> str:
