@@ -7,13 +7,14 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 from PIL import Image
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
@@ -73,8 +74,9 @@ class LivePage:
         """
         until = time.monotonic() + WAIT_S
         while time.monotonic() < until:
-            if found := true():
-                return found
+            with suppress(StaleElementReferenceException):  # it was replaced just now
+                if found := true():
+                    return found
             time.sleep(0.02)
         raise TimeoutError(f"the page shows: {self.driver.find_element(By.TAG_NAME, 'body').text}")
 
@@ -149,9 +151,7 @@ def chromium(profile: Path, camera: Path | None = None) -> Iterator[LivePage]:
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     server = shutil.which("chromedriver")
     if browser is None or server is None:
-        pytest.skip(
-            "Chromium and its driver are not here: apt-get install chromium chromium-driver"
-        )
+        pytest.skip("no Chromium with its driver: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = browser
     for flag in (*FLAGS, f"--user-data-dir={profile}"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
@@ -32,12 +31,12 @@ const ground = (element) => {
 const found = [];
 for (const element of document.querySelectorAll("body *")) {
   const own = [...element.childNodes].some((one) => one.nodeType === 3 && one.data.trim());
-  const value = ["TEXTAREA", "INPUT"].includes(element.tagName);
+  const value = element.matches("textarea, [type=password], [type=number]");
   if ((!own && !value) || !element.checkVisibility({visibilityProperty: true})) continue;
   if (element.classList.contains("unseen")) continue;
   const [one, other] = [light(numbers(getComputedStyle(element).color)), light(ground(element))];
   const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
-  found.push([`${element.tagName}#${element.id}.${element.className} ${element.textContent}`, ratio]);
+  found.push([`${element.tagName}#${element.id} ${element.textContent}`, ratio]);
 }
 return found;
 """
@@ -94,7 +93,7 @@ def test_the_keyboard_reaches_and_does_everything(page: LivePage) -> None:
     keys = ActionChains(page.driver)
     page.driver.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
     reached = []
-    for _ in range(9):
+    for _ in range(8):
         keys.send_keys(Keys.TAB).perform()
         focused = page.driver.switch_to.active_element
         reached.append(focused.get_attribute("id") or focused.get_attribute("name"))
@@ -125,7 +124,7 @@ def test_the_keyboard_reaches_and_does_everything(page: LivePage) -> None:
         if reached[-1] == "ask":
             assert len(page.answers(lambda: focused.send_keys(Keys.ENTER))) == 2  # noqa: B023
             assert page.driver.switch_to.active_element == focused
-    assert reached[:8] == [
+    assert reached == [
         "file", "camera", "show-patches", "question", "budget", "compare", "ask", "stop",
     ]  # fmt: skip
 
