@@ -124,3 +124,12 @@ def test_a_mistake_ends_as_it_does_everywhere(bare_python: Path, tmp_path: Path)
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: ")
     assert "photo.png does not exist" in ended.stderr
+
+
+def test_the_wheel_holds_the_live_page(bare_python: Path) -> None:
+    (installed,) = bare_python.parents[1].glob("lib/python3*/site-packages/runtime/server/static")
+    source = ROOT / "runtime" / "server" / "static"
+    assert {file.name: file.read_bytes() for file in installed.iterdir()} == {
+        file.name: file.read_bytes() for file in source.iterdir()
+    }
+    assert (installed / "index.html").is_file()

@@ -14,6 +14,7 @@ const STAGES = [
 export class AnswerPanel {
   #root;
   #text;
+  spentMs = 0; // in the server, all stages together
 
   constructor(template, place, budget) {
     this.#root = template.content.firstElementChild.cloneNode(true);
@@ -37,6 +38,7 @@ export class AnswerPanel {
     const parts = STAGES.map(([name, words, stages]) => ({
       name, words, ms: stages.reduce((sum, stage) => sum + (spent[stage] ?? 0), 0),
     })).filter(({ name, ms }) => ms > 0.05 || name === "encode");
+    this.spentMs = parts.reduce((sum, { ms }) => sum + ms, 0);
     this.#root.querySelector(".bar").replaceChildren(...parts.map(({ name, ms }) => {
       const part = document.createElement("span");
       part.className = name;
@@ -51,6 +53,11 @@ export class AnswerPanel {
       entry("Tokens read", `${read}`),
       entry("Tokens written", `${written}`),
     );
+  }
+
+  /** Draw the bar of stages to the scale of the longest one beside it. */
+  scaleTo(longestMs) {
+    this.#root.querySelector(".bar").style.width = `${(100 * this.spentMs) / longestMs}%`;
   }
 
   /** Say that it ended early. */

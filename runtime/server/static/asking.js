@@ -67,15 +67,18 @@ export class Asking {
     this.#at.answers.replaceChildren();
     this.#at.answers.hidden = false;
     this.#at.ratio.hidden = true;
+    const panels = budgets.map((budget) =>
+      new AnswerPanel(this.#at.template, this.#at.answers, budget));
     const asks = budgets.map((budget, index) => {
-      const panel = new AnswerPanel(this.#at.template, this.#at.answers, budget);
       const question = { model: this.#page.model, url, words, visualTokens: budget };
       const shared = together && budgets.length > 1;
-      return () => this.#answer(panel, question, { shared, marks: index === 0 }, signal);
+      return () => this.#answer(panels[index], question, { shared, marks: index === 0 }, signal);
     });
     if (first) this.#at.answers.scrollIntoView({ block: "nearest" });
     try {
       const answers = together ? await Promise.all(asks.map((begin) => begin())) : await inTurn(asks);
+      const longestMs = Math.max(...panels.map((panel) => panel.spentMs));
+      for (const panel of panels) panel.scaleTo(longestMs);
       if (answers.length > 1) showRatio(this.#at.ratio, ...answers, together);
       this.#page.calm();
       return 0;

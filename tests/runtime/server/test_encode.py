@@ -103,7 +103,7 @@ def test_the_pages_load_nothing_from_elsewhere(server: Served) -> None:
     loaded = re.findall(rb'(?:src|href)="?([^" >]+)', page)
     assert loaded
     assert all(address.startswith(b"/") for address in loaded)
-    assert "default-src 'self'" in headers["content-security-policy"]
+    assert "default-src 'none'" in headers["content-security-policy"]
     document = json.loads(ask(server, "GET", "/openapi.json")[1])
     assert "ChatRequest" in document["components"]["schemas"]
     assert ask(server, "GET", "/")[0] in (200, 307)
