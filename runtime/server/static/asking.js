@@ -1,7 +1,7 @@
 // Ask the question: once or again and again, with one budget or two.
 
 import { AnswerPanel } from "./answer_panel.js";
-import { showRatio } from "./comparison.js";
+import { Comparison } from "./comparison.js";
 import { figuresOf } from "./measurements.js";
 import { ask } from "./server.js";
 
@@ -16,11 +16,13 @@ export class Asking {
   #page;
   #at;
   #work = null;
+  #comparison;
 
   /** @param {Object<string, Element>} at answers, template, ratio, spoken */
   constructor(page, at) {
     this.#page = page;
     this.#at = at;
+    this.#comparison = new Comparison(at.ratio);
   }
 
   get working() {
@@ -66,7 +68,7 @@ export class Asking {
     const signal = AbortSignal.any([stopped, failed.signal]);
     this.#at.answers.replaceChildren();
     this.#at.answers.hidden = false;
-    this.#at.ratio.hidden = true;
+    this.#comparison.clear();
     const panels = budgets.map((budget) =>
       new AnswerPanel(this.#at.template, this.#at.answers, budget));
     const asks = budgets.map((budget, index) => {
@@ -79,7 +81,7 @@ export class Asking {
       const answers = together ? await Promise.all(asks.map((begin) => begin())) : await inTurn(asks);
       const longestMs = Math.max(...panels.map((panel) => panel.spentMs));
       for (const panel of panels) panel.scaleTo(longestMs);
-      if (answers.length > 1) showRatio(this.#at.ratio, ...answers, together);
+      if (answers.length > 1) this.#comparison.add(answers, budgets, together);
       this.#page.calm();
       return 0;
     } catch (error) {

@@ -90,7 +90,8 @@ function bar(of, longest) {
   return line;
 }
 
-function median(numbers) {
+/** Return the middle one of numbers. */
+export function median(numbers) {
   const sorted = [...numbers].sort((one, other) => one - other);
   const middle = sorted.length >> 1;
   return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;

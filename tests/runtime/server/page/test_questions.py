@@ -148,6 +148,9 @@ def test_two_answers_stand_side_by_side(page: LivePage, server: Served, choice: 
     same = "Both say the same." if few == whole else "They say different things."
     assert page.text("ratio").find(same) >= 0
     assert ("at once" in page.text("ratio")) == (choice == "at-once")
+    assert "medians" not in page.text("ratio")
+    page.ask(QUESTION)
+    assert "medians of 2 such pairs" in page.text("ratio")
     assert page.marked() + count_of(page, "whole") == 16  # the patches are the few ones
 
 
