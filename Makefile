@@ -106,13 +106,20 @@ test-install: install  ## Ask the package index whether each extra can be instal
 test-serve-fuzz: install  ## Send 10,000 generated requests to a real server (minutes).
 	$(BIN)/python -m pytest -s -m fuzz
 
+AXE := axe-core-4.14.1.tgz
+AXE_SHA256 := e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745
+
 test-page: install  ## Ask through the live page in a real Chromium.
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	    apt-get update -qq && apt-get install -qq -y chromium chromium-driver; } || \
 	  { echo "make test-page needs Chromium and its driver. On Debian and Ubuntu: sudo apt-get install" \
 	    "chromium chromium-driver" >&2; exit 2; }
-	$(BIN)/python -m pytest -m browser
+	@[ -f build/axe/package/axe.min.js ] || { mkdir -p build/axe && cd build/axe \
+	  && npm pack --silent axe-core@4.14.1 >/dev/null \
+	  && echo "$(AXE_SHA256)  $(AXE)" | sha256sum --check --quiet && tar xzf $(AXE); } \
+	  || echo "axe-core could not be fetched with npm: its test is skipped." >&2
+	FOVEATE_AXE=build/axe/package/axe.min.js $(BIN)/python -m pytest -m browser
 
 # One test at a time, each step in processes of its own, whose memory is measured.
 test-real-size: install  ## Build and ask a LLaVA-1.5-7B of random weights (60 GB of disk, hours).

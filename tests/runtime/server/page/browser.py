@@ -13,10 +13,17 @@ from typing import TypeVar
 
 import pytest
 from PIL import Image
+
+pytest.importorskip("selenium", reason="selenium is not installed: pip install 'foveate[dev]'")
+
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
+
+__all__ = ["ActionChains", "Keys", "LivePage", "chromium", "write_camera_file"]
 
 FLAGS = (
     "--headless=new",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.runtime.server.conftest import POCKET, Served
 
-pytest.importorskip("selenium", reason="selenium is not installed: pip install 'foveate[dev]'")
-
-from tests.runtime.server.page.browser import LivePage, chromium, write_camera_file
+if TYPE_CHECKING:
+    from tests.runtime.server.page.browser import LivePage
 
 CAMERA_PICTURE = POCKET / "test" / "00003.png"
 
@@ -18,6 +18,8 @@ CAMERA_PICTURE = POCKET / "test" / "00003.png"
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LivePage]:
     """One Chromium for all tests; its camera shows `CAMERA_PICTURE`."""
+    from tests.runtime.server.page.browser import chromium, write_camera_file
+
     place = tmp_path_factory.mktemp("chromium")
     camera = place / "camera.mjpeg"
     write_camera_file(camera, CAMERA_PICTURE)

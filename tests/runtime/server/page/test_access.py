@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
-from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.keys import Keys
 
 from tests.runtime.server.conftest import POCKET, Served
-from tests.runtime.server.page.browser import LivePage
+from tests.runtime.server.page.browser import ActionChains, Keys, LivePage
 
 pytestmark = pytest.mark.browser
 
@@ -68,6 +69,23 @@ def test_all_text_has_contrast(page: LivePage, dark: bool) -> None:
     )
     first = int(background.removeprefix("rgb(").split(",")[0])
     assert first < 60 if dark else first > 200
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_axe_finds_nothing(page: LivePage, dark: bool) -> None:
+    script = Path(os.environ.get("FOVEATE_AXE", "axe.min.js"))
+    if not script.is_file():
+        pytest.skip("axe-core is not here: run `make test-page`")
+    page.look(dark=dark)
+    fill(page)
+    page.driver.execute_script(script.read_text("utf-8"))
+    found = page.driver.execute_async_script("axe.run(document).then(arguments[0])")
+    assert len(found["passes"]) > 30
+    told = [
+        f"{one['id']}: {one['help']}: {[node['html'] for node in one['nodes']]}"
+        for one in found["violations"]
+    ]
+    assert told == []
 
 
 def test_every_control_has_a_name(page: LivePage) -> None:

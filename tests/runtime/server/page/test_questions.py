@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.runtime.server.conftest import POCKET, Served, asking
-from tests.runtime.server.page.browser import LivePage
+from tests.runtime.server.page.browser import Keys, LivePage
 from tests.runtime.server.page.conftest import CAMERA_PICTURE
 
 pytestmark = pytest.mark.browser
@@ -117,7 +117,7 @@ def test_it_asks_again_until_it_is_stopped(page: LivePage) -> None:
     page.write("How many objects are there?")
     page.at("ask").click()
     page.until(lambda: page.all("#runs tr") and int(page.all("#runs tr td")[4].text) > 2)
-    page.at("question").send_keys("\ue00c")  # Escape
+    page.at("question").send_keys(Keys.ESCAPE)
     page.until(lambda: page.at("ask").get_attribute("aria-disabled") == "false")
     pictures = [json.dumps(one["messages"]) for one in chats(page)]
     assert len(pictures) >= 3

@@ -10,7 +10,7 @@ import pytest
 from engines.bundle import Bundle
 from engines.secret import Secret
 from tests.runtime.server.conftest import POCKET, Served, serving
-from tests.runtime.server.page.browser import LivePage
+from tests.runtime.server.page.browser import Keys, LivePage
 
 pytestmark = pytest.mark.browser
 
@@ -136,7 +136,7 @@ def test_an_answer_is_stopped_by_the_keyboard(browser: LivePage, talker: Served)
     browser.write("Talk.")
     browser.at("ask").click()
     browser.until(lambda: browser.all(".answer[data-state=writing]"))
-    browser.at("question").send_keys("\ue00c")  # Escape
+    browser.at("question").send_keys(Keys.ESCAPE)
     browser.until(lambda: browser.all(".answer[data-state=failed]"))
     browser.until(lambda: browser.at("ask").get_attribute("aria-disabled") == "false")
     assert not browser.at("problem").is_displayed()
