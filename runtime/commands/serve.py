@@ -131,7 +131,7 @@ def start(
 def _listen(listening: Listening) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in listening.host else socket.AF_INET
-        return socket.create_server(
+        listener = socket.create_server(
             (listening.host, listening.port), family=family, backlog=_BACKLOG
         )
     except (OSError, OverflowError) as error:
@@ -140,3 +140,7 @@ def _listen(listening: Listening) -> socket.socket:
             f"({getattr(error, 'strerror', None) or error}). Choose another --port (0: any that is "
             "free) or --host."
         ) from error
+    # Each connection inherits it. asyncio sets it on its own listeners only, and without it the
+    # pieces of an answer wait up to 40 ms for the client's acknowledgements.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener

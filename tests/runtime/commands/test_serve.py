@@ -14,6 +14,8 @@ from urllib.request import urlopen
 import pytest
 
 from engines.bundle import Bundle
+from runtime.commands.serve import _listen
+from runtime.server.options import Listening
 
 ROOT = Path(__file__).parents[3]
 
@@ -97,3 +99,12 @@ def test_help_shows_an_example() -> None:
     assert done.returncode == 0
     assert "python -m runtime.serve build/pocket" in done.stdout
     assert "--visual-tokens" in done.stdout
+
+
+def test_pieces_of_an_answer_do_not_wait_for_acknowledgements() -> None:
+    with (
+        _listen(Listening(port=0)) as listener,
+        socket.create_connection(listener.getsockname()),
+        listener.accept()[0] as connection,
+    ):
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
