@@ -5,6 +5,8 @@ import { Comparison } from "./comparison.js";
 import { figuresOf } from "./measurements.js";
 import { ask } from "./server.js";
 
+const MOST_PAINTING_MS = 200;
+
 /**
  * Asks, and shows the answers.
  *
@@ -112,8 +114,19 @@ export class Asking {
 
 async function inTurn(asks) {
   const answers = [];
-  for (const begin of asks) answers.push(await begin());
+  for (const begin of asks) {
+    await painted(); // drawing the last answer is no part of the next one's time
+    answers.push(await begin());
+  }
   return answers;
+}
+
+/** Wait until the browser has drawn what changed; a page that is not shown draws nothing. */
+function painted() {
+  return new Promise((done) => {
+    requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done)));
+    setTimeout(done, MOST_PAINTING_MS);
+  });
 }
 
 function pause(ms, signal) {
