@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import socket
+import threading
+import time
 from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
 from engines.bundle import Bundle
 from engines.secret import Secret
+from runtime.server.answering import AnsweringThreads, Prefilled
+from runtime.server.refusals import ClientGoneError
 from tests.runtime.server.conftest import POCKET, Served, serving
 from tests.runtime.server.page.browser import Keys, LivePage
 
@@ -30,6 +36,8 @@ def test_a_full_server_is_told_and_asked_again(browser: LivePage, pocket: Bundle
                 b"POST /encode HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: image/png\r\n"
                 b"Content-Length: 9\r\n\r\n"
             )  # and no body: it keeps the only place
+            metrics = f"{served.url}/metrics"
+            browser.until(lambda: b"foveate_in_flight 1.0" in urlopen(metrics).read())
             assert browser.ask("What is it?") == ["No answer."]
             assert "The server is full." in problem(browser)
             assert "Try again in" in problem(browser)
@@ -130,8 +138,23 @@ def test_without_https_the_camera_is_explained(browser: LivePage, server: Served
     browser.until(lambda: "https pages and to localhost only" in browser.text("problem"))
 
 
-def test_an_answer_is_stopped_by_the_keyboard(browser: LivePage, talker: Served) -> None:
-    browser.connected(talker.url)
+def test_an_answer_is_stopped_by_the_keyboard(
+    browser: LivePage, server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noticed = threading.Event()
+
+    def never_end(self: AnsweringThreads, *given: Any) -> None:
+        *_, ticket, _, tell = given
+        tell(Prefilled())
+        tell("Half an answer")
+        until = time.monotonic() + 60
+        while not ticket.over() and time.monotonic() < until:
+            time.sleep(0.01)
+        noticed.set()
+        tell(ClientGoneError())
+
+    monkeypatch.setattr(AnsweringThreads, "_write", never_end)
+    browser.connected(server.url)
     browser.use_picture(PICTURE)
     browser.write("Talk.")
     browser.at("ask").click()
@@ -139,7 +162,9 @@ def test_an_answer_is_stopped_by_the_keyboard(browser: LivePage, talker: Served)
     browser.at("question").send_keys(Keys.ESCAPE)
     browser.until(lambda: browser.all(".answer[data-state=failed]"))
     browser.until(lambda: browser.at("ask").get_attribute("aria-disabled") == "false")
+    assert browser.all(".answer .text")[0].text == "Half an answer"
     assert not browser.at("problem").is_displayed()
+    assert noticed.wait(30)  # the server hears of it, and writes no more
 
 
 def test_a_server_without_a_language_model_shows_patches(browser: LivePage, pocket: Bundle) -> None:
