@@ -84,7 +84,7 @@ def test_a_target_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_onnx_runtime_without_cuda_says_what_to_install(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"CUDAExecutionProvider.*onnxruntime-gpu"):
+    with pytest.raises(EngineError, match=r"CUDAExecutionProvider.*foveate\[cuda\]"):
         run(make_bundle(tmp_path), "ort-cuda")
 
 

@@ -140,6 +140,7 @@ def test_what_is_written_and_said(language_bundle: Bundle) -> None:
         "backend": "ort",
         "file": "llm/ort/model.onnx",
         "precision": "fp32",
+        "device": "cpu",
     }
     assert (manifest.text.vocabulary, manifest.text.hidden_size) == (304, 64)
     assert manifest.text.context_length == 1024
