@@ -155,7 +155,7 @@ def _choose_smoothing(
 
     One that adds nodes must halve the plain error; None where none is good enough.
     """
-    if not options.smooth or site.source.is_graph_input():
+    if not options.smooth:
         return None
     matrices = [layer.matrix() for layer in site.layers]
     plain, *trials = try_smoothing(sample, channels, matrices, options.alphas, options.method)

@@ -25,7 +25,6 @@ from calibration.scales.statistics import (
     CHOSEN,
     Statistics,
     add_statistics,
-    measure_rows,
     read_statistics,
 )
 from engines.errors import CalibrationError
@@ -37,8 +36,6 @@ Chosen = NDArray[np.int64]
 
 CHANNELS = "channels"
 _FEWEST_ROWS = 4
-_PIXELS_PER_ROW = 64
-"""Pixels that are sampled for each row of another activation: a pixel has three channels."""
 _SAVE_EVERY_S = 60.0
 _JOIN: dict[str, Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]]] = {
     "lowest": np.minimum,
@@ -109,8 +106,6 @@ def open_tap(
 ) -> Iterator[Callable[[PixelValues, int, int], dict[str, Statistics]]]:
     """Yield what runs a frame, its number and how many rows to sample to statistics by site.
 
-    A convolution's activation is measured by channel too, `pixel_values` with K = 3.
-
     Args:
         graph_file: the float32 graph, its weights beside it; a variant is written there.
         threads: CPU threads.
@@ -124,15 +119,11 @@ def open_tap(
         name = session.input_names[0]
 
         def tap(pixels: PixelValues, at: int, share: int) -> dict[str, Statistics]:
-            chosen = np.random.default_rng(at).integers(0, 2**31, share * _PIXELS_PER_ROW)
-            values = session.run({name: pixels, CHOSEN: chosen[: share - 2]})
+            chosen = np.random.default_rng(at).integers(0, 2**31, share - 2)
+            values = session.run({name: pixels, CHOSEN: chosen})
             found = {}
             for number, site in enumerate(sites):
-                if site.source.is_graph_input():
-                    rows = np.moveaxis(pixels, 1, -1).reshape(-1, pixels.shape[1])
-                    found[site.name] = measure_rows(rows, chosen)
-                else:
-                    found[site.name] = read_statistics(values, number)
+                found[site.name] = read_statistics(values, number)
                 _refuse_not_finite(found[site.name], site, at)
             return found
 

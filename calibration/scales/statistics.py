@@ -46,7 +46,7 @@ def add_statistics(model: ir.Model, sites: Sequence[Site]) -> None:
 
     Args:
         model: of opset 17 or later.
-        sites: of the graph; those that read its input are left out.
+        sites: of the graph.
     """
     graph, opset = model.graph, model.opset_imports[""]
     chosen = ir.Value(
@@ -57,7 +57,6 @@ def add_statistics(model: ir.Model, sites: Sequence[Site]) -> None:
     graph.outputs[:] = [
         output
         for number, site in enumerate(sites)
-        if not site.source.is_graph_input()
         for output in _Taps(graph, opset, number, chosen, zero).measure(site.source)
     ]
 
@@ -73,19 +72,6 @@ def read_statistics(outputs: dict[str, NDArray[Any]], number: int) -> Statistics
     weight = np.ones(len(sample), np.float32)
     weight[2:] = max(int(rows[0]) - 2, 0) / max(len(sample) - 2, 1)
     return Statistics(lowest, highest, total, int(rows[0]), sample, weight)
-
-
-def measure_rows(rows: NDArray[np.float32], chosen: NDArray[np.int64]) -> Statistics:
-    """Measure rows that are at hand, float32[R, K]; those that are chosen are all alike."""
-    sample = rows[chosen % len(rows)]
-    return Statistics(
-        lowest=rows.min(axis=0),
-        highest=rows.max(axis=0),
-        total=rows.sum(axis=0),
-        rows=len(rows),
-        sample=sample,
-        weight=np.full(len(sample), len(rows) / len(sample), np.float32),
-    )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import pytest
 from benchmarks import random_graphs
 from calibration.scales.layers import find_sites
 from calibration.scales.observers import open_tap
-from calibration.scales.statistics import measure_rows
 from engines.ort import OrtSession
 from graphs.graph_file import set_opset
 from graphs.weights_apart import weights_apart
@@ -34,13 +33,12 @@ def test_a_graph_measures_what_numpy_does(graph: Path, tmp_path: Path, opset: in
     with weights_apart(tmp_path / "graph.onnx") as apart, open_tap(apart, 1) as tap:
         found = tap(pixels, 3, SHARE)
     sites = find_sites(model)
-    inner = [site for site in sites if not site.source.is_graph_input()]
-    model.graph.outputs[:] = [site.source for site in inner]
+    model.graph.outputs[:] = [site.source for site in sites]
     ir.save(model, tmp_path / "outputs.onnx")
     with OrtSession(tmp_path / "outputs.onnx", threads=1) as session:
         values = session.run({"pixel_values": pixels})
     assert set(found) == {site.name for site in sites}
-    for site in inner:
+    for site in sites:
         rows = values[str(site.source.name)].reshape(-1, values[str(site.source.name)].shape[-1])
         one = found[site.name]
         close = {"rtol": 1e-4, "atol": 1e-4}
@@ -53,11 +51,3 @@ def test_a_graph_measures_what_numpy_does(graph: Path, tmp_path: Path, opset: in
         assert one.weight.sum() == pytest.approx(len(rows))
         for row in one.sample:
             assert np.abs(rows - row).max(axis=1).min() < 1e-3
-
-
-def test_pixels_are_sampled_alike() -> None:
-    rows = np.arange(30, dtype=np.float32).reshape(10, 3)
-    found = measure_rows(rows, np.array([3, 14, 27]))
-    np.testing.assert_array_equal(found.sample, rows[[3, 4, 7]])
-    assert found.weight.sum() == pytest.approx(10)
-    assert (found.lowest[0], found.highest[2], found.total[0]) == (0, 29, rows[:, 0].sum())
