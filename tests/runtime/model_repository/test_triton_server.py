@@ -182,10 +182,17 @@ def test_every_model_is_ready_and_told_as_the_graph_is(
         graph = budgets_bundle.vision(tokens)
         told = triton.get(f"models/foveate_vision_{tokens}")
         types = {"float32": "FP32", "int64": "INT64"}
-        for side, specs in (("inputs", graph.inputs), ("outputs", graph.outputs)):
-            assert [
-                (tensor["name"], tensor["datatype"], tensor["shape"]) for tensor in told[side]
-            ] == [(spec.name, types[spec.dtype], [-1, *(spec.shape[1:] or (1,))]) for spec in specs]
+        tower, _, projector = budgets_bundle.stages(graph)
+        handed_on = {spec.name for spec in projector.inputs}
+        left = [spec for spec in graph.outputs if spec.name not in handed_on]
+        for side, specs in (("inputs", tower.inputs), ("outputs", left)):
+            found = told[side] if side == "inputs" else told[side][1:]
+            assert [(tensor["name"], tensor["datatype"], tensor["shape"]) for tensor in found] == [
+                (spec.name, types[spec.dtype], [-1, *(spec.shape[1:] or (1,))]) for spec in specs
+            ]
+        visual = told["outputs"][0]
+        width = budgets_bundle.manifest.text.hidden_size
+        assert (visual["name"], visual["shape"]) == ("visual_tokens", [-1, tokens, width])
         ensemble = triton.get(f"models/foveate_{tokens}")
         assert ensemble["platform"] == "ensemble"
         assert ensemble["outputs"] == told["outputs"]
