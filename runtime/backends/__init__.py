@@ -26,14 +26,16 @@ class Capabilities:
         rewind: a follow-up question costs only its own tokens; a server recomputes the conversation
             or keeps a prefix cache of its own.
         fork: a conversation can go two ways.
+        apart: conversations with one model have caches of their own, so several go on at once.
     """
 
     logits: bool
     rewind: bool
     fork: bool
+    apart: bool
 
 
-IN_PROCESS = Capabilities(logits=True, rewind=True, fork=True)
+IN_PROCESS = Capabilities(logits=True, rewind=True, fork=True, apart=True)
 
 
 class LanguageBackend(Protocol):
@@ -73,6 +75,13 @@ class LanguageBackend(Protocol):
 
     def fork(self) -> LanguageBackend:
         """Return a second conversation that starts with a copy of this one's cache."""
+
+    def another(self) -> LanguageBackend:
+        """Return a second conversation with the same model, whose cache is empty.
+
+        Raises:
+            BackendError: conversations are not `Capabilities.apart`.
+        """
 
     def close(self) -> None:
         """Free the model; calling it again does nothing."""

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
-
-import numpy as np
 
 from engines.bundle import Bundle
 from engines.errors import BackendError, OptionError
@@ -19,21 +18,17 @@ from engines.llm_words import KvCache
 from engines.memory.context_length import ContextNeed
 from runtime.backends import IN_PROCESS, Capabilities
 from runtime.backends.context_choice import choose_context_length
+from runtime.backends.decoder_backend import DecoderBackend
 from runtime.backends.llama_decoder import BATCH_ROWS, LlamaDecoder
-from runtime.backends.rows import (
-    require_finite,
-    require_rewind,
-    require_room,
-    rows_from_parts,
-)
+from runtime.backends.rows import require_finite, require_rewind, require_room, rows_from_parts
 from runtime.language.embeddings import EmbeddingTable
-from runtime.language.parts import Embeddings, Logits, Part, TokenIds
+from runtime.language.parts import Logits, Part
 
 _Q8_BLOCK = 32
 """Numbers of a head that share a scale."""
 
 
-class LlamaCppBackend:
+class LlamaCppBackend(DecoderBackend[LlamaDecoder]):
     """One conversation with a decoder that llama.cpp runs; see `LanguageBackend`.
 
     A conversation and its forks share one cache of ``context_length`` positions: what they have in
@@ -41,23 +36,11 @@ class LlamaCppBackend:
     """
 
     name = "llamacpp"
-    capabilities: ClassVar[Capabilities] = IN_PROCESS
+    capabilities: ClassVar[Capabilities] = replace(IN_PROCESS, apart=False)
 
     def __init__(self, decoder: LlamaDecoder, sequence: int, position: int = 0) -> None:
-        self.context_length = decoder.context_length
-        self.hidden_size = decoder.table.hidden_size
-        self._decoder: LlamaDecoder | None = decoder
+        super().__init__(decoder, decoder.context_length, position)
         self._sequence = sequence
-        self._position = position
-
-    @property
-    def position(self) -> int:
-        """Positions filled so far."""
-        return self._position
-
-    def embed(self, ids: TokenIds) -> Embeddings:
-        """Return the embedding rows of token ids, float32[N, D]."""
-        return self._open_decoder().table.rows(ids)
 
     def prefill(self, parts: Sequence[Part]) -> Logits:
         """Append parts and return the logits after the last one, float32[V].
@@ -81,10 +64,6 @@ class LlamaCppBackend:
         self._position += len(rows)
         return require_finite(decoder.last_logits(), self._position)
 
-    def decode(self, token: int) -> Logits:
-        """Append one token and return the logits after it, float32[V]."""
-        return self.prefill([np.array([token], np.int64)])
-
     def rewind(self, position: int) -> None:
         """Forget everything from ``position`` on."""
         require_rewind(position, self._position)
@@ -106,12 +85,7 @@ class LlamaCppBackend:
         """Free the cache, and the model once no fork uses it; calling it again does nothing."""
         if self._decoder is not None:
             self._decoder.end_sequence(self._sequence)
-            self._decoder = None
-
-    def _open_decoder(self) -> LlamaDecoder:
-        if self._decoder is None:
-            raise BackendError("This conversation was closed. Open the backend again.")
-        return self._decoder
+        super().close()
 
 
 def open_llamacpp_backend(

@@ -21,7 +21,8 @@ from engines.graph_contents import MICROSOFT_DOMAIN, ONNX_DOMAINS, check_graph_c
 from engines.memory.context_length import ContextNeed
 from runtime.backends import IN_PROCESS, Capabilities
 from runtime.backends.context_choice import choose_context_length
-from runtime.backends.rows import require_finite, require_rewind, require_room, rows_from_parts
+from runtime.backends.decoder_backend import DecoderBackend
+from runtime.backends.rows import require_finite, require_room, rows_from_parts
 from runtime.backends.stateful_graph import (
     EMBEDDINGS,
     LOGITS,
@@ -31,7 +32,7 @@ from runtime.backends.stateful_graph import (
     make_stateful,
 )
 from runtime.language.embeddings import EmbeddingTable
-from runtime.language.parts import Embeddings, Logits, Part, TokenIds
+from runtime.language.parts import Embeddings, Logits, Part
 
 _PREFILL_CHUNK = 1024
 """Positions per run: what a layer computes of them is in memory at once."""
@@ -52,28 +53,16 @@ class Decoder:
     openvino: Any
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(DecoderBackend[Decoder]):
     """One conversation with a decoder that OpenVINO runs; see `LanguageBackend`."""
 
     name = "openvino"
     capabilities: ClassVar[Capabilities] = IN_PROCESS
 
     def __init__(self, decoder: Decoder, context_length: int) -> None:
-        self.context_length = context_length
-        self.hidden_size = decoder.table.hidden_size
-        self._decoder: Decoder | None = decoder
+        super().__init__(decoder, context_length)
         self._request: Any = decoder.compiled.create_infer_request()
-        self._position = 0
         self._held = 0  # positions in OpenVINO's cache: more than `_position` after a rewind
-
-    @property
-    def position(self) -> int:
-        """Positions filled so far."""
-        return self._position
-
-    def embed(self, ids: TokenIds) -> Embeddings:
-        """Return the embedding rows of token ids, float32[N, D]."""
-        return self._open_decoder().table.rows(ids)
 
     def prefill(self, parts: Sequence[Part]) -> Logits:
         """Append parts and return the logits after the last one, float32[V].
@@ -91,15 +80,6 @@ class OpenVinoBackend:
         logits: Logits = self._request.get_tensor(LOGITS).data[0, 0, : table.vocabulary]  # [V]
         return require_finite(logits.astype(np.float32), self._position)
 
-    def decode(self, token: int) -> Logits:
-        """Append one token and return the logits after it, float32[V]."""
-        return self.prefill([np.array([token], np.int64)])
-
-    def rewind(self, position: int) -> None:
-        """Forget everything from ``position`` on."""
-        require_rewind(position, self._position)
-        self._position = position
-
     def fork(self) -> OpenVinoBackend:
         """Return a second conversation that starts with a copy of this one's cache."""
         decoder = self._open_decoder()
@@ -111,13 +91,8 @@ class OpenVinoBackend:
 
     def close(self) -> None:
         """Free the cache, and the model once no fork uses it; calling it again does nothing."""
-        self._decoder = None
+        super().close()
         self._request = None
-
-    def _open_decoder(self) -> Decoder:
-        if self._decoder is None:
-            raise BackendError("This conversation was closed. Open the backend again.")
-        return self._decoder
 
     def _append(self, rows: Embeddings) -> None:
         """Run the graph over rows[N, D] and move the position on."""

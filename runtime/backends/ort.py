@@ -23,14 +23,10 @@ from engines.memory.context_length import ContextNeed
 from engines.ort import CPU, CUDA, create_inference_session
 from runtime.backends import IN_PROCESS, Capabilities
 from runtime.backends.context_choice import choose_context_length
-from runtime.backends.rows import (
-    require_finite,
-    require_rewind,
-    require_room,
-    rows_from_parts,
-)
+from runtime.backends.decoder_backend import DecoderBackend
+from runtime.backends.rows import require_finite, require_room, rows_from_parts
 from runtime.language.embeddings import EmbeddingTable
-from runtime.language.parts import Embeddings, Logits, Part, TokenIds
+from runtime.language.parts import Embeddings, Logits, Part
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -66,29 +62,17 @@ class Decoder:
     padded_vocabulary: int
 
 
-class OrtBackend:
+class OrtBackend(DecoderBackend[Decoder]):
     """One conversation with a decoder that ONNX Runtime runs; see `LanguageBackend`."""
 
     name = "ort"
     capabilities: ClassVar[Capabilities] = IN_PROCESS
 
     def __init__(self, decoder: Decoder, context_length: int) -> None:
-        self.context_length = context_length
-        self.hidden_size = decoder.table.hidden_size
-        self._decoder: Decoder | None = decoder
-        self._position = 0
+        super().__init__(decoder, context_length)
         self._logits = np.zeros((1, 1, decoder.padded_vocabulary), decoder.dtype)
         self._mask, self._cache = _allocate(decoder, context_length)
         self._binding, self._device_cache = _bind(decoder, self._cache, self._logits)
-
-    @property
-    def position(self) -> int:
-        """Positions filled so far."""
-        return self._position
-
-    def embed(self, ids: TokenIds) -> Embeddings:
-        """Return the embedding rows of token ids, float32[N, D]."""
-        return self._open_decoder().table.rows(ids)
 
     def prefill(self, parts: Sequence[Part]) -> Logits:
         """Append parts and return the logits after the last one, float32[V].
@@ -105,15 +89,6 @@ class OrtBackend:
         logits = self._logits[0, 0, : table.vocabulary].astype(np.float32)  # [V]
         return require_finite(logits, self._position)
 
-    def decode(self, token: int) -> Logits:
-        """Append one token and return the logits after it, float32[V]."""
-        return self.prefill([np.array([token], np.int64)])
-
-    def rewind(self, position: int) -> None:
-        """Forget everything from ``position`` on."""
-        require_rewind(position, self._position)
-        self._position = position
-
     def fork(self) -> OrtBackend:
         """Return a second conversation that starts with a copy of this one's cache."""
         copy = OrtBackend(self._open_decoder(), self.context_length)
@@ -125,21 +100,12 @@ class OrtBackend:
         copy._position = self._position
         return copy
 
-    def another(self) -> OrtBackend:
-        """Return a second conversation with the same model, whose cache is empty."""
-        return OrtBackend(self._open_decoder(), self.context_length)
-
     def close(self) -> None:
         """Free the cache, and the model once no fork uses it; calling it again does nothing."""
-        self._decoder = None
+        super().close()
         self._binding = None
         self._cache = {}
         self._device_cache = {}
-
-    def _open_decoder(self) -> Decoder:
-        if self._decoder is None:
-            raise BackendError("This conversation was closed. Open the backend again.")
-        return self._decoder
 
     def _append(self, rows: Embeddings) -> None:
         """Run the graph over rows[N, D] and move the position on."""

@@ -45,7 +45,9 @@ class VllmBackend:
     """
 
     name = "vllm"
-    capabilities: ClassVar[Capabilities] = Capabilities(logits=False, rewind=False, fork=False)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        logits=False, rewind=False, fork=False, apart=True
+    )
 
     def __init__(
         self,

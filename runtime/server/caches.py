@@ -11,9 +11,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from runtime.backends import TextBackend
+from runtime.backends import LanguageBackend, TextBackend
 from runtime.backends.local_text import LocalText
-from runtime.backends.ort import OrtBackend
 from runtime.language.parts import Part
 from runtime.language.prompt import PromptWriter
 
@@ -41,10 +40,10 @@ class Caches:
         self._idle: list[LocalText] = []  # the longest unused first
         self._count = 1
         self._lock = threading.Lock()
-        self._backend: OrtBackend | None = None
+        self._backend: LanguageBackend | None = None
         if isinstance(language, LocalText):
             self._idle.append(language)
-            if isinstance(language.context.backend, OrtBackend):
+            if language.context.backend.capabilities.apart:
                 self._backend = language.context.backend
 
     def __len__(self) -> int:
@@ -79,15 +78,10 @@ class Caches:
                 return self._idle.pop(best)
             if self._backend is not None and self._count < self.most:
                 self._count += 1
-                return self._new()
+                return LocalText(self._backend.another(), self._writer)
             chosen = best if best is not None and known[best] else 0
             self.evicted += 1
             return self._idle.pop(chosen)
-
-    def _new(self) -> LocalText:
-        if self._backend is None:
-            raise TypeError("only ONNX Runtime's decoder has caches that are independent")
-        return LocalText(self._backend.another(), self._writer)
 
     def close(self) -> None:
         """Free them."""

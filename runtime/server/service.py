@@ -11,8 +11,11 @@ from typing import Any
 
 from engines.bundle import Bundle
 from engines.errors import OptionError
+from engines.memory.vision import runs_on_gpu
+from engines.opening import target_of
 from engines.version import __version__
 from runtime.backends import TextBackend
+from runtime.backends.local_text import LocalText
 from runtime.backends.opening import open_text_backend
 from runtime.backends.server_pool import ServerPool
 from runtime.language.prompt import PromptWriter
@@ -82,9 +85,8 @@ class Service:
             return None
         self._pool = language if isinstance(language, ServerPool) else None
         self.context_length, self.backend = language.context_length, language.name
-        usual = {"ort": 2, "llamacpp": 1}.get(language.name, 32)
-        parallel = self.limits.parallel or usual
-        if language.name == "llamacpp" and parallel > 1:
+        parallel = self.limits.parallel or _usual_parallel(language)
+        if parallel > 1 and not _apart(language):
             raise OptionError("--parallel: llama.cpp writes one answer at a time. Leave it out.")
         caches = Caches(language, self.writer, max(self.limits.conversations, parallel))
         encoder = self._graphs.encoder(self.budgets[0])
@@ -295,10 +297,19 @@ def _budgets(bundle: Bundle, parts: ServedParts) -> tuple[int, ...]:
 
 
 def _on_gpu(bundle: Bundle, parts: ServedParts) -> bool:
-    from engines.opening import target_of
+    return runs_on_gpu(parts.engine or target_of(bundle).engine)
 
-    engine = parts.engine or target_of(bundle).engine
-    return engine in ("ort-cuda", "ort-tensorrt", "tensorrt", "tensorrt-rtx")
+
+def _apart(language: TextBackend) -> bool:
+    """Return whether several answers can be written at once."""
+    return not isinstance(language, LocalText) or language.context.backend.capabilities.apart
+
+
+def _usual_parallel(language: TextBackend) -> int:
+    """Return how many are, unless it is said."""
+    if isinstance(language, LocalText):
+        return 2 if _apart(language) else 1
+    return 32
 
 
 def _open_language(

@@ -151,6 +151,22 @@ def test_a_fork_goes_its_own_way(
     )
 
 
+def test_another_conversation_begins_empty_and_apart(
+    backend: LanguageBackend, language_reference: LlavaForConditionalGeneration
+) -> None:
+    backend.prefill([IDS[:40]])
+    if not backend.capabilities.apart:
+        with pytest.raises(BackendError, match="share one cache"):
+            backend.another()
+        return
+    other = backend.another()
+    assert other.position == 0
+    expected = reference_logits(language_reference, backend.embed(IDS[40:]))
+    np.testing.assert_allclose(other.prefill([IDS[40:]]), expected[-1], atol=TOLERANCE)
+    other.close()
+    assert backend.position == 40
+
+
 def test_logits_handed_out_are_the_callers(backend: LanguageBackend) -> None:
     first = backend.prefill([IDS[:10]])
     kept = first.copy()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import numpy as np
+import pytest
 
 from engines.bundle import Bundle
 from runtime.backends.local_text import LocalText
+from runtime.backends.opening import open_backend
 from runtime.backends.ort import open_ort_backend
 from runtime.language.prompt import PromptWriter
 from runtime.server.caches import Caches
@@ -41,9 +43,10 @@ def test_a_conversation_finds_its_cache_again(language_bundle: Bundle) -> None:
     caches.close()
 
 
-def test_those_lent_at_once_are_different_ones(language_bundle: Bundle) -> None:
+@pytest.mark.parametrize("name", ["ort", "openvino"])
+def test_those_lent_at_once_are_different_ones(language_bundle: Bundle, name: str) -> None:
     writer = PromptWriter(language_bundle)
-    caches = Caches(LocalText(open_ort_backend(language_bundle, threads=1), writer), writer, 3)
+    caches = Caches(LocalText(open_backend(language_bundle, name, threads=1), writer), writer, 3)
     with ExitStack() as stack:
         lent = [stack.enter_context(caches.lend(prompt(5, 6))) for _ in range(3)]
         assert len({id(text) for text in lent}) == 3
