@@ -55,6 +55,16 @@ EngineOption = Annotated[
         "tensorrt or tensorrt-rtx; left out, what the bundle's target says.",
     ),
 ]
+ContextOption = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        "--context-length",
+        min=1,
+        help="Positions the KV cache holds; left out, room for the prompt, the visual tokens "
+        "of the largest budget and the answer.",
+    ),
+]
 KvCacheOption = Annotated[
     KvCache,
     typer.Option(

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from engines.cli import BackendOption, EngineOption, KvCacheOption, ThreadsOption, VerifyOption
+from engines.cli import (
+    BackendOption,
+    ContextOption,
+    EngineOption,
+    KvCacheOption,
+    ThreadsOption,
+    VerifyOption,
+)
 from engines.errors import OptionError
 from engines.llm_words import LlmDevice
 from engines.memory.context_length import ContextNeed
@@ -39,16 +46,7 @@ class ModelOptions:
             help="Which vision graph, of a bundle with several; left out, the first.",
         ),
     ] = None
-    context_length: Annotated[
-        int | None,
-        typer.Option(
-            "--context",
-            "--context-length",
-            min=1,
-            help="Positions the KV cache holds; left out, room for the prompt, the visual tokens "
-            "of the largest budget and the answer.",
-        ),
-    ] = None
+    context_length: ContextOption = None
     kv_cache: KvCacheOption = "f16"
     device: Annotated[
         LlmDevice | None,

@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,18 +19,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_MAPPING,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
-from transformers.utils import logging
 
 from engines.errors import CheckpointError
 from engines.manifest import Preprocessing, Prompt
 from export.checkpoint.download import download_checkpoint
+from export.checkpoint.models import (
+    architecture_of,
+    causal_lm_of,
+    fill,
+    wraps_vision_model,
+    wrong_tensors,
+)
 from export.checkpoint.original_layout import is_original
 from export.checkpoint.processor import (
     list_tokenizer_files,
@@ -107,10 +111,10 @@ class Checkpoint:
         """
         self.check(Part.VISION_TOWER)
         state = self.weights.read(Part.VISION_TOWER)
-        if _wraps_vision_model(self.vision_config):
+        if wraps_vision_model(self.vision_config):
             state = {f"vision_model.{name}": tensor for name, tensor in state.items()}
-        architecture = _architecture(self.vision_config)
-        return _fill(self.root, Part.VISION_TOWER, architecture, self.vision_config, state)
+        architecture = architecture_of(self.vision_config)
+        return fill(self.root, Part.VISION_TOWER, architecture, self.vision_config, state)
 
     def projector(self) -> LlavaMultiModalProjector:
         """Return the projector in float32.
@@ -134,7 +138,7 @@ class Checkpoint:
         state = self.weights.read(Part.LANGUAGE_MODEL)
         config = self.plain_text_config()
         stored = dtype or state[_EMBEDDINGS].dtype
-        return _fill(self.root, Part.LANGUAGE_MODEL, _causal_lm(config), config, state, stored)
+        return fill(self.root, Part.LANGUAGE_MODEL, causal_lm_of(config), config, state, stored)
 
     def check(self, part: Part) -> None:
         """Compare a part's tensors with its configuration; reads headers only.
@@ -149,7 +153,7 @@ class Checkpoint:
         try:
             expected, optional = _expected_tensors(self, part)
         except Exception as error:  # transformers, given a configuration from elsewhere
-            raise _wrong_tensors(self.root, part, f"{type(error).__name__}: {error}") from error
+            raise wrong_tensors(self.root, part, f"{type(error).__name__}: {error}") from error
         found = self.weights.shapes(part)
         problems = {
             "missing": sorted(set(expected) - set(found) - optional),
@@ -162,7 +166,7 @@ class Checkpoint:
         }
         told = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
         if told:
-            raise _wrong_tensors(self.root, part, "; ".join(told))
+            raise wrong_tensors(self.root, part, "; ".join(told))
         self.checked.add(part)
 
     def embedding_table(self) -> Tensor:
@@ -213,7 +217,7 @@ class Checkpoint:
     def plain_text_config(self, dtype: torch.dtype | None = None) -> PretrainedConfig:
         """Return the language model's configuration as a plain causal LM has it."""
         config = copy.deepcopy(self.text_config)
-        config.architectures = [_causal_lm(config).__name__]
+        config.architectures = [causal_lm_of(config).__name__]
         config.dtype = dtype or self.embedding_table().dtype
         # LLaVA keeps the flag for its own head; the plain model needs it as its own.
         config.tie_word_embeddings = bool(self.config.tie_word_embeddings)
@@ -338,12 +342,6 @@ def _read_parts(file: Path, config: LlavaConfig) -> tuple[PretrainedConfig, Pret
     return vision, text, layer
 
 
-def _wraps_vision_model(config: PretrainedConfig) -> bool:
-    """Return whether this release of transformers keeps the transformer one module deeper."""
-    with torch.device("meta"):
-        return hasattr(_architecture(config)(config), "vision_model")
-
-
 def _expected_tensors(
     checkpoint: Checkpoint, part: Part
 ) -> tuple[dict[str, tuple[int, ...]], set[str]]:
@@ -351,71 +349,15 @@ def _expected_tensors(
     model: Any
     with torch.device("meta"):
         if part is Part.VISION_TOWER:
-            model = _architecture(checkpoint.vision_config)(checkpoint.vision_config)
+            model = architecture_of(checkpoint.vision_config)(checkpoint.vision_config)
         elif part is Part.PROJECTOR:
             model = LlavaMultiModalProjector(checkpoint.config)
         else:
             config = checkpoint.plain_text_config(torch.float32)
-            model = _causal_lm(config)(config)
+            model = causal_lm_of(config)(config)
     tied = part is Part.LANGUAGE_MODEL and bool(checkpoint.config.tie_word_embeddings)
     shapes = {
         name.removeprefix("vision_model."): tuple(tensor.shape)
         for name, tensor in model.state_dict().items()
     }
     return shapes, {_HEAD} if tied else set()
-
-
-def _architecture(config: PretrainedConfig, mapping: Any = MODEL_MAPPING) -> type[PreTrainedModel]:
-    mapped: Any = mapping[type(config)]
-    architecture: type[PreTrainedModel] = mapped[0] if isinstance(mapped, tuple) else mapped
-    return architecture
-
-
-def _causal_lm(config: PretrainedConfig) -> type[PreTrainedModel]:
-    return _architecture(config, MODEL_FOR_CAUSAL_LM_MAPPING)
-
-
-def _fill(
-    root: Path,
-    part: Part,
-    architecture: type[PreTrainedModel],
-    config: PretrainedConfig,
-    state: dict[str, Tensor],
-    dtype: torch.dtype = torch.float32,
-) -> PreTrainedModel:
-    try:
-        with _quiet_transformers():
-            filled: Any = architecture.from_pretrained(
-                None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-            )
-    except Exception as error:  # transformers, given a configuration from elsewhere
-        raise _wrong_tensors(root, part, str(error)) from error
-    model, report = filled
-    if report["missing_keys"]:
-        raise _wrong_tensors(root, part, f"missing: {', '.join(sorted(report['missing_keys']))}")
-    checked: PreTrainedModel = model.eval()
-    return checked
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hush transformers' own report of missing tensors: ours is an error and says what to do."""
-    speech: Any = logging  # its functions carry no annotations
-    verbosity, bars = speech.get_verbosity(), speech.is_progress_bar_enabled()
-    speech.set_verbosity_error()
-    speech.disable_progress_bar()
-    try:
-        yield
-    finally:
-        speech.set_verbosity(verbosity)
-        if bars:
-            speech.enable_progress_bar()
-
-
-def _wrong_tensors(root: Path, part: Part, details: str) -> CheckpointError:
-    shown = details if len(details) < 600 else details[:600] + " ..."
-    return CheckpointError(
-        f"{root}: the {part.value}'s tensors are not those that config.json describes "
-        f"({' '.join(shown.split())}). Config and weights come from different models, or the "
-        "download is incomplete: download the checkpoint again."
-    )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from engines.cli import BackendOption, EngineOption, ThreadsOption, VerifyOption
+from engines.cli import BackendOption, ContextOption, EngineOption, ThreadsOption, VerifyOption
 from engines.errors import OptionError
 from engines.option_groups import Typed
 from engines.secret import NO_SECRET, Secret
@@ -52,10 +52,7 @@ class ServedParts:
     backend: BackendOption = None
     engine: EngineOption = None
     threads: ThreadsOption = None
-    context_length: Annotated[
-        int | None,
-        typer.Option("--context-length", min=1, help="Positions each KV cache holds."),
-    ] = None
+    context_length: ContextOption = None
     verify: VerifyOption = True
     llm_urls: Annotated[
         tuple[str, ...],

@@ -33,6 +33,18 @@ TEMPLATE = (
 )
 
 
+def tiny_text() -> LlamaConfig:
+    """The language model of checkpoints that are made for a test."""
+    return LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+    )
+
+
 def tiny_llava(seed: int = 0, layer: int = -2) -> LlavaForConditionalGeneration:
     """A LLaVA whose attention is far from uniform, as a trained one's is."""
     torch.manual_seed(seed)
@@ -46,17 +58,9 @@ def tiny_llava(seed: int = 0, layer: int = -2) -> LlavaForConditionalGeneration:
         projection_dim=64,
         initializer_factor=3.0,
     )
-    text = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-    )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=text,
+        text_config=tiny_text(),
         image_token_index=WORDS.index("<image>"),
         image_seq_length=(IMAGE_SIZE // PATCH) ** 2,
         vision_feature_layer=layer,

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     SiglipImageProcessor,
@@ -29,7 +28,7 @@ from export.vision.to_onnx import export_onnx
 from export.vision.vision_module import build_vision_module
 from graphs.operator_check import TENSORRT_OPS
 from runtime.vision.preprocess import preprocess_batch
-from tests.export.conftest import IMAGE_SIZE, PATCH, WORDS, write_checkpoint
+from tests.export.conftest import IMAGE_SIZE, PATCH, WORDS, tiny_text, write_checkpoint
 from tests.export.test_vision_module import CASES
 from tests.photographs import load_photographs
 
@@ -58,17 +57,9 @@ def write_siglip_llava(root: Path, **fields: Any) -> Path:
         image_size=IMAGE_SIZE,
         patch_size=PATCH,
     )
-    text = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-    )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=text,
+        text_config=tiny_text(),
         image_token_index=WORDS.index("<image>"),
         image_seq_length=PATCHES,
         vision_feature_layer=-1,
@@ -78,12 +69,7 @@ def write_siglip_llava(root: Path, **fields: Any) -> Path:
     for layer in model.model.vision_tower.encoder.layers:
         layer.self_attn.q_proj.weight.data *= 6  # attention far from uniform, as a trained one's
     write_checkpoint(root, model)
-    processor = root / "processor_config.json"
-    written = json.loads(processor.read_text()) if processor.exists() else {}
-    if "image_processor" in written:
-        processor.write_text(json.dumps({**written, "image_processor": PROCESSOR}))
-    else:
-        (root / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    (root / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     file = root / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
     return root
