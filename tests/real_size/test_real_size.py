@@ -103,9 +103,22 @@ def test_a_bundle_for_the_cpu_is_built_and_asked(
         )
         assert answer["answer_tokens"] > 0
         assert asked.private_bytes <= MOST_BYTES
+    verify(place, picture, checkpoint, bundle)
     if backend == "ort":
         calibrate(place, bundle)
     shutil.rmtree(bundle)
+
+
+def verify(place: Path, picture: Path, checkpoint: Path, bundle: Path) -> None:
+    """Compare one picture and two words of the answer; random weights forgive little of INT4."""
+    compared = run_watched(
+        "export.verify", bundle, "--model", checkpoint, "--images", picture, "--tokens", 64,
+        "--engine", "ort", "--max-tokens", "2", "--min-logits-cosine", "0.5", "--json",
+        folder=place,
+    )  # fmt: skip
+    (side,) = json.loads(compared.stdout)["candidates"]
+    note(place, f"verify {bundle.name}", compared, **side["summary"])
+    assert compared.private_bytes <= MOST_BYTES
 
 
 def calibrate(place: Path, bundle: Path) -> None:
