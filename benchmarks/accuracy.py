@@ -1,10 +1,10 @@
 """What a token budget, a reducer and a precision cost in right answers.
 
-The pocket checkpoint's held-out pictures go through real vision graphs (tower, reducer and
-projector as `export.build` writes them) on ONNX Runtime, and every question is answered by the
-checkpoint's language model in float32 (`benchmarks.packed_answers`), so that nothing but the vision
-graph differs. INT8 is calibrated on scenes of a seed of their own. Claims: float16 and INT8 within
-1 point of float32.
+The pocket checkpoint's held-out pictures go through real vision graphs on ONNX Runtime (tower,
+reducer and projector as `export.build` writes them for several budgets), and every question is
+answered by the checkpoint's language model in float32 (`benchmarks.packed_answers`), so that
+nothing but the vision graph differs. INT8 is calibrated on scenes of a seed of their own. Claims:
+float16 and INT8 within 1 point of float32.
 
     python -m benchmarks.accuracy --json
     python -m benchmarks.accuracy --quick --precisions fp32
@@ -20,6 +20,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +47,8 @@ from engines.ort import OrtSession
 from export.checkpoint.accuracy_table import ACCURACY_FILE
 from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.reducers import Reducer, make_reducer, reducer_for_budget
-from export.vision.to_onnx import trace_graph
+from export.towers import Scoring
+from export.vision.parts import REDUCED, VisionParts
 from export.vision.vision_module import build_vision_module
 from graphs.float16 import write_fp16_graph
 from graphs.graph_file import write_graph
@@ -55,13 +57,16 @@ from runtime.vision.preprocess import preprocess_batch
 
 from scenes import generate_scene  # isort: skip - found by packed_answers
 
-BUDGETS = (192, 128, 64, 32)
+BUDGETS = (192, 128, 64, 32, 16, 8)
 REDUCERS: dict[str, tuple[str, dict[str, Any]]] = {
     "visionzip": ("visionzip", {}),
     "visionzip_reference": ("visionzip", {"merge": "reference"}),
     "prumerge": ("prumerge", {}),
     "prumerge_plus": ("prumerge_plus", {}),
-    "uniform_sequential": ("uniform", {"layout": "sequential"}),
+    "scope": ("scope", {}),
+    "divprune": ("divprune", {}),
+    "top_attention": ("top_attention", {}),
+    "uniform": ("uniform", {}),
     "random": ("random", {}),
     "pool": ("pool", {}),
 }
@@ -71,6 +76,7 @@ CALIBRATION_SEED, CALIBRATION_PICTURES = 4_000_000, 128
 _PICTURES_AT_ONCE = 10
 _CACHE = Path("build/accuracy")
 
+Values = dict[str, NDArray[Any]]
 app = typer.Typer(add_completion=False)
 
 
@@ -148,6 +154,9 @@ def list_settings(
 class Bench:
     """Measures cells, and keeps what it measured.
 
+    The tower runs once for each precision, since it is the same for all budgets; so do the bundles
+    of several budgets.
+
     Args:
         checkpoint: whose tower and projector the graphs hold.
         examination: the questions, and the language model.
@@ -163,32 +172,42 @@ class Bench:
         self._threads = threads
         pictures = [load_picture(path) for path in examination.pictures]
         self._pixels = preprocess_batch(pictures, checkpoint.preprocessing)  # [B, 3, H, W]
-        self._subject = _digest(checkpoint, examination)
-        self._folder = _CACHE / self._subject
+        self._folder = _CACHE / _digest(checkpoint, examination)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._lines = self._folder / "results.jsonl"
+        self._seen: dict[Path, list[Values]] = {}
         if fresh:
             self._lines.unlink(missing_ok=True)
 
     def measure(self, setting: Setting) -> Result:
         """Return what one cell came to, measured now unless it was before."""
         kept = self._kept()
-        if setting not in kept:
-            graph = self._graph(setting)
-            started = time.perf_counter()
-            tokens, valid = self._encode(graph)
-            right = self._examination.right_answers(tokens, valid)
-            result = Result(
-                **asdict(setting),
-                mean_tokens=float(valid.mean()),
-                right=right,
-                graph_sha256=hashlib.sha256(graph.read_bytes()).hexdigest(),
-                seconds=round(time.perf_counter() - started, 1),
-            )
-            with self._lines.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(result.to_json()) + "\n")
-            return result
-        return kept[setting]
+        if setting in kept:
+            return kept[setting]
+        started = time.perf_counter()
+        tower, reducer, projector = graphs = self._graphs(setting)
+        with (
+            OrtSession(reducer, threads=self._threads) as chosen,
+            OrtSession(projector, threads=self._threads) as last,
+        ):
+            left = [
+                chosen.run({name: batch[name] for name in chosen.input_names})
+                for batch in self._see(tower)
+            ]
+            tokens = [last.run({REDUCED: one[REDUCED]})["visual_tokens"] for one in left]
+        valid = np.concatenate([one["valid_count"] for one in left])
+        right = self._examination.right_answers(np.concatenate(tokens), valid)
+        digest = hashlib.sha256(b"".join(graph.read_bytes() for graph in graphs))
+        result = Result(
+            **asdict(setting),
+            mean_tokens=float(valid.mean()),
+            right=right,
+            graph_sha256=digest.hexdigest(),
+            seconds=round(time.perf_counter() - started, 1),
+        )
+        with self._lines.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(result.to_json()) + "\n")
+        return result
 
     def _kept(self) -> dict[Setting, Result]:
         """Return what was measured, also by another run of this benchmark beside this one."""
@@ -196,25 +215,45 @@ class Bench:
         results = [Result.from_json(json.loads(line)) for line in lines]
         return {Setting(one.reducer, one.tokens, one.precision): one for one in results}
 
-    def _encode(self, graph: Path) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        parts = []
-        with OrtSession(graph, threads=self._threads) as session:
-            for start in range(0, len(self._pixels), _PICTURES_AT_ONCE):
-                batch = self._pixels[start : start + _PICTURES_AT_ONCE]
-                parts.append(session.run({"pixel_values": batch}))
-        names = ("visual_tokens", "valid_count")
-        tokens, valid = (np.concatenate([part[name] for part in parts]) for name in names)
-        return tokens, valid
+    def _see(self, tower: Path) -> list[Values]:
+        """Return what a tower makes of the pictures, in batches."""
+        if tower not in self._seen:
+            with OrtSession(tower, threads=self._threads) as session:
+                self._seen[tower] = [
+                    session.run({"pixel_values": self._pixels[start : start + _PICTURES_AT_ONCE]})
+                    for start in range(0, len(self._pixels), _PICTURES_AT_ONCE)
+                ]
+        return self._seen[tower]
 
-    def _graph(self, setting: Setting) -> Path:
-        """Return the cell's graph, written unless it is there."""
-        stem = f"{setting.reducer}_{setting.tokens}"
-        full = self._folder / f"{stem}_fp32.onnx"
-        if not full.exists():
-            reducer = setting.make_reducer(self._checkpoint)
-            write_graph(trace_graph(build_vision_module(self._checkpoint, reducer)), full)
-        wanted = full.with_name(f"{stem}_{setting.precision}.onnx")
-        if not wanted.exists() and setting.precision == "int8":
+    def _graphs(self, setting: Setting) -> tuple[Path, Path, Path]:
+        """Return a cell's tower, reducer and projector, written unless they are there."""
+        reducer = setting.make_reducer(self._checkpoint)
+        scored = reducer  # who reads no scores is served by VisionZip's tower
+        if reducer.scoring is Scoring.NONE:
+            scored = reducer_for_budget("visionzip", 64, self._checkpoint.patch_side**2)
+        chosen = f"{setting.reducer}_{setting.tokens}"
+        stems = (f"tower_{scored.scoring.value}", chosen, "projector")
+        files = [self._folder / f"{stem}_fp32.onnx" for stem in stems]
+        if not all(file.exists() for file in files):
+            parts = VisionParts(build_vision_module(self._checkpoint, scored))
+            traces = (
+                parts.trace_tower,
+                partial(parts.trace_reducer, reducer),
+                parts.trace_projector,
+            )
+            for file, trace in zip(files, traces, strict=True):
+                if not file.exists():
+                    write_graph(trace(), file)
+        seen, left, made = (self._in_precision(file, setting.precision) for file in files)
+        return seen, left, made
+
+    def _in_precision(self, full: Path, precision: str) -> Path:
+        """Return a float32 graph in another precision; INT8 is the tower's alone."""
+        tower = full.name.startswith("tower")
+        if precision == "fp32" or (precision == "int8" and not tower):
+            return full
+        wanted = full.with_name(full.name.replace("fp32", precision))
+        if not wanted.exists() and precision == "int8":
             model = ir.load(full)
             apply_calibration(model, self._calibrated_on(full))
             write_graph(model, wanted)
@@ -222,14 +261,14 @@ class Bench:
             write_fp16_graph(full, wanted)
         return wanted
 
-    def _calibrated_on(self, graph: Path) -> Calibration:
-        """Return the tower's calibration, made on a graph of it unless it is there."""
+    def _calibrated_on(self, tower: Path) -> Calibration:
+        """Return the tower's calibration, made on its graph unless it is there."""
         file = self._folder / "calibration.json"
         if not file.exists():
             drawn = [generate_scene(CALIBRATION_SEED, at)[1] for at in range(CALIBRATION_PICTURES)]
             frames = [preprocess_batch([one], self._checkpoint.preprocessing) for one in drawn]
             options = CalibrationOptions(threads=self._threads)
-            calibrate(graph, frames, options).save(file)
+            calibrate(tower, frames, options).save(file)
         return load_calibration(file)
 
 

@@ -9,7 +9,10 @@ from math import ceil, floor, log2
 
 _WIDTH, _HEIGHT = 720, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 176, 40, 48
-_COLOURS = ("#0b6e99", "#d9480f", "#2b8a3e", "#862e9c", "#c92a2a", "#5c940d", "#495057", "#e67700")
+_COLOURS = (
+    *("#0b6e99", "#d9480f", "#2b8a3e", "#862e9c", "#c92a2a"),
+    *("#5c940d", "#495057", "#e67700", "#15aabf", "#e64980"),
+)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def results(examination: Examination) -> list[Result]:
 
 def test_every_cell_is_measured() -> None:
     settings = list_settings(576, BUDGETS, list(REDUCERS), PRECISIONS)
-    assert len(settings) == len(set(settings)) == 3 * (1 + 4 * 7)
+    assert len(settings) == len(set(settings)) == 3 * (1 + 6 * 10)
     assert {one.reducer for one in settings} == {"none", *REDUCERS}
 
 
