@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -236,7 +236,7 @@ class Bench:
         files = [self._folder / f"{stem}_fp32.onnx" for stem in stems]
         if not all(file.exists() for file in files):
             parts = VisionParts(build_vision_module(self._checkpoint, scored))
-            traces = (
+            traces: tuple[Callable[[], ir.Model], ...] = (
                 parts.trace_tower,
                 partial(parts.trace_reducer, reducer),
                 parts.trace_projector,
