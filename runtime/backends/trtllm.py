@@ -33,6 +33,7 @@ from runtime.language.parts import Embeddings
 from runtime.language.prompt import PromptWriter, Turn
 
 _SALT_BYTES = 16
+_WORDS = ("a", "a b")
 
 
 class TrtLlmBackend:
@@ -149,8 +150,8 @@ class TrtLlmGeneration(ServedGeneration):
 
     def _begins_with_space(self) -> bool:
         """Return whether this tokenizer's decoder keeps a space before the first word."""
-        last = self._tokenizer.encode("a b", add_special_tokens=False).ids[-1:]
-        return self._tokenizer.decode(last).startswith(" ")
+        one, two = (self._tokenizer.encode(text, add_special_tokens=False).ids for text in _WORDS)
+        return self._tokenizer.decode(two[len(one) :]).startswith(" ")
 
 
 def _format_from_grammar(grammar: Grammar) -> dict[str, Any]:
