@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-trt test-faults test-gpu test-llamacpp test-vllm \
-  test-triton test-ray test-serve-fuzz test-page test-real-size test-install train-pocket \
+  test-edgellm test-triton test-ray test-serve-fuzz test-page test-real-size test-install train-pocket \
   lint format bench clean
 
 help:  ## List the targets.
@@ -82,6 +82,15 @@ build/vllm/.installed:
 
 test-vllm: install build/vllm/.installed  ## Serve the pocket model with vLLM (3.5 GB) and compare.
 	FOVEATE_VLLM_PYTHON=build/vllm/bin/python $(BIN)/python -m pytest -m vllm
+
+# Unpacked, not installed: it asks for releases of its own, and its exporter runs with ours.
+build/edgellm/.unpacked: | install
+	$(BIN)/python -m pip download --quiet --no-deps --dest $(@D) tensorrt-edgellm==0.11.0
+	$(BIN)/python -m zipfile --extract $(@D)/*.whl $(@D)
+	@touch $@
+
+test-edgellm: install build/edgellm/.unpacked  ## Let TensorRT Edge-LLM (200 MB) export a decoder.
+	FOVEATE_EDGELLM=build/edgellm $(BIN)/python -m pytest -m edgellm
 
 # An environment of its own: this server's Python backend misreads the arrays of NumPy 2.
 build/triton/.installed:

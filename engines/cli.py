@@ -43,8 +43,8 @@ BackendOption = Annotated[
     str | None,
     typer.Option(
         "--backend",
-        help="ort, llamacpp or openvino; vllm where a server will do; left out, the bundle's "
-        "first.",
+        help="ort, llamacpp or openvino; vllm or trtllm (a server, with --llm-url) where text will "
+        "do; left out, the bundle's first.",
     ),
 ]
 EngineOption = Annotated[

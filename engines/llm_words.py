@@ -6,3 +6,5 @@ KvCache = Literal["f16", "q8"]
 """How llama.cpp keeps keys and values: 16 bits, or 8.5."""
 LlmDevice = Literal["cpu", "cuda"]
 """Where ONNX Runtime computes a decoder."""
+SERVERS = ("vllm", "trtllm")
+"""Backends that are a server; the first is meant where only an address is given."""

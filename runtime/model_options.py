@@ -61,7 +61,8 @@ class ModelOptions:
         str | None,
         typer.Option(
             "--llm-url",
-            help="Address of a vLLM server that runs the language model: http://127.0.0.1:8000/v1.",
+            help="Address of a server that runs the language model, vLLM unless --backend says "
+            "trtllm: http://127.0.0.1:8000/v1.",
         ),
     ] = None
     llm_model: Annotated[

@@ -1,1 +1,1 @@
-"""Export the language model: an ONNX decoder, a GGUF file, or a directory for a vLLM server."""
+"""Export the language model: an ONNX decoder, a GGUF file, or a directory for a server."""

@@ -47,6 +47,7 @@ class Usage(_Document):
     """What an answer took."""
 
     prompt_tokens: Count | None = None
+    completion_tokens: Count | None = None
     prompt_tokens_details: PromptDetails | None = None
 
 
@@ -127,9 +128,10 @@ def first_problem(error: ValidationError) -> str:
 def server_message(body: str, key: Secret) -> str:
     """Return a server's own words from an error document, or the beginning of what it sent."""
     try:
-        said: Any = from_json(body)["error"]
+        document: Any = from_json(body)
+        said: Any = document.get("error", document)  # TensorRT-LLM sends the error without a frame
         said = said["message"] if isinstance(said, dict) else said
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         said = body
     return shown(said, key) or "no reason given"
 

@@ -199,6 +199,26 @@ class ChatServer:
         )
 
 
+def choose_model(server: ChatServer) -> ServedModel:
+    """Return the model to ask for: the one that was named, or the only one there is.
+
+    Raises:
+        BackendError: no server, no such model, or several to choose from.
+    """
+    name = server.options.model
+    served = {entry.id: entry for entry in server.models()}
+    if name is None and len(served) == 1:
+        name = next(iter(served))
+    if name not in served:
+        asked = "which one was not said" if name is None else f"and none is {name!r}"
+        names = shown(", ".join(served)) or "no model"
+        raise BackendError(
+            f"{server.options.url} serves {names}, {asked}. Name one of its models with "
+            "--llm-model."
+        )
+    return served[name]
+
+
 class _Exchange:
     """One request and its response; leaving it closes the connection, which ends the server's work.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from engines.bundle import Bundle
 from engines.errors import OptionError
-from engines.llm_words import KvCache, LlmDevice
+from engines.llm_words import SERVERS, KvCache, LlmDevice
 from engines.memory.context_length import ContextNeed
 from runtime.backends import LanguageBackend, TextBackend
 from runtime.backends.chat_server import ServerOptions
 from runtime.language.prompt import PromptWriter
 
-BACKENDS = ("ort", "llamacpp", "openvino", "vllm")
+BACKENDS = ("ort", "llamacpp", "openvino", *SERVERS)
 
 
 def open_text_backend(
@@ -44,25 +44,26 @@ def open_text_backend(
         EngineError: this machine cannot load it.
         BackendError: it cannot be started, or the server does not answer.
     """
-    if name == "vllm" or (name is None and server is not None):
+    if name in SERVERS or (name is None and server is not None):
+        name = name or SERVERS[0]
         if server is None:
             raise OptionError(
-                'The backend "vllm" is a server, and its address is missing. Give it with '
+                f'The backend "{name}" is a server, and its address is missing. Give it with '
                 "--llm-url, for example --llm-url http://127.0.0.1:8000/v1."
             )
         if context_length is not None:
             raise OptionError(
                 "--context has no meaning for a server, which has a context of its own. "
-                "Leave it out, or start the server with --max-model-len."
+                "Leave it out, or start the server with a length (vLLM: --max-model-len, "
+                "TensorRT-LLM: --max_seq_len)."
             )
         if kv_cache != "f16" or device is not None:
             raise OptionError(
                 "--kv-cache and --llm-device have no meaning for a server, which chooses for "
-                "itself. Leave them out, or start the server with --kv-cache-dtype."
+                "itself. Leave them out, or start the server with options of its own, such as "
+                "vLLM's --kv-cache-dtype."
             )
-        from runtime.backends.vllm import open_vllm_backend
-
-        return open_vllm_backend(bundle, server, writer)
+        return open_served_backend(name, bundle, server, writer)
     if server is not None:
         raise OptionError(
             f'--llm-url {server.url} is the address of a server, and the backend "{name}" runs '
@@ -80,6 +81,23 @@ def open_text_backend(
         device=device,
     )
     return LocalText(local, writer)
+
+
+def open_served_backend(
+    name: str, bundle: Bundle, server: ServerOptions, writer: PromptWriter
+) -> TextBackend:
+    """Ask a server of one of `SERVERS` what it serves and make ready to ask it more.
+
+    Raises:
+        BackendError: no server, no such model, or several to choose from.
+    """
+    if name == "trtllm":
+        from runtime.backends.trtllm import open_trtllm_backend
+
+        return open_trtllm_backend(bundle, server, writer)
+    from runtime.backends.vllm import open_vllm_backend
+
+    return open_vllm_backend(bundle, server, writer)
 
 
 def open_backend(
@@ -142,9 +160,9 @@ def open_backend(
         return open_openvino_backend(
             bundle, threads=threads, context_length=context_length, need=need
         )
-    if chosen == "vllm":
+    if chosen in SERVERS:
         raise OptionError(
-            'The backend "vllm" is a server that gives text only, and logits are needed here. '
+            f'The backend "{chosen}" is a server that gives text only, and logits are needed here. '
             "Choose ort, llamacpp or openvino."
         )
     raise OptionError(

@@ -28,12 +28,7 @@ class ServedPrompt:
         self._writer = writer
         self._image_token = prompt.image_token
         self._bos_token = prompt.bos_token
-        special = [
-            token.content
-            for token in writer.tokenizer.get_added_tokens_decoder().values()
-            if token.special
-        ]
-        self._control_tokens = (*special, _PLACEHOLDER)
+        self._control_tokens = (*control_tokens(writer), _PLACEHOLDER)
 
     def messages(self, turns: Sequence[Turn], payloads: Sequence[str]) -> list[dict[str, Any]]:
         """Return the conversation, with a payload in the place of each picture.
@@ -45,7 +40,7 @@ class ServedPrompt:
         waiting = iter(payloads)
         sent, rendered = [], []
         for turn in turns:
-            self._refuse_control_tokens(turn.text)
+            refuse_control_tokens(turn.text, self._control_tokens)
             parts = list(self._parts(turn))
             sent.append({"role": turn.role, "content": [_part(part, waiting) for part in parts]})
             texts = [self._image_token if part is None else part for part in parts]
@@ -81,14 +76,26 @@ class ServedPrompt:
             else:
                 yield None
 
-    def _refuse_control_tokens(self, text: str) -> None:
-        found = [token for token in self._control_tokens if token in text]
-        if found:
-            raise OptionError(
-                f"The text holds {', '.join(map(repr, found))}, which a server would obey as a "
-                "control token instead of reading it. Take it out, or answer here with "
-                "--backend ort, which reads it as text."
-            )
+
+def control_tokens(writer: PromptWriter) -> tuple[str, ...]:
+    """Return the tokenizer's special tokens as text, which a server would obey."""
+    added = writer.tokenizer.get_added_tokens_decoder().values()
+    return tuple(token.content for token in added if token.special)
+
+
+def refuse_control_tokens(text: str, tokens: Sequence[str]) -> None:
+    """Refuse words that a server would take for control tokens.
+
+    Raises:
+        OptionError: the words hold one.
+    """
+    found = [token for token in tokens if token in text]
+    if found:
+        raise OptionError(
+            f"The text holds {', '.join(map(repr, found))}, which a server would obey as a "
+            "control token instead of reading it. Take it out, or answer here with "
+            "--backend ort, which reads it as text."
+        )
 
 
 def _part(part: str | None, payloads: Iterator[str]) -> dict[str, str]:

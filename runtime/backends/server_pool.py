@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 from engines.bundle import Bundle
 from engines.errors import BackendError
+from engines.llm_words import SERVERS
+from runtime.backends import TextBackend, TextGeneration
 from runtime.backends.chat_server import ChatServer, ServerLostError, ServerOptions
-from runtime.backends.vllm import VllmBackend, VllmGeneration, open_vllm_backend
+from runtime.backends.opening import open_served_backend
 from runtime.language.generate import Finish, GenerationOptions
 from runtime.language.parts import Embeddings
 from runtime.language.prompt import PromptWriter, Turn
@@ -38,7 +40,7 @@ class Rank:
     """
 
     options: ServerOptions
-    backend: VllmBackend | None = None
+    backend: TextBackend | None = None
     up: bool = False
     asked: int = 0
 
@@ -47,21 +49,24 @@ class ServerPool:
     """Servers that hold the same language model; see `TextBackend`.
 
     Attributes:
+        name: what kind of servers they are, ``"vllm"`` or ``"trtllm"``.
         ranks: in the order given.
         context_length: positions of prompt and answer together, the fewest of any server.
     """
 
-    name = "vllm"
-
     def __init__(
-        self, bundle: Bundle, servers: Sequence[ServerOptions], writer: PromptWriter
+        self,
+        bundle: Bundle,
+        servers: Sequence[ServerOptions],
+        writer: PromptWriter,
+        name: str = SERVERS[0],
     ) -> None:
         """Look which servers are there.
 
         Raises:
             BackendError: none of them, or one that serves another model.
         """
-        self._bundle, self._writer = bundle, writer
+        self._bundle, self._writer, self.name = bundle, writer, name
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self.ranks = [Rank(options) for options in servers]
@@ -83,7 +88,7 @@ class ServerPool:
     def generate(
         self, turns: Sequence[Turn], pictures: Sequence[Embeddings], options: GenerationOptions
     ) -> PooledGeneration:
-        """Start an answer on one of the servers; see `VllmBackend.generate`."""
+        """Start an answer on one of the servers; see `TextBackend.generate`."""
         return PooledGeneration(self, lambda backend: backend.generate(turns, pictures, options))
 
     def take(self, avoided: Sequence[Rank]) -> Rank | None:
@@ -108,7 +113,7 @@ class ServerPool:
 
     def _open(self, rank: Rank) -> BackendError | None:
         try:
-            rank.backend = open_vllm_backend(self._bundle, rank.options, self._writer)
+            rank.backend = open_served_backend(self.name, self._bundle, rank.options, self._writer)
         except ServerLostError as error:
             return error
         rank.up = True
@@ -148,7 +153,7 @@ class PooledGeneration:
         text: the answer so far.
     """
 
-    def __init__(self, pool: ServerPool, start: Callable[[VllmBackend], VllmGeneration]) -> None:
+    def __init__(self, pool: ServerPool, start: Callable[[TextBackend], TextGeneration]) -> None:
         self.text = ""
         self._pool, self._start = pool, start
         self._tried: list[Rank] = []
@@ -232,7 +237,7 @@ class PooledGeneration:
             "other words. Ask again."
         )
 
-    def _next(self, lost: ServerLostError | None) -> VllmGeneration:
+    def _next(self, lost: ServerLostError | None) -> TextGeneration:
         if self._rank is not None:
             self._tried.append(self._rank)
         self._end(lost=lost is not None)

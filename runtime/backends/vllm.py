@@ -7,29 +7,23 @@ precision. The server tokenizes the words and applies the chat template, which m
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import closing
-from itertools import chain, islice
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic_core import from_json
 
 from engines.bundle import Bundle
-from engines.errors import BackendError
 from runtime.backends import Capabilities
-from runtime.backends.chat_events import Choice, Event, Usage, shown
-from runtime.backends.chat_server import ChatServer, ServerOptions
+from runtime.backends.chat_server import ChatServer, ServerOptions, choose_model
 from runtime.backends.rows import require_room
+from runtime.backends.served_generation import ServedGeneration
 from runtime.backends.served_prompt import ServedPrompt
 from runtime.backends.tensor_payload import payload_from_rows
 from runtime.language.answer_form import require_usable
-from runtime.language.generate import Finish, GenerationOptions, finish_of_answer
+from runtime.language.generate import GenerationOptions
 from runtime.language.grammar import Grammar
 from runtime.language.parts import Embeddings
 from runtime.language.prompt import PromptWriter, Turn
-
-_OTHER_EVENTS = 16
-"""Events of an answer that hold no token: its beginning, its end, what it took."""
 
 
 class VllmBackend:
@@ -66,7 +60,7 @@ class VllmBackend:
 
     def generate(
         self, turns: Sequence[Turn], pictures: Sequence[Embeddings], options: GenerationOptions
-    ) -> VllmGeneration:
+    ) -> ServedGeneration:
         """Start an answer to a conversation; nothing is sent until it is waited for.
 
         Args:
@@ -102,120 +96,10 @@ class VllmBackend:
         }
         if options.grammar is not None:
             request["structured_outputs"] = _structure_from_grammar(options.grammar)
-        return VllmGeneration(self._server.stream(request), self._writer, options, prompt)
+        return ServedGeneration(self._server.stream(request), self._writer, options, prompt)
 
     def close(self) -> None:
         """Let go of the server; there is nothing to free."""
-
-
-class VllmGeneration:
-    """One answer that the server writes; see `TextGeneration`.
-
-    Attributes:
-        token_ids: tokens of the answer so far, without the stop token.
-        text: the answer so far.
-        finish: why it ended; None while it has not.
-        prompt_tokens: positions of the prompt; once it has ended, as the server counted them.
-        reused_tokens: how many of them were in the server's prefix cache, where it says so
-            (`--enable-prompt-tokens-details`).
-    """
-
-    def __init__(
-        self,
-        events: Generator[Event],
-        writer: PromptWriter,
-        options: GenerationOptions,
-        prompt_tokens: int,
-    ) -> None:
-        self.token_ids: list[int] = []
-        self.text = ""
-        self.finish: Finish | None = None
-        self.prompt_tokens = prompt_tokens
-        self.reused_tokens: int | None = None
-        self._events = events
-        self._first: list[Event] = []
-        self._read = self._pieces = 0
-        self._tokenizer = writer.tokenizer
-        self._stop_token_ids = frozenset(writer.stop_token_ids)
-        self._options = options
-
-    def prefill(self) -> None:
-        """Send the question and wait for the first piece of the answer.
-
-        Raises:
-            BackendError: the server cannot answer.
-        """
-        if not self._first:
-            self._first = list(islice(self._events, 1))
-
-    def __iter__(self) -> Generator[str]:
-        """Yield the answer's pieces as they come; leaving early cancels it on the server.
-
-        Raises:
-            BackendError: the server cannot answer, broke off, or does not keep to what was asked.
-        """
-        reason: Finish | None = None
-        with closing(self._events):
-            self.prefill()
-            for event in chain(self._first, self._events):
-                if event.usage is not None:
-                    self._read_usage(event.usage)
-                for choice in event.choices:
-                    self.token_ids += choice.token_ids or ()
-                    content = (choice.delta.content if choice.delta else None) or ""
-                    self._pieces += bool(content)
-                    piece = self._read_piece(content)
-                    if choice.finish_reason:
-                        reason = self._read_finish(choice)
-                    if piece:
-                        self.text += piece
-                        yield piece
-                self._require_measure()
-        if reason is None:
-            raise BackendError(
-                "The server ended an answer without saying why it stopped. Expected a "
-                "finish_reason, as vLLM sends; look at what serves this address."
-            )
-        self.finish = finish_of_answer(reason, self.text, self._options.grammar)
-
-    def _read_usage(self, usage: Usage) -> None:
-        if usage.prompt_tokens is not None:
-            self.prompt_tokens = usage.prompt_tokens
-        details = usage.prompt_tokens_details
-        if details is not None and details.cached_tokens is not None:
-            self.reused_tokens = details.cached_tokens
-
-    def _require_measure(self) -> None:
-        """Check that no more came than was asked for."""
-        most = self._options.most_tokens
-        self._read += 1
-        written = max(len(self.token_ids), self._pieces)
-        if written > most + 1 or self._read > 2 * most + _OTHER_EVENTS:
-            raise BackendError(
-                f"The server was asked for {most} tokens at most and sent {written} in "
-                f"{self._read} events. It ignores max_tokens; look at what serves this address."
-            )
-
-    def _read_piece(self, content: str) -> str:
-        """Return what a piece adds to the answer as our own decoding would give it.
-
-        A server decodes the answer as the prompt's continuation, so it keeps the space between the
-        two, which tokenizers of SentencePiece's kind leave out at the beginning of a text.
-        """
-        if self._options.grammar is not None and not self.text:
-            return content.lstrip()
-        first = not self.text and content.startswith(" ")
-        if first and not self._tokenizer.decode(self.token_ids).startswith(" "):
-            return content[1:]
-        return content
-
-    def _read_finish(self, choice: Choice) -> Finish:
-        if self.token_ids and self.token_ids[-1] in self._stop_token_ids:
-            self.token_ids.pop()
-        if choice.finish_reason == "length":
-            full = len(self.token_ids) < self._options.most_tokens
-            return "context_full" if full else "max_tokens"
-        return "stop_string" if isinstance(choice.stop_reason, str) else "stop_token"
 
 
 def _structure_from_grammar(grammar: Grammar) -> dict[str, Any]:
@@ -238,16 +122,8 @@ def open_vllm_backend(
     Raises:
         BackendError: no server, no such model, or several to choose from.
     """
-    server, model = ChatServer(options), options.model
-    served = {entry.id: entry for entry in server.models()}
-    if model is None and len(served) == 1:
-        model = next(iter(served))
-    if model not in served:
-        asked = "which one was not said" if model is None else f"and none is {model!r}"
-        names = shown(", ".join(served)) or "no model"
-        raise BackendError(
-            f"{options.url} serves {names}, {asked}. Name one of its models with --llm-model."
-        )
+    server = ChatServer(options)
+    served = choose_model(server)
     trained = bundle.manifest.text.context_length
-    length = served[model].max_model_len
-    return VllmBackend(server, bundle, model, min(length or trained, trained), writer)
+    length = min(served.max_model_len or trained, trained)
+    return VllmBackend(server, bundle, served.id, length, writer)

@@ -12,6 +12,7 @@ import typer
 
 from engines import __version__
 from engines.cli import JsonOption, print_json
+from engines.llm_words import SERVERS
 from engines.memory.context_length import ContextNeed
 from runtime.clips.clip_options import ClipOptions, is_clip
 from runtime.language.generate import GenerationOptions
@@ -117,7 +118,7 @@ def document_from_answer(answer: Answer, bundle: Bundle) -> dict[str, Any]:
     """Return an answer as the JSON object that `--json` prints."""
     from runtime.clips.clip import ClipAnswer
 
-    served = answer.backend == "vllm"
+    served = answer.backend in SERVERS
     graph = bundle.vision(answer.seen[0].tokens.shape[1])
     decode_seconds = answer.milliseconds["decode"] / 1e3
     document = {

@@ -10,6 +10,7 @@ import typer
 
 from engines.cli import BackendOption, ContextOption, EngineOption, ThreadsOption, VerifyOption
 from engines.errors import OptionError
+from engines.llm_words import SERVERS
 from engines.option_groups import Typed
 from engines.secret import NO_SECRET, Secret
 
@@ -58,8 +59,8 @@ class ServedParts:
         tuple[str, ...],
         typer.Option(
             "--llm-url",
-            help="Address of a vLLM server that runs the language model; may be given again: when "
-            "one does not answer, the next is asked.",
+            help="Address of a server that runs the language model, vLLM unless --backend says "
+            "trtllm; may be given again: when one does not answer, the next is asked.",
         ),
         Typed(tuple, list, list[str]),
     ] = ()
@@ -83,7 +84,7 @@ class ServedParts:
             raise OptionError(f"--role {self.role}: expected one of all, encoder.")
         if self.llm_model is not None and not self.llm_urls:
             raise OptionError("--llm-model needs the servers' address: --llm-url.")
-        if self.role == "encoder" and self.backend not in (None, "vllm"):
+        if self.role == "encoder" and self.backend not in (None, *SERVERS):
             raise OptionError(
                 f"--role encoder loads no language model here, and --backend {self.backend} is "
                 "one. Leave one of them out."

@@ -11,6 +11,7 @@ from typing import Any
 
 from engines.bundle import Bundle
 from engines.errors import OptionError
+from engines.llm_words import SERVERS
 from engines.memory.vision import runs_on_gpu
 from engines.opening import target_of
 from engines.version import __version__
@@ -317,12 +318,12 @@ def _open_language(
 ) -> TextBackend | None:
     servers = parts.servers(deadline_s)
     if servers:
-        if parts.backend not in (None, "vllm") or parts.context_length is not None:
+        if parts.backend not in (None, *SERVERS) or parts.context_length is not None:
             raise OptionError(
                 "--llm-url names servers of the language model, and --backend or --context-length "
                 "one of this process. Leave one of them out."
             )
-        return ServerPool(bundle, servers, writer)
+        return ServerPool(bundle, servers, writer, parts.backend or SERVERS[0])
     if parts.role == "encoder":
         return None
     return open_text_backend(

@@ -12,7 +12,9 @@ import pytest
 from engines.bundle import Bundle
 from engines.errors import FoveateError, OptionError
 from engines.secret import Secret
+from runtime.backends import TextBackend
 from runtime.backends.chat_server import ChatServer, ServerOptions
+from runtime.backends.trtllm import TrtLlmBackend
 from runtime.backends.vllm import VllmBackend, open_vllm_backend
 from runtime.language.generate import GenerationOptions
 from runtime.language.grammar import Grammar
@@ -57,10 +59,17 @@ def require_told_well(error: FoveateError) -> None:
 
 
 def ask(
-    server: HostileServer, bundle: Bundle, writer: PromptWriter, form: Grammar | None
+    server: HostileServer,
+    bundle: Bundle,
+    writer: PromptWriter,
+    form: Grammar | None,
+    kind: str = "vllm",
 ) -> str | None:
     """Ask once; return how the answer ended, or None where it ended with an error."""
-    backend = VllmBackend(ChatServer(options(server)), bundle, "tiny-llama", 512, writer)
+    chat = ChatServer(options(server))
+    backend: TextBackend = VllmBackend(chat, bundle, "tiny-llama", 512, writer)
+    if kind == "trtllm":
+        backend = TrtLlmBackend(chat, bundle, "tiny-llama", writer)
     generation = backend.generate(QUESTION, [PICTURE], GenerationOptions(MAX_TOKENS, grammar=form))
     try:
         with time_limit(LIMIT_S):
@@ -92,6 +101,16 @@ def test_hostile_answers(
         ends.append(ask(server, language_bundle, writer, FORMS[number // 3 % 3]))
     # The responses reach every end; else they would try nothing.
     assert {None, "complete", "broken_form", "stop_token"} <= set(ends)
+
+
+def test_hostile_answers_of_tensorrt_llm(
+    server: HostileServer, language_bundle: Bundle, writer: PromptWriter
+) -> None:
+    ends: list[str | None] = []
+    for number in range(cases(900)):
+        server.response = response(number)
+        ends.append(ask(server, language_bundle, writer, FORMS[number // 3 % 3], "trtllm"))
+    assert None in ends
 
 
 def test_hostile_lists_of_models(

@@ -1,0 +1,138 @@
+"""Write a LLaVA checkpoint as the LLaVA-NeXT that a TensorRT-LLM server takes.
+
+`trtllm-serve` puts visual tokens from outside into a prompt for some models only, and of the LLaVA
+family for LLaVA-NeXT (`tensorrt_llm/_torch/models/modeling_llava_next.py`). Its language model is
+that of any LLaVA. The server also loads a tower and a projector, which it never runs for us, so the
+checkpoint's own go along.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlavaNextConfig
+
+from engines.errors import CheckpointError
+from export.checkpoint.llava import Checkpoint
+from export.checkpoint.weights import INDEX_FILE, Part
+
+OPTIONS_FILE = "trtllm_options.yaml"
+_OPTIONS = """\
+# Blocks of the KV cache are looked up by token ids, which are the same for every picture.
+kv_cache_config:
+  enable_block_reuse: false
+# --choices and --json-schema need one.
+guided_decoding_backend: xgrammar
+"""
+TEMPLATE = (
+    "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+)
+"""A chat template that hands on the prompt the robot has written, with `<image>` in its places."""
+_PREFIXES = {
+    Part.LANGUAGE_MODEL: "language_model.",
+    Part.PROJECTOR: "multi_modal_projector.",
+    Part.VISION_TOWER: "vision_tower.vision_model.",
+}
+"""Names as the hub's LLaVA-NeXT checkpoints have them, before those of the plain models."""
+_NEWLINE = "image_newline"
+
+
+def write_llava_next(checkpoint: Checkpoint, directory: Path) -> None:
+    """Write the whole checkpoint as a LLaVA-NeXT; memory holds one shard at a time.
+
+    Args:
+        checkpoint: an opened LLaVA checkpoint.
+        directory: where to write; it exists.
+
+    Raises:
+        CheckpointError: its tower is no CLIP, or a tensor is missing, too many, has another shape
+            or is not finite.
+    """
+    kind = checkpoint.vision_config.model_type
+    if kind != "clip_vision_model":
+        raise CheckpointError(
+            f"{checkpoint.root}: the vision tower is {kind!r}, and TensorRT-LLM loads a LLaVA-NeXT "
+            "with 'clip_vision_model' only, although the tower stays on the robot. Serve the "
+            "language model with vLLM: --server vllm."
+        )
+    for part in Part:
+        checkpoint.check(part)
+    _config(checkpoint).save_pretrained(directory)
+    for file in (*checkpoint.tokenizer_files(), checkpoint.root / "generation_config.json"):
+        if file.is_file():
+            shutil.copy2(file, directory / file.name)
+    (directory / "chat_template.jinja").write_text(TEMPLATE, "utf-8")
+    (directory / OPTIONS_FILE).write_text(_OPTIONS, "utf-8")
+    for name, fields in _processor_files(checkpoint).items():
+        (directory / name).write_text(json.dumps(fields, indent=1), "utf-8")
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(_shards(checkpoint), start=1):
+        name = f"model-{number:05d}.safetensors"
+        save_file(shard, directory / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=1), "utf-8")
+
+
+def _config(checkpoint: Checkpoint) -> LlavaNextConfig:
+    ours: Any = checkpoint.config
+    text = checkpoint.plain_text_config()
+    side = checkpoint.image_size
+    config = LlavaNextConfig(
+        vision_config=checkpoint.vision_config,
+        text_config=text,
+        image_token_index=int(ours.image_token_id),
+        projector_hidden_act=ours.projector_hidden_act,
+        multimodal_projector_bias=ours.multimodal_projector_bias,
+        vision_feature_select_strategy=ours.vision_feature_select_strategy,
+        vision_feature_layer=ours.vision_feature_layer,
+        image_grid_pinpoints=[[side, side]],
+        image_seq_length=checkpoint.patch_side**2,
+        tie_word_embeddings=bool(ours.tie_word_embeddings),
+    )
+    config.architectures = ["LlavaNextForConditionalGeneration"]
+    config.dtype = text.dtype
+    return config
+
+
+def _processor_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Return what LLaVA-NeXT's processor is made of, by file; the server opens it."""
+    side, pixels = checkpoint.image_size, checkpoint.preprocessing
+    pictures = {
+        "image_processor_type": "LlavaNextImageProcessor",
+        "processor_class": "LlavaNextProcessor",
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+        "image_grid_pinpoints": [[side, side]],
+        "image_mean": list(pixels.mean),
+        "image_std": list(pixels.std),
+        "rescale_factor": pixels.rescale_factor,
+    }
+    words = {
+        "processor_class": "LlavaNextProcessor",
+        "patch_size": side // checkpoint.patch_side,
+        "vision_feature_select_strategy": checkpoint.config.vision_feature_select_strategy,
+        "image_token": checkpoint.prompt("tokenizer.json").image_token,
+        "num_additional_image_tokens": 1,
+    }
+    return {"preprocessor_config.json": pictures, "processor_config.json": words}
+
+
+def _shards(checkpoint: Checkpoint) -> Iterator[dict[str, Tensor]]:
+    dtype = checkpoint.embedding_table().dtype
+    for part, prefix in _PREFIXES.items():
+        for shard in checkpoint.weights.read_by_shard(part):
+            yield {prefix + name: tensor for name, tensor in shard.items()}
+    width = int(checkpoint.plain_text_config().hidden_size)
+    yield {
+        _NEWLINE: torch.zeros(width, dtype=dtype)
+    }  # between the tiles of a picture: we send none
