@@ -10,6 +10,7 @@ before it: exactly when greedy decoding would write it.
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,25 @@ from evaluate import load_checkpoint, read_held_out  # noqa: E402
 from packing import IGNORED, PackedText, block_mask, encode_prefix, pack  # noqa: E402
 
 _PICTURES_AT_ONCE = 25
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the visual tokens of pictures stand, if not one after the other.
+
+    Attributes:
+        places: int64[pictures, N]; 0 is the picture's first position.
+        length: positions that each picture takes.
+        bias: float32[pictures, N]; added to every score of attention to a token.
+    """
+
+    places: NDArray[np.int64]
+    length: int
+    bias: NDArray[np.float32]
+
+    def part(self, pictures: slice) -> Layout:
+        """Return that of some of the pictures."""
+        return Layout(self.places[pictures], self.length, self.bias[pictures])
 
 
 class Examination:
@@ -52,17 +72,24 @@ class Examination:
         self.types = np.array([one.type for asked in self.questions for one in asked])
         self._model: Any = load_checkpoint(checkpoint)[0]
 
-    def right_answers(self, tokens: NDArray[np.float32], valid: NDArray[np.int64]) -> NDArray[Any]:
+    def right_answers(
+        self,
+        tokens: NDArray[np.float32],
+        valid: NDArray[np.int64],
+        layout: Layout | None = None,
+    ) -> NDArray[Any]:
         """Return bool[Q]: which questions are answered exactly.
 
         Args:
             tokens: float32[pictures, N, D]; visual tokens.
             valid: int64[pictures]; how many of each picture's are real.
+            layout: where they stand; left out, one after the other.
         """
         right = []
         for start in range(0, len(tokens), _PICTURES_AT_ONCE):
             part = slice(start, start + _PICTURES_AT_ONCE)
-            right.append(self._judge(tokens[part], valid[part], pack(self.questions[part])))
+            text, laid = pack(self.questions[part]), layout.part(part) if layout else None
+            right.append(self._judge(tokens[part], valid[part], text, laid))
         return np.concatenate(right)
 
     def right_answers_about(
@@ -73,7 +100,11 @@ class Examination:
 
     @torch.no_grad()
     def _judge(
-        self, tokens: NDArray[np.float32], real: NDArray[np.int64], text: PackedText
+        self,
+        tokens: NDArray[np.float32],
+        real: NDArray[np.int64],
+        text: PackedText,
+        layout: Layout | None = None,
     ) -> NDArray[Any]:
         visual, valid = torch.from_numpy(tokens), torch.from_numpy(real)
         llm = self._model.model.language_model
@@ -90,6 +121,10 @@ class Examination:
         places = torch.arange(mask.shape[-1])
         padding = (places >= ends) & (places < before)  # [B, S]
         mask = mask.masked_fill(padding[:, None, None, :], -1e4)
+        if layout is not None:
+            positions[:, len(prefix) : before] = len(prefix) + torch.from_numpy(layout.places)
+            positions[:, before:] = len(prefix) + layout.length + text.positions.clamp(min=0)
+            mask[..., len(prefix) : before] += torch.from_numpy(layout.bias)[:, None, None]
         hidden = llm(
             inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state[:, before:]

@@ -20,7 +20,7 @@ import typer
 
 from engines.errors import FoveateError, OptionError
 from engines.last_resort import tell_of_defect, tell_of_threads
-from engines.llm_words import KvCache
+from engines.llm_words import KvCache, Positions, VisualWeights
 from engines.option_groups import spread
 
 _NOT_UTF_8 = re.compile("[\ud800-\udfff]")  # where Python put the bytes of the command line
@@ -70,6 +70,23 @@ KvCacheOption = Annotated[
     typer.Option(
         "--kv-cache",
         help="Numbers of the KV cache: q8 takes 53 % of f16's memory, with llama.cpp only.",
+    ),
+]
+PositionsOption = Annotated[
+    Positions,
+    typer.Option(
+        "--positions",
+        help="Where visual tokens stand for the language model: compact, one after the other; or "
+        "original, each where it would if no token had been dropped, and the words behind all of "
+        "them. With ort and openvino only.",
+    ),
+]
+VisualWeightsOption = Annotated[
+    VisualWeights,
+    typer.Option(
+        "--visual-weights",
+        help="How much a visual token counts in attention: equal, as one; or patches, as many as "
+        "were merged in it. With ort on a CPU and openvino only.",
     ),
 ]
 VerifyOption = Annotated[

@@ -8,3 +8,8 @@ LlmDevice = Literal["cpu", "cuda"]
 """Where ONNX Runtime computes a decoder."""
 SERVERS = ("vllm", "trtllm")
 """Backends that are a server; the first is meant where only an address is given."""
+Positions = Literal["compact", "original"]
+"""Where visual tokens stand for the language model: one after the other, or where each would if all
+of its picture's were there."""
+VisualWeights = Literal["equal", "patches"]
+"""How much a visual token counts in attention: as one, or as the patches that were merged in it."""

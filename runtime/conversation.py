@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from runtime.language.generate import GenerationOptions
-from runtime.language.parts import Embeddings
+from runtime.language.parts import Picture, PlacedTokens
 from runtime.language.prompt import Turn
 from runtime.model import Answer, Model, Show
 from runtime.vision import Pixels, VisualTokens
@@ -26,11 +26,11 @@ class ShownImage:
 
     Attributes:
         name: what the user calls it, a path for example.
-        tokens: float32[N, D].
+        tokens: as `Model.picture_of` returns them.
     """
 
     name: str
-    tokens: Embeddings
+    tokens: Picture
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Conversation:
             name: what to call it.
         """
         visual = self.model.encoder.encode([image])
-        self._shown.append(ShownImage(name, visual.tokens_of(0)))
+        self._shown.append(ShownImage(name, self.model.picture_of(visual)))
         self._seen.append(visual)
         return visual
 
@@ -99,7 +99,7 @@ class Conversation:
             if with_images:
                 self._shown = list(self.exchanges[with_images[-1]].images)
                 del self.exchanges[with_images[-1] :]
-        self._shown[-1:] = [ShownImage(name, visual.tokens_of(0))]
+        self._shown[-1:] = [ShownImage(name, self.model.picture_of(visual))]
         self._seen[-1:] = [visual]
         return visual
 
@@ -145,14 +145,23 @@ class Conversation:
     def _make_room(self, max_tokens: int) -> None:
         """Drop the oldest exchanges until prompt and answer fit."""
         context_length = self.model.language.context_length
+        trained = self.model.bundle.manifest.text.context_length
         reserve = min(max_tokens, int(context_length * _LARGEST_RESERVE))
-        while len(self.exchanges) > 1 and self.count_positions() + reserve > context_length:
+        while len(self.exchanges) > 1:
+            taken = self.count_positions() + reserve
+            if taken <= context_length and taken + self._left_out() <= trained:
+                return
             self._drop_oldest()
 
     def count_positions(self) -> int:
-        """Return how many positions the conversation takes, with what makes the model answer."""
+        """Return how much of the context the conversation takes, up to where the model answers."""
         visual = sum(len(image.tokens) - 1 for image in self.images)
         return len(self.model.writer.ids(self._turns())) + visual
+
+    def _left_out(self) -> int:
+        """Return how many positions of pictures have no token."""
+        placed = [image.tokens for image in self.images if isinstance(image.tokens, PlacedTokens)]
+        return sum(picture.length - len(picture) for picture in placed)
 
     def _drop_oldest(self) -> None:
         oldest = self.exchanges.pop(0)

@@ -13,7 +13,7 @@ import numpy as np
 
 from engines.bundle import Bundle, open_bundle
 from engines.errors import BackendError
-from engines.llm_words import KvCache, LlmDevice
+from engines.llm_words import KvCache, LlmDevice, Positions, VisualWeights
 from engines.memory.context_length import ContextNeed
 from runtime.backends import TextBackend
 from runtime.backends.chat_server import ServerOptions
@@ -21,10 +21,11 @@ from runtime.backends.context import Context
 from runtime.backends.local_text import LocalText
 from runtime.backends.opening import open_text_backend
 from runtime.language.generate import Finish, GenerationOptions
-from runtime.language.parts import Embeddings
+from runtime.language.parts import Picture
 from runtime.language.prompt import PromptWriter, Turn
 from runtime.vision import Pixels, VisionEncoder, VisualTokens
 from runtime.vision.pictures import load_picture
+from runtime.vision.places import picture_of
 
 Show = Callable[[str], None]
 """Called with each piece of an answer as it is written."""
@@ -83,15 +84,25 @@ class Model(AbstractContextManager["Model"]):
         encoder: images to visual tokens.
         writer: conversations to parts.
         language: writes the answers.
+        positions: where visual tokens stand for it.
+        visual_weights: how much they count in its attention.
     """
 
     def __init__(
-        self, bundle: Bundle, encoder: VisionEncoder, writer: PromptWriter, language: TextBackend
+        self,
+        bundle: Bundle,
+        encoder: VisionEncoder,
+        writer: PromptWriter,
+        language: TextBackend,
+        positions: Positions = "compact",
+        visual_weights: VisualWeights = "equal",
     ) -> None:
         self.bundle = bundle
         self.encoder = encoder
         self.writer = writer
         self.language = language
+        self.positions: Positions = positions
+        self.visual_weights: VisualWeights = visual_weights
 
     def ask(
         self,
@@ -154,7 +165,7 @@ class Model(AbstractContextManager["Model"]):
         turns.append(Turn("user", question, images=len(visuals)))
         answer = self.answer(
             turns,
-            [visual.tokens_of(0) for visual in visuals],
+            [self.picture_of(visual) for visual in visuals],
             options,
             show,
             prefilled=prefilled,
@@ -165,7 +176,7 @@ class Model(AbstractContextManager["Model"]):
     def answer(
         self,
         turns: Sequence[Turn],
-        images: Sequence[Embeddings],
+        images: Sequence[Picture],
         options: GenerationOptions | None = None,
         show: Show | None = None,
         *,
@@ -176,7 +187,7 @@ class Model(AbstractContextManager["Model"]):
 
         Args:
             turns: the conversation, ending with a question.
-            images: float32[N, D] of each image in it.
+            images: the visual tokens of each image in it, as `picture_of` returns them.
             options: how the answer is written.
             show: called with each piece of the answer as it is written.
             prefilled: called once the prompt was read.
@@ -212,6 +223,15 @@ class Model(AbstractContextManager["Model"]):
                 "total": (ended - started) * 1e3,
             },
         )
+
+    def picture_of(self, visual: VisualTokens) -> Picture:
+        """Return an image's visual tokens as a prompt takes them.
+
+        Args:
+            visual: a batch of one.
+        """
+        columns = self.encoder.graph.patch_columns
+        return picture_of(visual, self.positions, self.visual_weights, columns)
 
     def warm_up(self, batch: int = 1) -> float:
         """Answer once about a black picture, so that the first real answer is as fast as the next.
@@ -274,6 +294,8 @@ def open_model(
     context_length: int | None = None,
     need: ContextNeed = ContextNeed(),
     kv_cache: KvCache = "f16",
+    positions: Positions = "compact",
+    visual_weights: VisualWeights = "equal",
     device: LlmDevice | None = None,
     server: ServerOptions | None = None,
     batch: int = 1,
@@ -290,6 +312,10 @@ def open_model(
         context_length: positions the KV cache holds; left out, what ``need`` asks for.
         need: what the KV cache has to hold; left out, four questions about a picture.
         kv_cache: how llama.cpp keeps keys and values: ``"f16"`` or ``"q8"``.
+        positions: ``"compact"``, visual tokens stand one after the other; or ``"original"``, where
+            each would if none had been dropped.
+        visual_weights: ``"equal"``, each counts as one in attention; or ``"patches"``, as many as
+            were merged in it.
         device: where ONNX Runtime computes the language model; left out, where it was built for.
         server: where the language model is, if a server runs it.
         batch: images that are usually encoded at once; see `engines.open_session`.
@@ -314,6 +340,8 @@ def open_model(
                 context_length=context_length,
                 need=need,
                 kv_cache=kv_cache,
+                positions=positions,
+                visual_weights=visual_weights,
                 device=device,
                 server=server,
             )
@@ -325,4 +353,4 @@ def open_model(
     except BaseException:
         language.close()
         raise
-    return Model(bundle, encoder, writer, language)
+    return Model(bundle, encoder, writer, language, positions, visual_weights)

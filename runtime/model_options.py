@@ -13,8 +13,10 @@ from engines.cli import (
     ContextOption,
     EngineOption,
     KvCacheOption,
+    PositionsOption,
     ThreadsOption,
     VerifyOption,
+    VisualWeightsOption,
 )
 from engines.errors import OptionError
 from engines.llm_words import LlmDevice
@@ -48,6 +50,8 @@ class ModelOptions:
     ] = None
     context_length: ContextOption = None
     kv_cache: KvCacheOption = "f16"
+    positions: PositionsOption = "compact"
+    visual_weights: VisualWeightsOption = "equal"
     device: Annotated[
         LlmDevice | None,
         typer.Option(
@@ -122,6 +126,8 @@ class ModelOptions:
             context_length=self.context_length,
             need=need,
             kv_cache=self.kv_cache,
+            positions=self.positions,
+            visual_weights=self.visual_weights,
             device=self.device,
             server=server,
             batch=batch,

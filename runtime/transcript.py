@@ -1,7 +1,7 @@
 """Save a conversation to a JSON file, and continue it later.
 
-The file holds the words and the visual tokens. The pictures themselves are not kept, and the KV
-cache is computed again with the next question.
+The file holds the words and the visual tokens, with their places if they have some. The pictures
+themselves are not kept, and the KV cache is computed again with the next question.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from engines.bundle import Bundle
 from engines.errors import OptionError
 from engines.staging import staged_file
 from runtime.conversation import Conversation, Exchange, ShownImage
-from runtime.language.parts import Embeddings
+from runtime.language.parts import Embeddings, Picture, PlacedTokens
 from runtime.model import Model
 
 _FORMAT = 1
@@ -39,7 +39,7 @@ def save_conversation(conversation: Conversation, path: str | Path) -> None:
                 "question": exchange.question,
                 "answer": exchange.answer,
                 "pictures": [
-                    {"name": image.name, "tokens": _text_from_tokens(image.tokens)}
+                    {"name": image.name, **_fields_from_picture(image.tokens)}
                     for image in exchange.images
                 ],
             }
@@ -85,10 +85,33 @@ def _identity(bundle: Bundle) -> str:
 def _exchange(fields: dict[str, Any], model: Model) -> Exchange:
     width = model.bundle.manifest.text.hidden_size
     images = tuple(
-        ShownImage(str(image["name"]), _tokens_from_text(image["tokens"], width))
+        ShownImage(str(image["name"]), _picture_from_fields(image, width, model))
         for image in fields["pictures"]
     )
     return Exchange(str(fields["question"]), images, fields["answer"])
+
+
+def _fields_from_picture(picture: Picture) -> dict[str, Any]:
+    if not isinstance(picture, PlacedTokens):
+        return {"tokens": _text_from_tokens(picture)}
+    placed = {"places": picture.places.tolist(), "length": picture.length}
+    placed["bias"] = picture.bias.tolist()
+    return {"tokens": _text_from_tokens(picture.tokens), **placed}
+
+
+def _picture_from_fields(fields: dict[str, Any], width: int, model: Model) -> Picture:
+    """Read a picture as it was shown; a model that takes plain tokens only gets those."""
+    tokens = _tokens_from_text(fields["tokens"], width)
+    plain = model.positions == "compact" and model.visual_weights == "equal"
+    if plain or "places" not in fields:
+        return tokens
+    places, length = np.array(fields["places"], np.int64), int(fields["length"])
+    if places.shape != (len(tokens),) or not 0 <= places.min() <= places.max() < length:
+        raise ValueError(f"the places of a picture of {len(tokens)} tokens are {places.tolist()}")
+    bias = np.array(fields["bias"], np.float32)
+    if bias.shape != places.shape:
+        raise ValueError(f"{len(bias)} of a picture's {len(tokens)} tokens have a bias")
+    return PlacedTokens(tokens, places, length, bias)
 
 
 def _text_from_tokens(tokens: Embeddings) -> str:

@@ -6,6 +6,8 @@ The tokenizer is byte-level BPE, as most language models have: a character may t
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from engines.bundle import Bundle, open_bundle, write_bundle
 from engines.manifest import LlmPrecision, Manifest
 from export.checkpoint.llava import open_checkpoint
 from export.language.onnx_decoder import Progress, export_language
+from runtime.backends.ort import BIAS_INPUT, POSITIONS_INPUT
 from tests.tiny_bundle import tiny_manifest
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
@@ -212,3 +215,24 @@ def write_language_bundle(
         )
         draft.describe(Manifest.model_validate(fields))
     return open_bundle(destination)
+
+
+def without_positions(bundle: Bundle, destination: Path) -> Bundle:
+    """Return a copy whose ONNX decoder has no positions, as those of earlier releases."""
+    shutil.copytree(bundle.root, destination)
+    file = destination / "llm" / "ort" / "model.onnx"
+    model = onnx.load(str(file), load_external_data=False)
+    gathers = {node.output[0]: node for node in model.graph.node if POSITIONS_INPUT in node.input}
+    for node in model.graph.node:
+        for at, name in enumerate(node.input):
+            if name in gathers:
+                node.input[at] = gathers[name].input[0]
+        if node.op_type == "GroupQueryAttention":
+            node.input[10] = ""
+    for node in gathers.values():
+        model.graph.node.remove(node)
+    for given in list(model.graph.input):
+        if given.name in (POSITIONS_INPUT, BIAS_INPUT):
+            model.graph.input.remove(given)
+    onnx.save(model, str(file))
+    return replace(bundle, root=destination)

@@ -32,6 +32,7 @@ from export.checkpoint.llava import Checkpoint
 from export.checkpoint.processor import load_tokenizer
 from export.language.causal_lm import head_size, read_limits, write_causal_lm
 from export.language.decoder_process import FAILED, PROGRESS, DecoderTask
+from export.language.position_input import add_bias_input, add_position_input
 from export.release_memory import release_memory
 
 GRAPH_FILE = "llm/ort/model.onnx"
@@ -189,7 +190,7 @@ def write_decoder(
         plain, built = Path(scratch, "causal_lm"), Path(scratch, "built")
         write_causal_lm(checkpoint, plain)
         _run_builder(DecoderTask(checkpoint.weights, plain, built, precision, device), progress)
-        _fix_head_size(built / "model.onnx", checkpoint)
+        _complete_inputs(built / "model.onnx", checkpoint, device)
         for name in ("model.onnx", "model.onnx.data"):
             shutil.move(built / name, destination.parent / name)
 
@@ -237,14 +238,17 @@ def _end_with_parent() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _fix_head_size(graph: Path, checkpoint: Checkpoint) -> None:
-    """Write the width of a key-value head into the cache's shapes, where the builder left a name.
+def _complete_inputs(graph: Path, checkpoint: Checkpoint, device: str) -> None:
+    """Add positions, a bias, and the width of a key-value head to the cache's shapes.
 
-    The runtime allocates the cache by these shapes.
+    The builder leaves a name for that width, and the runtime allocates the cache by these shapes.
     """
     width = head_size(checkpoint.text_config)
     model = onnx.load(str(graph), load_external_data=False)
     for value in [*model.graph.input, *model.graph.output]:
         if value.name.startswith(("past_key_values.", "present.")):
             value.type.tensor_type.shape.dim[3].dim_value = width
+    add_position_input(model)
+    if device == "cpu":
+        add_bias_input(model)
     onnx.save(model, str(graph))

@@ -1,6 +1,6 @@
 """The interfaces of a language model that runs in this process, and of one that a server runs.
 
-In this process: parts in, logits out, and a position that can be rewound. A part is a run of token
+In this process: parts in, logits out, and a cache that can be rewound. A part is a run of token
 ids or of ready embeddings (the visual tokens). Text rows come from the bundle's own embedding
 table, so every backend sees the same numbers. On a server: a conversation in, text out.
 `local_text` gives a model of this process the interface of a server.
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from runtime.language.generate import Finish, GenerationOptions
-from runtime.language.parts import Embeddings, Logits, Part, TokenIds
+from runtime.language.parts import Bias, Embeddings, Logits, Part, Picture, Positions, TokenIds
 from runtime.language.prompt import Turn
 
 
@@ -27,15 +27,22 @@ class Capabilities:
             or keeps a prefix cache of its own.
         fork: a conversation can go two ways.
         apart: conversations with one model have caches of their own, so several go on at once.
+        positions: rows may stand at positions that leave some out, as visual tokens do that keep
+            those they have among all of a picture's.
+        bias: rows may count for more than one, as merged visual tokens do.
     """
 
     logits: bool
     rewind: bool
     fork: bool
     apart: bool
+    positions: bool
+    bias: bool
 
 
-IN_PROCESS = Capabilities(logits=True, rewind=True, fork=True, apart=True)
+IN_PROCESS = Capabilities(
+    logits=True, rewind=True, fork=True, apart=True, positions=True, bias=True
+)
 
 
 class LanguageBackend(Protocol):
@@ -44,34 +51,45 @@ class LanguageBackend(Protocol):
     Attributes:
         name: ``"ort"``, ``"llamacpp"``, ...
         capabilities: what may be asked of it.
-        context_length: positions the KV cache holds.
+        context_length: places the KV cache has.
+        most_positions: positions the language model was trained for.
         hidden_size: D of the embeddings it takes.
     """
 
     name: str
-    capabilities: ClassVar[Capabilities]
+    capabilities: Capabilities
     context_length: int
+    most_positions: int
     hidden_size: int
 
     @property
     def position(self) -> int:
-        """Positions filled so far."""
+        """Places of the KV cache that are filled so far."""
 
     def embed(self, ids: TokenIds) -> Embeddings:
         """Return the embedding rows of token ids, float32[N, D]."""
 
-    def prefill(self, parts: Sequence[Part]) -> Logits:
+    def prefill(
+        self, parts: Sequence[Part], positions: Positions | None = None, bias: Bias | None = None
+    ) -> Logits:
         """Append parts and return the logits after the last one, float32[V].
 
+        Args:
+            parts: token ids and embeddings.
+            positions: int64[N], where all of their rows stand; left out, one after the other
+                behind the last.
+            bias: float32[N], added to every score of attention to a row; left out, zeros.
+
         Raises:
-            BackendError: wrong hidden size, or more positions than the context holds.
+            BackendError: wrong hidden size, more rows than the context holds, or positions or a
+                bias that the language model cannot take.
         """
 
     def decode(self, token: int) -> Logits:
-        """Append one token and return the logits after it, float32[V]."""
+        """Append one token behind the last and return the logits after it, float32[V]."""
 
     def rewind(self, position: int) -> None:
-        """Forget everything from ``position`` on."""
+        """Forget everything from a place of the cache on."""
 
     def fork(self) -> LanguageBackend:
         """Return a second conversation that starts with a copy of this one's cache."""
@@ -129,13 +147,13 @@ class TextBackend(Protocol):
     context_length: int
 
     def generate(
-        self, turns: Sequence[Turn], pictures: Sequence[Embeddings], options: GenerationOptions
+        self, turns: Sequence[Turn], pictures: Sequence[Picture], options: GenerationOptions
     ) -> TextGeneration:
         """Start an answer to a conversation.
 
         Args:
             turns: the conversation, ending with a question.
-            pictures: float32[N, D] of each picture, in the order of the turns.
+            pictures: the visual tokens of each, in the order of the turns.
             options: how the answer is written.
 
         Raises:

@@ -12,10 +12,10 @@ from hashlib import blake2b
 import numpy as np
 
 from runtime.backends import LanguageBackend
-from runtime.language.parts import Logits, Part
+from runtime.language.parts import Layout, Logits, Part, PromptPart, lay_out
 
-Key = int | bytes
-"""What one position holds: a token id, or the digest of an embedding."""
+Key = tuple[int | bytes, int, float]
+"""What a place of the cache holds: a token id or an embedding's digest; its position and bias."""
 
 
 class Context:
@@ -23,8 +23,8 @@ class Context:
 
     Attributes:
         backend: nobody else may move its position.
-        reused: positions of the last prompt that were in the cache already.
-        computed: positions of the last prompt that were not.
+        reused: rows of the last prompt that were in the cache already.
+        computed: rows of the last prompt that were not.
     """
 
     def __init__(self, backend: LanguageBackend) -> None:
@@ -32,53 +32,63 @@ class Context:
         self.reused = 0
         self.computed = 0
         self._held: list[Key] = []
+        self._following = 0  # the position of what comes next
 
     @property
     def position(self) -> int:
-        """Positions filled so far."""
+        """Places of the cache that are filled so far."""
         return self.backend.position
 
     @property
     def context_length(self) -> int:
-        """Positions the cache holds."""
-        return self.backend.context_length
+        """Places that can be filled: those of the cache, or as the trained positions allow."""
+        left = self.backend.most_positions - self._following
+        return min(self.backend.context_length, self.position + left)
 
-    def shared_with(self, prompt: Sequence[Part]) -> int:
-        """Return how many positions of a prompt the cache holds already."""
-        return _shared(self._held, [key for part in prompt for key in _keys(part)])
+    def shared_with(self, prompt: Sequence[PromptPart]) -> int:
+        """Return how many rows of a prompt the cache holds already."""
+        return _shared(self._held, _keys(lay_out(prompt)))
 
     def forget(self) -> None:
         """Hold nothing, so that the next prompt is computed whole."""
         self._held.clear()
 
-    def prefill(self, prompt: Sequence[Part]) -> Logits:
+    def prefill(self, prompt: Sequence[PromptPart]) -> Logits:
         """Make the cache hold the whole prompt and return the logits after it, float32[V].
 
         Raises:
-            BackendError: a part of the wrong width, or more positions than the context holds; the
-                cache then holds what it shares with the prompt.
+            BackendError: a part of the wrong width, more rows than the context holds, or positions
+                that the backend cannot take; the cache then holds what it shares with the prompt.
         """
-        wanted = [key for part in prompt for key in _keys(part)]
+        layout = lay_out(prompt)
+        wanted = _keys(layout)
         # The last position is always computed: its logits are what is asked for.
         shared = min(_shared(self._held, wanted), max(len(wanted) - 1, 0))
         del self._held[shared:]  # first, so that an interruption never leaves more than is there
         self.backend.rewind(shared)
-        logits = self.backend.prefill(_without(prompt, shared))
-        self._held = wanted
+        parts = _without(layout.parts, shared)
+        logits = self.backend.prefill(parts, layout.positions[shared:], layout.bias[shared:])
+        self._held, self._following = wanted, layout.following
         self.reused, self.computed = shared, len(wanted) - shared
         return logits
 
     def decode(self, token: int) -> Logits:
         """Append one token and return the logits after it, float32[V]."""
-        logits = self.backend.decode(token)
-        self._held.append(token)
+        at = np.array([self._following])
+        logits = self.backend.prefill([np.array([token], np.int64)], at)
+        self._held.append((token, self._following, 0.0))
+        self._following += 1
         return logits
 
 
-def _keys(part: Part) -> list[Key]:
-    if part.ndim == 1:
-        return [int(token) for token in part]
-    return [blake2b(row, digest_size=16).digest() for row in np.ascontiguousarray(part)]
+def _keys(layout: Layout) -> list[Key]:
+    held: list[int | bytes] = []
+    for part in layout.parts:
+        if part.ndim == 1:
+            held += [int(token) for token in part]
+        else:
+            held += [blake2b(row, digest_size=16).digest() for row in np.ascontiguousarray(part)]
+    return list(zip(held, layout.positions.tolist(), layout.bias.tolist(), strict=True))
 
 
 def _shared(held: list[Key], wanted: list[Key]) -> int:
@@ -89,7 +99,7 @@ def _shared(held: list[Key], wanted: list[Key]) -> int:
 
 
 def _without(prompt: Sequence[Part], count: int) -> list[Part]:
-    """Return the parts of a prompt but for its first positions."""
+    """Return the parts of a prompt but for its first rows."""
     left: list[Part] = []
     for part in prompt:
         if len(part) > count:

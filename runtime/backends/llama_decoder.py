@@ -36,6 +36,7 @@ class LlamaDecoder:
     Attributes:
         table: text embeddings.
         context_length: positions the cache holds, of all conversations together.
+        most_positions: of one of them.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class LlamaDecoder:
             BackendError: llama.cpp cannot, for example because the file is damaged.
         """
         self.table = table
-        self.context_length = context_length
+        self.context_length = self.most_positions = context_length
         self._library = load_llama_library()
         self._context: Any = None
         self._batch: Any = None

@@ -10,19 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
+
+import numpy as np
 
 from engines.bundle import Bundle
 from engines.errors import BackendError, OptionError
 from engines.llm_words import KvCache
 from engines.memory.context_length import ContextNeed
-from runtime.backends import IN_PROCESS, Capabilities
+from runtime.backends import IN_PROCESS
 from runtime.backends.context_choice import choose_context_length
 from runtime.backends.decoder_backend import DecoderBackend
 from runtime.backends.llama_decoder import BATCH_ROWS, LlamaDecoder
-from runtime.backends.rows import require_finite, require_rewind, require_room, rows_from_parts
+from runtime.backends.rows import require_finite, rows_from_parts
 from runtime.language.embeddings import EmbeddingTable
-from runtime.language.parts import Logits, Part
+from runtime.language.parts import Bias, Logits, Part, Positions
 
 _Q8_BLOCK = 32
 """Numbers of a head that share a scale."""
@@ -36,39 +37,38 @@ class LlamaCppBackend(DecoderBackend[LlamaDecoder]):
     """
 
     name = "llamacpp"
-    capabilities: ClassVar[Capabilities] = replace(IN_PROCESS, apart=False)
+    # llama.cpp refuses a batch whose positions leave some out, except of M-RoPE models.
+    capabilities = replace(IN_PROCESS, apart=False, positions=False, bias=False)
 
-    def __init__(self, decoder: LlamaDecoder, sequence: int, position: int = 0) -> None:
-        super().__init__(decoder, decoder.context_length, position)
+    def __init__(self, decoder: LlamaDecoder, sequence: int) -> None:
+        super().__init__(decoder, decoder.context_length)
         self._sequence = sequence
 
-    def prefill(self, parts: Sequence[Part]) -> Logits:
-        """Append parts and return the logits after the last one, float32[V].
+    def prefill(
+        self, parts: Sequence[Part], positions: Positions | None = None, bias: Bias | None = None
+    ) -> Logits:
+        """Append parts and return the logits after the last one; see `DecoderBackend`.
 
         All of them or, when it fails, none: the conversation goes on from where it was.
-
-        Raises:
-            BackendError: wrong hidden size, more positions than the context holds, or logits that
-                are not numbers.
         """
         decoder = self._open_decoder()
         rows = rows_from_parts(parts, decoder.table)  # [N, D]
-        require_room(self._position, len(rows), self.context_length)
+        positions, bias = self._standing_of(len(rows), positions, bias)
         try:
             for start in range(0, len(rows), BATCH_ROWS):
                 chunk = rows[start : start + BATCH_ROWS]
-                decoder.append(chunk, self._sequence, self._position + start)
+                decoder.append(chunk, self._sequence, self.position + start)
         except BackendError:
-            decoder.forget(self._sequence, self._position)
+            decoder.forget(self._sequence, self.position)
             raise
-        self._position += len(rows)
-        return require_finite(decoder.last_logits(), self._position)
+        self._positions = np.concatenate([self._positions, positions])
+        self._bias = np.concatenate([self._bias, bias])
+        return require_finite(decoder.last_logits(), self.position)
 
     def rewind(self, position: int) -> None:
-        """Forget everything from ``position`` on."""
-        require_rewind(position, self._position)
+        """Forget everything from a place of the cache on."""
+        super().rewind(position)
         self._open_decoder().forget(self._sequence, position)
-        self._position = position
 
     def fork(self) -> LlamaCppBackend:
         """Return a second conversation that starts with a copy of this one's cache.
@@ -77,9 +77,10 @@ class LlamaCppBackend(DecoderBackend[LlamaDecoder]):
             BackendError: eight conversations are open already.
         """
         decoder = self._open_decoder()
-        copy = decoder.start_sequence()
-        decoder.share(self._sequence, copy)
-        return LlamaCppBackend(decoder, copy, self._position)
+        copy = LlamaCppBackend(decoder, decoder.start_sequence())
+        decoder.share(self._sequence, copy._sequence)
+        copy._positions, copy._bias = self._positions, self._bias
+        return copy
 
     def close(self) -> None:
         """Free the cache, and the model once no fork uses it; calling it again does nothing."""

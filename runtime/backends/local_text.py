@@ -10,7 +10,7 @@ from runtime.backends.context import Context
 from runtime.language.answer_form import require_usable
 from runtime.language.generate import Generation, GenerationOptions
 from runtime.language.grammar import GrammarTokens
-from runtime.language.parts import Embeddings
+from runtime.language.parts import Picture
 from runtime.language.prompt import PromptWriter, Turn, interleave
 
 
@@ -30,13 +30,13 @@ class LocalText:
         self._writer = writer
 
     def generate(
-        self, turns: Sequence[Turn], pictures: Sequence[Embeddings], options: GenerationOptions
+        self, turns: Sequence[Turn], pictures: Sequence[Picture], options: GenerationOptions
     ) -> Generation:
         """Prefill a conversation and return its answer in the making.
 
         Args:
             turns: the conversation, ending with a question.
-            pictures: float32[N, D] of each picture, in the order of the turns.
+            pictures: the visual tokens of each, in the order of the turns.
             options: how the answer is written.
 
         Raises:

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from engines.bundle import Bundle
 from engines.errors import OptionError
-from engines.llm_words import SERVERS, KvCache, LlmDevice
+from engines.llm_words import SERVERS, KvCache, LlmDevice, Positions, VisualWeights
 from engines.memory.context_length import ContextNeed
 from runtime.backends import LanguageBackend, TextBackend
 from runtime.backends.chat_server import ServerOptions
 from runtime.language.prompt import PromptWriter
 
 BACKENDS = ("ort", "llamacpp", "openvino", *SERVERS)
+
+_NO_POSITIONS = {
+    "ort": "this bundle's ONNX decoder is of an earlier release and takes consecutive positions "
+    "only. Build the bundle again, or use --backend openvino.",
+    "llamacpp": "llama.cpp refuses a prompt whose positions leave some out. Use --backend ort or "
+    "openvino, or leave the option out.",
+}
+"""Backends that may not take positions, and why."""
+_NO_BIAS = {
+    "ort": "this bundle's ONNX decoder is of an earlier release, or for a GPU, and all visual "
+    "tokens count the same to it. Build the bundle again for a CPU, or use --backend openvino.",
+    "llamacpp": "llama.cpp has no input for it. Use --backend ort or openvino, or leave the option "
+    "out.",
+}
+"""Backends to which all visual tokens may count the same, and why."""
 
 
 def open_text_backend(
@@ -22,6 +37,8 @@ def open_text_backend(
     context_length: int | None = None,
     need: ContextNeed = ContextNeed(),
     kv_cache: KvCache = "f16",
+    positions: Positions = "compact",
+    visual_weights: VisualWeights = "equal",
     device: LlmDevice | None = None,
     server: ServerOptions | None = None,
 ) -> TextBackend:
@@ -35,6 +52,8 @@ def open_text_backend(
         context_length: positions the KV cache holds; left out, what ``need`` asks for.
         need: what the KV cache has to hold; left out, four questions about a picture.
         kv_cache: how llama.cpp keeps keys and values.
+        positions: where visual tokens will stand.
+        visual_weights: how much they will count in attention.
         device: where ONNX Runtime computes; left out, where the decoder was built for.
         server: how to reach the server that runs the language model.
 
@@ -63,6 +82,7 @@ def open_text_backend(
                 "itself. Leave them out, or start the server with options of its own, such as "
                 "vLLM's --kv-cache-dtype."
             )
+        require_plain_tokens(positions, visual_weights)
         return open_served_backend(name, bundle, server, writer)
     if server is not None:
         raise OptionError(
@@ -80,6 +100,14 @@ def open_text_backend(
         kv_cache=kv_cache,
         device=device,
     )
+    problems = []
+    if positions != "compact" and not local.capabilities.positions:
+        problems.append(f"--positions {positions}: {_NO_POSITIONS[local.name]}")
+    if visual_weights != "equal" and not local.capabilities.bias:
+        problems.append(f"--visual-weights {visual_weights}: {_NO_BIAS[local.name]}")
+    if problems:
+        local.close()
+        raise OptionError(" ".join(problems))
     return LocalText(local, writer)
 
 
@@ -98,6 +126,24 @@ def open_served_backend(
     from runtime.backends.vllm import open_vllm_backend
 
     return open_vllm_backend(bundle, server, writer)
+
+
+def require_plain_tokens(positions: Positions, visual_weights: VisualWeights) -> None:
+    """Check that a server of the language model can do what is asked of its attention.
+
+    Raises:
+        OptionError: it cannot.
+    """
+    if positions != "compact":
+        raise OptionError(
+            f"--positions {positions}: a server of the language model numbers the visual tokens "
+            "itself, one after the other. Leave the option out, or use --backend ort or openvino."
+        )
+    if visual_weights != "equal":
+        raise OptionError(
+            f"--visual-weights {visual_weights}: to a server of the language model all visual "
+            "tokens count the same. Leave the option out, or use --backend ort or openvino."
+        )
 
 
 def open_backend(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,10 @@ from engines.cpu_flags import has_amx
 from engines.errors import BackendError
 from engines.graph_contents import MICROSOFT_DOMAIN, ONNX_DOMAINS, check_graph_contents
 from engines.memory.context_length import ContextNeed
-from runtime.backends import IN_PROCESS, Capabilities
+from runtime.backends import IN_PROCESS
 from runtime.backends.context_choice import choose_context_length
 from runtime.backends.decoder_backend import DecoderBackend
-from runtime.backends.rows import require_finite, require_room, rows_from_parts
+from runtime.backends.rows import require_finite, rows_from_parts
 from runtime.backends.stateful_graph import (
     EMBEDDINGS,
     LOGITS,
@@ -32,7 +32,7 @@ from runtime.backends.stateful_graph import (
     make_stateful,
 )
 from runtime.language.embeddings import EmbeddingTable
-from runtime.language.parts import Embeddings, Logits, Part
+from runtime.language.parts import Bias, Embeddings, Logits, Part, Positions
 
 _PREFILL_CHUNK = 1024
 """Positions per run: what a layer computes of them is in memory at once."""
@@ -45,11 +45,13 @@ class Decoder:
     Attributes:
         compiled: the graph.
         table: text embeddings.
+        most_positions: that the model was trained for.
         openvino: the module.
     """
 
     compiled: Any
     table: EmbeddingTable
+    most_positions: int
     openvino: Any
 
 
@@ -57,36 +59,34 @@ class OpenVinoBackend(DecoderBackend[Decoder]):
     """One conversation with a decoder that OpenVINO runs; see `LanguageBackend`."""
 
     name = "openvino"
-    capabilities: ClassVar[Capabilities] = IN_PROCESS
+    capabilities = IN_PROCESS
 
     def __init__(self, decoder: Decoder, context_length: int) -> None:
         super().__init__(decoder, context_length)
         self._request: Any = decoder.compiled.create_infer_request()
-        self._held = 0  # positions in OpenVINO's cache: more than `_position` after a rewind
+        self._held = 0  # places filled in OpenVINO's cache: more than `position` after a rewind
 
-    def prefill(self, parts: Sequence[Part]) -> Logits:
-        """Append parts and return the logits after the last one, float32[V].
-
-        Raises:
-            BackendError: wrong hidden size, more positions than the context holds, or logits that
-                are not numbers.
-        """
+    def prefill(
+        self, parts: Sequence[Part], positions: Positions | None = None, bias: Bias | None = None
+    ) -> Logits:
+        """Append parts and return the logits after the last one; see `DecoderBackend`."""
         table = self._open_decoder().table
         rows = rows_from_parts(parts, table)  # [N, D]
-        require_room(self._position, len(rows), self.context_length)
+        positions, bias = self._standing_of(len(rows), positions, bias)
         self._forget_what_was_rewound()
         for start in range(0, len(rows), _PREFILL_CHUNK):
-            self._append(rows[start : start + _PREFILL_CHUNK])
+            chunk = slice(start, start + _PREFILL_CHUNK)
+            self._append(rows[chunk], positions[chunk], bias[chunk])
         logits: Logits = self._request.get_tensor(LOGITS).data[0, 0, : table.vocabulary]  # [V]
-        return require_finite(logits.astype(np.float32), self._position)
+        return require_finite(logits.astype(np.float32), self.position)
 
     def fork(self) -> OpenVinoBackend:
         """Return a second conversation that starts with a copy of this one's cache."""
         decoder = self._open_decoder()
         copy = OpenVinoBackend(decoder, self.context_length)
-        if self._position:
+        if self.position:
             copy._fill({state.name: self._rows_of(state) for state in self._request.query_state()})
-        copy._position = copy._held = self._position
+        copy._positions, copy._bias, copy._held = self._positions, self._bias, self.position
         return copy
 
     def close(self) -> None:
@@ -94,13 +94,12 @@ class OpenVinoBackend(DecoderBackend[Decoder]):
         super().close()
         self._request = None
 
-    def _append(self, rows: Embeddings) -> None:
-        """Run the graph over rows[N, D] and move the position on."""
-        end = self._position + len(rows)
-        positions = np.arange(self._position, end)
+    def _append(self, rows: Embeddings, positions: Positions, bias: Bias) -> None:
+        """Run the graph over rows[N, D] that stand at positions[N] and have bias[N]."""
+        biases = np.concatenate([self._bias, bias])
         inputs: dict[str, NDArray[Any]] = {
             EMBEDDINGS: np.ascontiguousarray(rows[None], np.float32),  # [1, N, D]
-            MASK: _causal_mask(positions),
+            MASK: _causal_mask(np.arange(self.position, self.position + len(rows)), biases),
             POSITIONS: positions,
             ORDER: np.zeros(1, np.int32),
         }
@@ -109,25 +108,26 @@ class OpenVinoBackend(DecoderBackend[Decoder]):
         except RuntimeError as error:
             self._held = -1  # nobody knows how much was written
             raise BackendError(
-                f"OpenVINO failed on {len(rows)} positions after {self._position} "
+                f"OpenVINO failed on {len(rows)} positions after {self.position} "
                 f"({_one_line(error)}). If memory ran out, open the backend with a smaller context "
                 "(--context)."
             ) from error
-        self._position = self._held = end
+        self._positions, self._bias = np.concatenate([self._positions, positions]), biases
+        self._held = self.position
 
     def _forget_what_was_rewound(self) -> None:
-        if self._held == self._position:
+        if self._held == self.position:
             return
-        if self._position:
+        if self.position:
             self._fill({state.name: self._rows_of(state) for state in self._request.query_state()})
         else:
             self._request.reset_state()
-        self._held = self._position
+        self._held = self.position
 
     def _rows_of(self, state: Any) -> NDArray[np.float32]:
-        """Return a copy of a cache tensor's positions, float32[1, heads, position, width]."""
+        """Return a copy of a cache tensor's filled places, float32[1, heads, filled, width]."""
         held: NDArray[np.float32] = state.state.data
-        return np.ascontiguousarray(held[:, :, : self._position])
+        return np.ascontiguousarray(held[:, :, : self.position])
 
     def _fill(self, rows: dict[str, NDArray[np.float32]]) -> None:
         """Make the cache hold these rows and no more."""
@@ -166,9 +166,11 @@ def open_openvino_backend(
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
     compiled = _compile(openvino, file, settings)
-    opened = OpenVinoBackend(Decoder(compiled, EmbeddingTable(bundle), openvino), context_length)
+    most = bundle.manifest.text.context_length
+    decoder = Decoder(compiled, EmbeddingTable(bundle), most, openvino)
+    opened = OpenVinoBackend(decoder, context_length)
     # OpenVINO packs the weights when it first needs them, which takes seconds: not in an answer.
-    opened._append(np.zeros((1, opened.hidden_size), np.float32))
+    opened.prefill([np.zeros((1, opened.hidden_size), np.float32)])
     opened.rewind(0)
     return opened
 
@@ -199,11 +201,18 @@ def _compile(openvino: Any, file: Path, settings: dict[str, Any]) -> Any:
         ) from error
 
 
-def _causal_mask(positions: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Return what each row may see, 0 or minus infinity, float32[1, 1, N, last position + 1]."""
-    later = np.arange(positions[-1] + 1)[None] > positions[:, None]  # [N, last + 1]
-    mask = np.zeros((1, 1, *later.shape), np.float32)
-    mask[0, 0, later] = -np.inf
+def _causal_mask(places: NDArray[np.int64], bias: Bias) -> NDArray[np.float32]:
+    """Return what is added to the scores of attention: the bias, or minus infinity.
+
+    Args:
+        places: int64[N], the last ones of the cache that are filled.
+        bias: float32[last place + 1].
+
+    Returns:
+        float32[1, 1, N, last place + 1].
+    """
+    later = np.arange(len(bias))[None] > places[:, None]  # [N, last + 1]
+    mask: NDArray[np.float32] = np.where(later, np.float32(-np.inf), bias)[None, None]
     return mask
 
 

@@ -1,16 +1,16 @@
 """Run the ONNX decoder with ONNX Runtime and one KV cache that is not copied.
 
 The cache is allocated once and bound as past and as present, so GroupQueryAttention appends in
-place. Only the logits are read. A rewind sets the position back, and what lies beyond it is
-overwritten.
+place. Only the logits are read. A rewind goes back in the cache, and what lies beyond is
+overwritten. The graph is given the position of everything in the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,12 @@ from engines.graph_contents import MICROSOFT_DOMAIN, ONNX_DOMAINS, check_graph_c
 from engines.llm_words import LlmDevice
 from engines.memory.context_length import ContextNeed
 from engines.ort import CPU, CUDA, create_inference_session
-from runtime.backends import IN_PROCESS, Capabilities
+from runtime.backends import IN_PROCESS
 from runtime.backends.context_choice import choose_context_length
 from runtime.backends.decoder_backend import DecoderBackend
-from runtime.backends.rows import require_finite, require_room, rows_from_parts
+from runtime.backends.rows import require_finite, rows_from_parts
 from runtime.language.embeddings import EmbeddingTable
-from runtime.language.parts import Embeddings, Logits, Part
+from runtime.language.parts import Bias, Embeddings, Logits, Part, Positions
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -35,6 +35,10 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
 }
+POSITIONS_INPUT = "cache_positions"
+"""The graph's input int64[past + N]: where everything in the cache stands, new rows included."""
+BIAS_INPUT = "attention_bias"
+"""The graph's input float[1, 1, N, past + N], added to the scores of attention."""
 _PREFILL_CHUNK = 512
 """Positions per run: attention scores grow with its product with the context length."""
 
@@ -51,6 +55,9 @@ class Decoder:
         caches: input name -> output name of every cache tensor.
         cache_shape: key-value heads and the width of one.
         padded_vocabulary: width of the logits; those past the vocabulary are padding.
+        most_positions: that the model was trained for.
+        takes_positions: the graph has `POSITIONS_INPUT`; those of older bundles have not.
+        takes_bias: it has `BIAS_INPUT`; those for a GPU have not.
     """
 
     session: ort.InferenceSession
@@ -60,34 +67,37 @@ class Decoder:
     caches: dict[str, str]
     cache_shape: tuple[int, int]
     padded_vocabulary: int
+    most_positions: int
+    takes_positions: bool
+    takes_bias: bool
 
 
 class OrtBackend(DecoderBackend[Decoder]):
     """One conversation with a decoder that ONNX Runtime runs; see `LanguageBackend`."""
 
     name = "ort"
-    capabilities: ClassVar[Capabilities] = IN_PROCESS
 
     def __init__(self, decoder: Decoder, context_length: int) -> None:
         super().__init__(decoder, context_length)
+        self.capabilities = replace(
+            IN_PROCESS, positions=decoder.takes_positions, bias=decoder.takes_bias
+        )
         self._logits = np.zeros((1, 1, decoder.padded_vocabulary), decoder.dtype)
         self._mask, self._cache = _allocate(decoder, context_length)
         self._binding, self._device_cache = _bind(decoder, self._cache, self._logits)
 
-    def prefill(self, parts: Sequence[Part]) -> Logits:
-        """Append parts and return the logits after the last one, float32[V].
-
-        Raises:
-            BackendError: wrong hidden size, more positions than the context holds, or logits that
-                are not numbers.
-        """
+    def prefill(
+        self, parts: Sequence[Part], positions: Positions | None = None, bias: Bias | None = None
+    ) -> Logits:
+        """Append parts and return the logits after the last one; see `DecoderBackend`."""
         table = self._open_decoder().table
         rows = rows_from_parts(parts, table)  # [N, D]
-        require_room(self._position, len(rows), self.context_length)
+        positions, bias = self._standing_of(len(rows), positions, bias)
         for start in range(0, len(rows), _PREFILL_CHUNK):
-            self._append(rows[start : start + _PREFILL_CHUNK])
+            chunk = slice(start, start + _PREFILL_CHUNK)
+            self._append(rows[chunk], positions[chunk], bias[chunk])
         logits = self._logits[0, 0, : table.vocabulary].astype(np.float32)  # [V]
-        return require_finite(logits, self._position)
+        return require_finite(logits, self.position)
 
     def fork(self) -> OrtBackend:
         """Return a second conversation that starts with a copy of this one's cache."""
@@ -96,8 +106,8 @@ class OrtBackend(DecoderBackend[Decoder]):
             if name in self._device_cache:
                 copy._device_cache[name].update_inplace(self._device_cache[name].numpy())
             else:
-                copy._cache[name][:, :, : self._position] = mine[:, :, : self._position]
-        copy._position = self._position
+                copy._cache[name][:, :, : self.position] = mine[:, :, : self.position]
+        copy._positions, copy._bias = self._positions, self._bias
         return copy
 
     def close(self) -> None:
@@ -107,25 +117,30 @@ class OrtBackend(DecoderBackend[Decoder]):
         self._cache = {}
         self._device_cache = {}
 
-    def _append(self, rows: Embeddings) -> None:
-        """Run the graph over rows[N, D] and move the position on."""
+    def _append(self, rows: Embeddings, positions: Positions, bias: Bias) -> None:
+        """Run the graph over rows[N, D] that stand at positions[N] and have bias[N]."""
         decoder = self._open_decoder()
-        end = self._position + len(rows)
+        filled = np.concatenate([self._positions, positions])
+        biases = np.concatenate([self._bias, bias])
         inputs: dict[str, NDArray[Any]] = {
             "inputs_embeds": rows[None].astype(decoder.dtype, copy=False),  # [1, N, D]
-            "attention_mask": self._mask[:, :end],  # [1, position + N]
+            "attention_mask": self._mask[:, : len(filled)],  # [1, past + N]
         }
+        if decoder.takes_positions:
+            inputs[POSITIONS_INPUT] = filled
+        if decoder.takes_bias:
+            inputs[BIAS_INPUT] = np.tile(biases, (1, 1, len(rows), 1))
         for name, value in inputs.items():
             self._binding.bind_cpu_input(name, value)
         try:
             decoder.session.run_with_iobinding(self._binding)
         except Exception as error:
             raise BackendError(
-                f"ONNX Runtime failed on {len(rows)} positions after {self._position} "
+                f"ONNX Runtime failed on {len(rows)} positions after {self.position} "
                 f"({_first_line(error)}). If memory ran out, open the backend with a smaller "
                 "context (--context)."
             ) from error
-        self._position = end
+        self._positions, self._bias = filled, biases
 
 
 def open_ort_backend(
@@ -159,11 +174,11 @@ def open_ort_backend(
     context_length = choose_context_length(bundle, context_length, need)
     provider = CUDA if device == "cuda" else CPU
     session = create_inference_session(file, threads=threads, providers=[provider])
-    return OrtBackend(_read_decoder(session, file, device, EmbeddingTable(bundle)), context_length)
+    return OrtBackend(_read_decoder(session, file, device, bundle), context_length)
 
 
 def _read_decoder(
-    session: ort.InferenceSession, file: Path, device: LlmDevice, table: EmbeddingTable
+    session: ort.InferenceSession, file: Path, device: LlmDevice, bundle: Bundle
 ) -> Decoder:
     """Read names, shapes and dtypes from the graph; refuse one that is no decoder of ours."""
     inputs = {value.name: value for value in session.get_inputs()}
@@ -176,7 +191,8 @@ def _read_decoder(
     shapes = {tuple(inputs[name].shape[1::2]) for name in caches}
     expected = {"inputs_embeds", "attention_mask", *caches}
     shape = shapes.pop() if len(shapes) == 1 else ()
-    fits = set(inputs) == expected and {"logits", *caches.values()} <= set(outputs)
+    fits = set(inputs) - {POSITIONS_INPUT, BIAS_INPUT} == expected
+    fits &= {"logits", *caches.values()} <= set(outputs)
     if not fits or len(shape) != 2 or not all(isinstance(size, int) for size in shape):
         raise BackendError(
             f"{file} is not a decoder that export.build wrote: expected the inputs inputs_embeds, "
@@ -192,12 +208,15 @@ def _read_decoder(
         )
     return Decoder(
         session=session,
-        table=table,
+        table=EmbeddingTable(bundle),
         device=device,
         dtype=dtype,
         caches=caches,
         cache_shape=(int(shape[0]), int(shape[1])),
         padded_vocabulary=int(outputs["logits"].shape[-1]),
+        most_positions=bundle.manifest.text.context_length,
+        takes_positions=POSITIONS_INPUT in inputs,
+        takes_bias=BIAS_INPUT in inputs,
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from engines.errors import BackendError
 from runtime.language.embeddings import EmbeddingTable
-from runtime.language.parts import Embeddings, Logits, Part
+from runtime.language.parts import Bias, Embeddings, Logits, Part, Positions
 
 
 def rows_from_parts(parts: Sequence[Part], table: EmbeddingTable) -> Embeddings:
@@ -45,6 +45,64 @@ def require_room(position: int, count: int, context_length: int) -> None:
             "with fewer visual tokens, or open the backend with a larger context "
             "(--context) if the model allows it."
         )
+
+
+def require_positions(
+    positions: Positions, count: int, following: int, most: int, consecutive: str | None
+) -> Positions:
+    """Return the positions of ``count`` rows if a language model can take them.
+
+    Args:
+        positions: int64[N].
+        count: how many rows there are.
+        following: the position behind the last.
+        most: positions the language model was trained for.
+        consecutive: the name of a backend that takes no others.
+
+    Raises:
+        BackendError: it cannot.
+    """
+    if positions.shape != (count,):
+        raise BackendError(
+            f"There are positions [{', '.join(map(str, positions.shape))}] for {count} rows of a "
+            "prompt. Give one for each."
+        )
+    if not 0 <= positions.min() <= positions.max() < most:
+        raise BackendError(
+            f"The prompt goes from position {positions.min()} to {positions.max()}, and the "
+            f"language model was trained for 0 to {most - 1}. Ask a shorter question, drop earlier "
+            "turns, or give pictures no more positions than they have tokens (--positions compact)."
+        )
+    if consecutive and not np.array_equal(positions, np.arange(following, following + count)):
+        raise BackendError(
+            f'The language backend "{consecutive}" takes consecutive positions only, and the '
+            f"prompt leaves some out behind {following - 1}. Use --positions compact."
+        )
+    return positions
+
+
+def require_bias(bias: Bias, count: int, equal: str | None) -> Bias:
+    """Return the bias of ``count`` rows if a language model can take it.
+
+    Args:
+        bias: float32[N].
+        count: how many rows there are.
+        equal: the name of a backend to which all rows count the same.
+
+    Raises:
+        BackendError: it cannot.
+    """
+    if bias.shape != (count,) or bias.dtype != np.float32 or not np.isfinite(bias).all():
+        raise BackendError(
+            f"The bias of {count} rows of a prompt is {bias.dtype}{list(bias.shape)}: expected a "
+            "finite float32 for each."
+        )
+    if equal and bias.any():
+        raise BackendError(
+            f'To the language backend "{equal}" all visual tokens count the same. Use '
+            "--visual-weights equal."
+        )
+    return bias
 
 
 def require_rewind(position: int, filled: int) -> None:

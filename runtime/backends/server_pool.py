@@ -20,7 +20,7 @@ from runtime.backends import TextBackend, TextGeneration
 from runtime.backends.chat_server import ChatServer, ServerLostError, ServerOptions
 from runtime.backends.opening import open_served_backend
 from runtime.language.generate import Finish, GenerationOptions
-from runtime.language.parts import Embeddings
+from runtime.language.parts import Picture
 from runtime.language.prompt import PromptWriter, Turn
 
 CHECK_S = 2.0
@@ -86,7 +86,7 @@ class ServerPool:
         return sum(rank.up for rank in self.ranks)
 
     def generate(
-        self, turns: Sequence[Turn], pictures: Sequence[Embeddings], options: GenerationOptions
+        self, turns: Sequence[Turn], pictures: Sequence[Picture], options: GenerationOptions
     ) -> PooledGeneration:
         """Start an answer on one of the servers; see `TextBackend.generate`."""
         return PooledGeneration(self, lambda backend: backend.generate(turns, pictures, options))

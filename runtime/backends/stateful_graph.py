@@ -128,7 +128,12 @@ class _AttentionWriter:
         node.output(0).replace(joined.output(0))
 
     def _rotation(self, table: Any) -> Any:
-        """Return the rows of a table [context, width / 2] at the positions, [1, 1, N, width]."""
+        """Return the rows of a table [context, width / 2] at the positions, [1, 1, N, width].
+
+        The graph gathers it for all of the cache; here only new rows are turned.
+        """
+        if table.get_node().get_type_name() == "Gather":
+            table = table.get_node().input_value(0)
         name = table.get_node().get_friendly_name()
         if name not in self._rotations:
             rows = self._op.gather(table, self.positions, self._ints(0))

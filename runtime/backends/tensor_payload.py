@@ -15,7 +15,21 @@ import zipfile
 import numpy as np
 
 from engines.errors import BackendError
-from runtime.language.parts import Embeddings
+from runtime.language.parts import Embeddings, Picture, PlacedTokens
+
+
+def payload_from_picture(picture: Picture, hidden_size: int) -> str:
+    """Return what `payload_from_rows` does, of a picture whose tokens are plain.
+
+    Raises:
+        BackendError: they have, or as there.
+    """
+    if isinstance(picture, PlacedTokens):
+        raise BackendError(
+            "A picture's tokens have places or weights of their own, and a server numbers them "
+            "itself, one after the other. Open the model without positions and visual_weights."
+        )
+    return payload_from_rows(picture, hidden_size)
 
 
 def payload_from_rows(rows: Embeddings, hidden_size: int) -> str:

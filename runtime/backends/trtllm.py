@@ -25,11 +25,11 @@ from runtime.backends.chat_server import ChatServer, ServerOptions, choose_model
 from runtime.backends.rows import require_room
 from runtime.backends.served_generation import ServedGeneration
 from runtime.backends.served_text import ServedText
-from runtime.backends.tensor_payload import payload_from_rows
+from runtime.backends.tensor_payload import payload_from_picture
 from runtime.language.answer_form import require_usable
 from runtime.language.generate import GenerationOptions
 from runtime.language.grammar import Grammar
-from runtime.language.parts import Embeddings
+from runtime.language.parts import Picture
 from runtime.language.prompt import PromptWriter, Turn
 
 _SALT_BYTES = 16
@@ -52,7 +52,7 @@ class TrtLlmBackend:
 
     name = "trtllm"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        logits=False, rewind=False, fork=False, apart=True
+        logits=False, rewind=False, fork=False, apart=True, positions=False, bias=False
     )
 
     def __init__(
@@ -66,7 +66,7 @@ class TrtLlmBackend:
         self._text = ServedText(self._writer, bundle.manifest.prompt)
 
     def generate(
-        self, turns: Sequence[Turn], pictures: Sequence[Embeddings], options: GenerationOptions
+        self, turns: Sequence[Turn], pictures: Sequence[Picture], options: GenerationOptions
     ) -> TrtLlmGeneration:
         """Start an answer to a conversation; nothing is sent until it is waited for.
 
@@ -82,7 +82,7 @@ class TrtLlmBackend:
         """
         if options.grammar is not None:
             require_usable(options.grammar)
-        payloads = [payload_from_rows(picture, self.hidden_size) for picture in pictures]
+        payloads = [payload_from_picture(picture, self.hidden_size) for picture in pictures]
         prompt = sum(len(part) for part in self._writer.parts(turns, pictures))
         require_room(0, prompt + 1, self.context_length)
         content: list[dict[str, Any]] = [{"type": "text", "text": self._text.text(turns)}]

@@ -18,11 +18,11 @@ from runtime.backends.chat_server import ChatServer, ServerOptions, choose_model
 from runtime.backends.rows import require_room
 from runtime.backends.served_generation import ServedGeneration
 from runtime.backends.served_prompt import ServedPrompt
-from runtime.backends.tensor_payload import payload_from_rows
+from runtime.backends.tensor_payload import payload_from_picture
 from runtime.language.answer_form import require_usable
 from runtime.language.generate import GenerationOptions
 from runtime.language.grammar import Grammar
-from runtime.language.parts import Embeddings
+from runtime.language.parts import Picture
 from runtime.language.prompt import PromptWriter, Turn
 
 
@@ -40,7 +40,7 @@ class VllmBackend:
 
     name = "vllm"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        logits=False, rewind=False, fork=False, apart=True
+        logits=False, rewind=False, fork=False, apart=True, positions=False, bias=False
     )
 
     def __init__(
@@ -59,13 +59,13 @@ class VllmBackend:
         self._prompt = ServedPrompt(self._writer, bundle.manifest.prompt)
 
     def generate(
-        self, turns: Sequence[Turn], pictures: Sequence[Embeddings], options: GenerationOptions
+        self, turns: Sequence[Turn], pictures: Sequence[Picture], options: GenerationOptions
     ) -> ServedGeneration:
         """Start an answer to a conversation; nothing is sent until it is waited for.
 
         Args:
             turns: the conversation.
-            pictures: float32[N, D] of each picture, in the order of the turns.
+            pictures: the visual tokens of each, in the order of the turns.
             options: how the answer is written.
 
         Raises:
@@ -75,7 +75,7 @@ class VllmBackend:
         """
         if options.grammar is not None:
             require_usable(options.grammar)
-        payloads = [payload_from_rows(picture, self.hidden_size) for picture in pictures]
+        payloads = [payload_from_picture(picture, self.hidden_size) for picture in pictures]
         prompt = sum(len(part) for part in self._writer.parts(turns, pictures))
         require_room(0, prompt + 1, self.context_length)
         sampling = options.sampling

@@ -144,6 +144,8 @@ class LabelJob:
             "system": self.system,
             "bundle": manifest.checksum or manifest.files[manifest.vision[0].file].sha256,
             **{name: getattr(model, name) for name in _DECISIVE},
+            **({} if model.positions == "compact" else {"positions": model.positions}),
+            **({} if model.visual_weights == "equal" else {"visual_weights": model.visual_weights}),
         }
 
 

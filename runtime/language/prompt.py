@@ -12,19 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from engines.bundle import Bundle
 from engines.errors import BundleError, OptionError
 from engines.manifest import Prompt
-from runtime.language.parts import Embeddings, Part, TokenIds
+from runtime.language.parts import Picture, TokenIds
 from runtime.language.tokenizer_file import open_tokenizer, without_panic
 
 if TYPE_CHECKING:
     from runtime.language.chat_template import ChatTemplate
 
+PictureT = TypeVar("PictureT", bound=Picture)
 _BREAK = "\ue000"
 """A private-use character that marks where text must not be read across; never tokenized."""
 
@@ -142,13 +143,13 @@ class PromptWriter:
         )
 
     def parts(
-        self, turns: Sequence[Turn], pictures: Sequence[Embeddings], answer: bool = True
-    ) -> list[Part]:
+        self, turns: Sequence[Turn], pictures: Sequence[PictureT], answer: bool = True
+    ) -> list[TokenIds | PictureT]:
         """Return the conversation as parts: ids, and the visual tokens of each picture.
 
         Args:
             turns: the conversation.
-            pictures: float32[N, D] of each picture, in the order of the turns.
+            pictures: the visual tokens of each, in the order of the turns.
             answer: end with what makes the model answer.
 
         Raises:
@@ -207,7 +208,9 @@ class PromptWriter:
             return False
 
 
-def interleave(ids: TokenIds, image_token_id: int, pictures: Sequence[Embeddings]) -> list[Part]:
+def interleave(
+    ids: TokenIds, image_token_id: int, pictures: Sequence[PictureT]
+) -> list[TokenIds | PictureT]:
     """Put each picture's visual tokens in the place of its image token.
 
     Raises:
@@ -219,7 +222,7 @@ def interleave(ids: TokenIds, image_token_id: int, pictures: Sequence[Embeddings
             f"The conversation has places for {len(places)} pictures, and {len(pictures)} were "
             "given. Give one for each."
         )
-    parts: list[Part] = []
+    parts: list[TokenIds | PictureT] = []
     start = 0
     for place, picture in zip(places.tolist(), pictures, strict=True):
         parts += [ids[start:place], picture]

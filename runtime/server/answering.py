@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from engines.bundle import Bundle
 from engines.errors import FoveateError
 from runtime.language.generate import GenerationOptions
-from runtime.language.parts import Embeddings
+from runtime.language.parts import Picture
 from runtime.language.prompt import PromptWriter, Turn, interleave
 from runtime.model import Answer, Model
 from runtime.server.caches import Caches
@@ -50,7 +50,7 @@ class AnsweringThreads:
     async def answer(
         self,
         turns: Sequence[Turn],
-        pictures: Sequence[Embeddings],
+        pictures: Sequence[Picture],
         options: GenerationOptions,
         ticket: Ticket,
         fresh: bool = False,
@@ -59,7 +59,7 @@ class AnsweringThreads:
 
         Args:
             turns: the conversation.
-            pictures: float32[N, D] of each picture in it.
+            pictures: the visual tokens of each in it.
             options: how the answer is written.
             ticket: once it is over, writing stops.
             fresh: read the whole prompt, whatever a KV cache holds of it.
@@ -94,7 +94,7 @@ class AnsweringThreads:
     def _write(
         self,
         turns: Sequence[Turn],
-        pictures: Sequence[Embeddings],
+        pictures: Sequence[Picture],
         options: GenerationOptions,
         ticket: Ticket,
         fresh: bool,

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from runtime.backends import LanguageBackend, TextBackend
 from runtime.backends.local_text import LocalText
-from runtime.language.parts import Part
+from runtime.language.parts import PromptPart
 from runtime.language.prompt import PromptWriter
 
 _LARGEST_LOSS = 0.5
@@ -51,7 +51,7 @@ class Caches:
         return self._count
 
     @contextmanager
-    def lend(self, prompt: Sequence[Part], fresh: bool = False) -> Iterator[TextBackend]:
+    def lend(self, prompt: Sequence[PromptPart], fresh: bool = False) -> Iterator[TextBackend]:
         """Lend a language model to one answer.
 
         Args:
@@ -70,7 +70,7 @@ class Caches:
             with self._lock:
                 self._idle.append(text)
 
-    def _take(self, prompt: Sequence[Part]) -> LocalText:
+    def _take(self, prompt: Sequence[PromptPart]) -> LocalText:
         with self._lock:
             known = [text.context.shared_with(prompt) for text in self._idle]
             best = max(range(len(known)), key=lambda at: known[at], default=None)

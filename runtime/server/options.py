@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from engines.cli import BackendOption, ContextOption, EngineOption, ThreadsOption, VerifyOption
+from engines.cli import (
+    BackendOption,
+    ContextOption,
+    EngineOption,
+    PositionsOption,
+    ThreadsOption,
+    VerifyOption,
+    VisualWeightsOption,
+)
 from engines.errors import OptionError
 from engines.llm_words import SERVERS
 from engines.option_groups import Typed
@@ -54,6 +62,8 @@ class ServedParts:
     engine: EngineOption = None
     threads: ThreadsOption = None
     context_length: ContextOption = None
+    positions: PositionsOption = "compact"
+    visual_weights: VisualWeightsOption = "equal"
     verify: VerifyOption = True
     llm_urls: Annotated[
         tuple[str, ...],

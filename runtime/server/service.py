@@ -17,7 +17,7 @@ from engines.opening import target_of
 from engines.version import __version__
 from runtime.backends import TextBackend
 from runtime.backends.local_text import LocalText
-from runtime.backends.opening import open_text_backend
+from runtime.backends.opening import open_text_backend, require_plain_tokens
 from runtime.backends.server_pool import ServerPool
 from runtime.language.prompt import PromptWriter
 from runtime.server.answering import AnsweringThreads, Item
@@ -33,6 +33,7 @@ from runtime.server.ticket import Ticket
 from runtime.vision import Pixels
 from runtime.vision.graph_pool import GraphPool
 from runtime.vision.pictures import picture_from_bytes
+from runtime.vision.places import picture_of
 
 _DECODERS = 2
 """Pictures decoded at once: a large one takes half a gigabyte for a moment."""
@@ -263,7 +264,9 @@ class Service:
         positions = len(ids) - len(pictures) + visual
         if positions >= self.context_length:
             raise self._too_long(f"{positions:,} tokens, {visual:,} of them visual,")
-        tokens = [picture.visual.tokens_of(0) for picture in pictures]
+        columns = self.bundle.vision().patch_columns
+        asked = self.parts.positions, self.parts.visual_weights
+        tokens = [picture_of(seen.visual, *asked, columns) for seen in pictures]
         async for item in self.answering.answer(
             question.turns, tokens, question.generation, ticket, question.fresh
         ):
@@ -318,6 +321,7 @@ def _open_language(
 ) -> TextBackend | None:
     servers = parts.servers(deadline_s)
     if servers:
+        require_plain_tokens(parts.positions, parts.visual_weights)
         if parts.backend not in (None, *SERVERS) or parts.context_length is not None:
             raise OptionError(
                 "--llm-url names servers of the language model, and --backend or --context-length "
@@ -332,4 +336,6 @@ def _open_language(
         parts.backend,
         threads=parts.threads,
         context_length=parts.context_length,
+        positions=parts.positions,
+        visual_weights=parts.visual_weights,
     )

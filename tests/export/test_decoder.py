@@ -15,13 +15,19 @@ from safetensors.numpy import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from engines.bundle import Bundle
-from engines.errors import CheckpointError, OptionError
+from engines.errors import BackendError, CheckpointError, OptionError
 from export.checkpoint.llava import open_checkpoint
 from export.language import onnx_decoder as decoder_module
 from export.language.causal_lm import read_limits
 from export.language.onnx_decoder import export_language, write_decoder
+from export.language.position_input import add_position_input
 from runtime.backends.ort import open_ort_backend
-from tests.tiny_language import tiny_llava, write_checkpoint, write_language_bundle
+from tests.tiny_language import (
+    tiny_llava,
+    without_positions,
+    write_checkpoint,
+    write_language_bundle,
+)
 
 IDS = np.random.default_rng(0).integers(5, 300, 40)
 
@@ -65,6 +71,26 @@ def test_fp32_decoder_equals_transformers(
     logits = open_ort_backend(bundle, threads=1).prefill([IDS])
     np.testing.assert_allclose(logits, logits_of(model), atol=2e-5)
     assert len(logits) == model.config.text_config.vocab_size
+
+
+def test_positions_cost_nothing_where_they_are_consecutive(
+    language_bundle: Bundle, tmp_path: Path
+) -> None:
+    """Without the input the graph is the builder's, as in older bundles: the same logits."""
+    older = without_positions(language_bundle, tmp_path / "older")
+    ours, theirs = (open_ort_backend(one, threads=1) for one in (language_bundle, older))
+    assert (ours.capabilities.positions, theirs.capabilities.positions) == (True, False)
+    for part in (IDS, IDS[:1], IDS[7:20]):
+        assert np.array_equal(ours.prefill([part]), theirs.prefill([part]))
+    with pytest.raises(BackendError, match='"ort" takes consecutive positions only'):
+        theirs.prefill([IDS[:2]], np.array([54, 60]))
+
+
+def test_an_attention_without_rotation_tables_is_no_decoder_of_ours() -> None:
+    node = onnx.helper.make_node("GroupQueryAttention", ["q", "k", "v"], ["o"], domain="x")
+    graph = onnx.helper.make_graph([node], "graph", [], [])
+    with pytest.raises(RuntimeError, match="0 of the decoder's 1 attentions have rotation tables"):
+        add_position_input(onnx.helper.make_model(graph))
 
 
 def test_int4_decoder_equals_transformers_with_its_weights(

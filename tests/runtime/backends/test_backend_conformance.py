@@ -24,7 +24,7 @@ from runtime.backends.openvino_backend import open_openvino_backend
 from runtime.backends.ort import open_ort_backend
 from runtime.language.embeddings import EmbeddingTable
 from runtime.language.generate import Generation, GenerationOptions
-from runtime.language.parts import Embeddings
+from runtime.language.parts import Bias, Embeddings, Positions
 from runtime.language.prompt import PromptWriter, Turn
 from tests.tiny_bundle import tiny_manifest
 
@@ -77,9 +77,33 @@ def backend(loaded: LanguageBackend) -> Iterator[LanguageBackend]:
     loaded.rewind(0)
 
 
-def reference_logits(model: LlavaForConditionalGeneration, rows: Embeddings) -> np.ndarray:
+def reference_logits(
+    model: LlavaForConditionalGeneration,
+    rows: Embeddings,
+    positions: Positions | None = None,
+    bias: Bias | None = None,
+) -> np.ndarray:
+    at = None if positions is None else torch.from_numpy(positions)[None]
+    mask = None
+    if bias is not None:
+        later = torch.ones(len(rows), len(rows), dtype=torch.bool).triu(1)
+        mask = torch.from_numpy(bias).expand(1, 1, len(rows), -1).masked_fill(later, -torch.inf)
     with torch.no_grad():
-        return model(inputs_embeds=torch.from_numpy(rows)[None]).logits[0].numpy()
+        given = torch.from_numpy(rows)[None]
+        output = model(inputs_embeds=given, position_ids=at, attention_mask=mask)
+    logits: np.ndarray = output.logits[0].numpy()
+    return logits
+
+
+@pytest.fixture
+def sparse(backend: LanguageBackend) -> LanguageBackend:
+    """A backend that takes positions; one that does not says so and stays as it was."""
+    if not backend.capabilities.positions:
+        with pytest.raises(BackendError, match="takes consecutive positions only"):
+            backend.prefill([IDS[:3]], np.array([0, 1, 5]))
+        assert backend.position == 0
+        pytest.skip(f"{backend.name} takes consecutive positions only")
+    return backend
 
 
 def test_text_and_visual_tokens_give_the_logits_of_transformers(
@@ -165,6 +189,124 @@ def test_another_conversation_begins_empty_and_apart(
     np.testing.assert_allclose(other.prefill([IDS[40:]]), expected[-1], atol=TOLERANCE)
     other.close()
     assert backend.position == 40
+
+
+PLACES = np.array([3, 3, 4, 9, 20, 21, 7, 40, 47, 48, 50, 51, 60, 61, 62, 30])
+"""Of the picture's tokens: merged ones stand before others, and two may share a place."""
+SPREAD = np.concatenate([np.arange(5), 5 + PLACES, 5 + 64 + np.arange(55)])
+
+
+def test_sparse_positions_give_the_logits_of_transformers(
+    sparse: LanguageBackend, language_reference: LlavaForConditionalGeneration
+) -> None:
+    """A prompt with a picture, a follow-up turn, and tokens one by one."""
+    rows = np.concatenate([sparse.embed(IDS[:5]), PICTURE, sparse.embed(IDS[5:])])
+    expected = reference_logits(language_reference, rows, SPREAD)
+    first = sparse.prefill([IDS[:5], PICTURE, IDS[5:20]], SPREAD[:36])
+    second = sparse.prefill([IDS[20:50]], SPREAD[36:66])
+    np.testing.assert_allclose(first, expected[35], atol=TOLERANCE)
+    np.testing.assert_allclose(second, expected[65], atol=TOLERANCE)
+    for at in range(66, 76):
+        found = sparse.decode(int(IDS[at - 16]))
+        np.testing.assert_allclose(found, expected[at], atol=TOLERANCE)
+    compact = reference_logits(language_reference, rows)
+    assert np.abs(expected[-1] - compact[-1]).max() > 100 * TOLERANCE
+
+
+WEIGHTS = np.concatenate([np.zeros(5), np.log(1 + np.arange(16)), np.zeros(55)]).astype("f4")
+
+
+@pytest.mark.parametrize("positions", [None, SPREAD], ids=["compact", "original"])
+def test_merged_tokens_count_for_more(
+    backend: LanguageBackend,
+    language_reference: LlavaForConditionalGeneration,
+    positions: Positions | None,
+) -> None:
+    """In the prompt, for later turns and tokens, behind a rewind and in a fork."""
+    if not backend.capabilities.bias:
+        with pytest.raises(BackendError, match="all visual tokens count the same"):
+            backend.prefill([PICTURE], None, np.log(1 + np.arange(16)).astype(np.float32))
+        assert backend.position == 0
+        return
+    rows = np.concatenate([backend.embed(IDS[:5]), PICTURE, backend.embed(IDS[5:])])
+    expected = reference_logits(language_reference, rows, positions, WEIGHTS)
+    part = (lambda end: None) if positions is None else (lambda end: positions[:end])
+    first = backend.prefill([IDS[:5], PICTURE, IDS[5:20]], part(36), WEIGHTS[:36])
+    np.testing.assert_allclose(first, expected[35], atol=TOLERANCE)
+    backend.prefill([IDS[40:]], None, np.full(20, 3, np.float32))
+    backend.rewind(36)
+    fork = backend.fork()
+    for at in range(36, 50):
+        found = backend.decode(int(IDS[at - 16]))
+        np.testing.assert_allclose(found, expected[at], atol=TOLERANCE)
+    np.testing.assert_allclose(fork.prefill([IDS[20:50]]), expected[65], atol=TOLERANCE)
+    fork.close()
+    plain = reference_logits(language_reference, rows, positions)
+    assert np.abs(expected[-1] - plain[-1]).max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("bias", [np.zeros(2, "f4"), np.zeros(3), np.full(3, np.nan, "f4")])
+def test_a_bias_that_cannot_be_is_refused(backend: LanguageBackend, bias: Bias) -> None:
+    with pytest.raises(BackendError, match="expected a finite float32 for each"):
+        backend.prefill([IDS[:3]], None, bias)
+    assert backend.position == 0
+
+
+def test_a_picture_may_begin_the_prompt(
+    sparse: LanguageBackend, language_reference: LlavaForConditionalGeneration
+) -> None:
+    expected = reference_logits(language_reference, PICTURE, PLACES)
+    np.testing.assert_allclose(sparse.prefill([PICTURE], PLACES), expected[-1], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kept", [5, 12, 21])
+def test_rewind_and_fork_keep_sparse_positions(
+    sparse: LanguageBackend, language_reference: LlavaForConditionalGeneration, kept: int
+) -> None:
+    sparse.prefill([IDS[:5], PICTURE, IDS[5:]], SPREAD)
+    sparse.rewind(kept)
+    fork = sparse.fork()
+    rows = np.concatenate([sparse.embed(IDS[:5]), PICTURE, sparse.embed(IDS[20:30])])
+    rows = np.concatenate([rows[:kept], rows[-10:]])
+    at = np.concatenate([SPREAD[:kept], 200 + np.arange(10)])
+    expected = reference_logits(language_reference, rows, at)[-1]
+    np.testing.assert_allclose(sparse.prefill([IDS[20:30]], at[kept:]), expected, atol=TOLERANCE)
+    sparse.rewind(0)
+    np.testing.assert_allclose(fork.prefill([IDS[20:30]], at[kept:]), expected, atol=TOLERANCE)
+    following = np.concatenate([at, [210]])
+    rows = np.concatenate([rows, fork.embed(np.array([7]))])
+    expected = reference_logits(language_reference, rows, following)[-1]
+    np.testing.assert_allclose(fork.decode(7), expected, atol=TOLERANCE)
+    fork.close()
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        (np.array([0, 1]), r"positions \[2\] for 3 rows"),
+        (np.array([0, 1, 1024]), "to 1024, and the language model was trained for 0 to 1023"),
+        (np.array([-1, 0, 1]), "from position -1"),
+    ],
+)
+def test_positions_that_cannot_be_are_refused(
+    backend: LanguageBackend, positions: Positions, message: str
+) -> None:
+    with pytest.raises(BackendError, match=message):
+        backend.prefill([IDS[:3]], positions)
+    assert backend.position == 0
+
+
+@pytest.mark.llamacpp
+def test_llama_cpp_itself_refuses_positions_with_gaps(bundle: Bundle) -> None:
+    """Once a release takes them, the backend can say that it does."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python: run `make test-llamacpp`")
+    backend = open_llamacpp_backend(bundle, threads=1)
+    assert backend._decoder is not None
+    rows = backend.embed(IDS[:4])
+    backend._decoder.append(rows[:2], 0, 0)
+    with pytest.raises(BackendError, match=r"status -1: .*it is required that the sequence"):
+        backend._decoder.append(rows[2:], 0, 5)
+    backend.close()
 
 
 def test_logits_handed_out_are_the_callers(backend: LanguageBackend) -> None:

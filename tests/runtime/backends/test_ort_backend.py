@@ -140,8 +140,8 @@ def test_logits_that_are_no_numbers_are_refused(language_bundle: Bundle, wrong: 
     backend = open_ort_backend(language_bundle, threads=1)
     run = backend._append
 
-    def overflow(rows: np.ndarray) -> None:
-        run(rows)
+    def overflow(*given: np.ndarray) -> None:
+        run(*given)
         backend._logits[..., 7] = wrong
 
     backend._append = overflow  # type: ignore[method-assign]
