@@ -12,7 +12,7 @@ from hashlib import blake2b
 import numpy as np
 
 from runtime.backends import LanguageBackend
-from runtime.language.parts import Layout, Logits, Part, PromptPart, lay_out
+from runtime.language.parts import Logits, Part, PromptPart, PromptRows, rows_of_prompt
 
 Key = tuple[int | bytes, int, float]
 """What a place of the cache holds: a token id or an embedding's digest; its position and bias."""
@@ -47,7 +47,7 @@ class Context:
 
     def shared_with(self, prompt: Sequence[PromptPart]) -> int:
         """Return how many rows of a prompt the cache holds already."""
-        return _shared(self._held, _keys(lay_out(prompt)))
+        return _shared(self._held, _keys(rows_of_prompt(prompt)))
 
     def forget(self) -> None:
         """Hold nothing, so that the next prompt is computed whole."""
@@ -60,15 +60,15 @@ class Context:
             BackendError: a part of the wrong width, more rows than the context holds, or positions
                 that the backend cannot take; the cache then holds what it shares with the prompt.
         """
-        layout = lay_out(prompt)
-        wanted = _keys(layout)
+        rows = rows_of_prompt(prompt)
+        wanted = _keys(rows)
         # The last position is always computed: its logits are what is asked for.
         shared = min(_shared(self._held, wanted), max(len(wanted) - 1, 0))
         del self._held[shared:]  # first, so that an interruption never leaves more than is there
         self.backend.rewind(shared)
-        parts = _without(layout.parts, shared)
-        logits = self.backend.prefill(parts, layout.positions[shared:], layout.bias[shared:])
-        self._held, self._following = wanted, layout.following
+        parts = _without(rows.parts, shared)
+        logits = self.backend.prefill(parts, rows.positions[shared:], rows.bias[shared:])
+        self._held, self._following = wanted, rows.following
         self.reused, self.computed = shared, len(wanted) - shared
         return logits
 
@@ -81,14 +81,14 @@ class Context:
         return logits
 
 
-def _keys(layout: Layout) -> list[Key]:
+def _keys(rows: PromptRows) -> list[Key]:
     held: list[int | bytes] = []
-    for part in layout.parts:
+    for part in rows.parts:
         if part.ndim == 1:
             held += [int(token) for token in part]
         else:
             held += [blake2b(row, digest_size=16).digest() for row in np.ascontiguousarray(part)]
-    return list(zip(held, layout.positions.tolist(), layout.bias.tolist(), strict=True))
+    return list(zip(held, rows.positions.tolist(), rows.bias.tolist(), strict=True))
 
 
 def _shared(held: list[Key], wanted: list[Key]) -> int:

@@ -50,7 +50,7 @@ PromptPart = Part | PlacedTokens
 
 
 @dataclass(frozen=True)
-class Layout:
+class PromptRows:
     """What a language model is given for a prompt.
 
     Attributes:
@@ -66,7 +66,7 @@ class Layout:
     following: int
 
 
-def lay_out(prompt: Sequence[PromptPart]) -> Layout:
+def rows_of_prompt(prompt: Sequence[PromptPart]) -> PromptRows:
     """Return what a language model is given for a prompt, and where it stands."""
     parts: list[Part] = []
     positions: list[Positions] = [np.zeros(0, np.int64)]
@@ -83,4 +83,4 @@ def lay_out(prompt: Sequence[PromptPart]) -> Layout:
             positions.append(np.arange(following, following + len(part)))
             bias.append(np.zeros(len(part), np.float32))
             following += len(part)
-    return Layout(parts, np.concatenate(positions), np.concatenate(bias), following)
+    return PromptRows(parts, np.concatenate(positions), np.concatenate(bias), following)
