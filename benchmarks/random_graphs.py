@@ -17,6 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from calibration.scales.apply import apply_calibration
 from calibration.scales.calibrate import CalibrationOptions, calibrate
 from calibration.scales.calibration_file import Calibration
+from calibration.scales.number_format import FP8, INT8, INT8_IN_HALF
 from engines.manifest import TensorSpec
 from export.reducers import REDUCERS, reducer_for_budget
 from export.towers.registry import make_tower
@@ -73,8 +74,9 @@ def write_graph(
 
 
 def write_typed_graph(fp32: Path, precision: str) -> Path:
-    """Give a graph the types of a precision, as a build does: FP16, INT8, or both (``mixed``).
+    """Give a graph the types of a precision, as a build does.
 
+    INT8 has FP32 around it, as for CPUs; ``mixed`` and FP8 have FP16 around them, as for TensorRT.
     Parsers and builders do not judge scales, so two frames of noise are calibrated on.
     """
     if precision == "fp32":
@@ -83,7 +85,8 @@ def write_typed_graph(fp32: Path, precision: str) -> Path:
     if precision == "fp16":
         return write_fp16_graph(fp32, typed).file
     model = ir.load(fp32)
-    apply_calibration(model, calibrate_on_noise(fp32))
+    form = {"int8": INT8, "mixed": INT8_IN_HALF, "fp8": FP8}[precision]
+    apply_calibration(model, calibrate_on_noise(fp32), form)
     if precision == "int8":
         return graph_file.write_graph(model, typed).file
     model.opset_imports[""] = 19  # the first whose Q/DQ take float16

@@ -1,4 +1,4 @@
-"""Quantize the vision graphs of a bundle to INT8, and keep them only if they pass the gate.
+"""Quantize the vision graphs of a bundle to INT8 or FP8, and keep them only if they pass the gate.
 
 One calibration serves the graphs of all budgets. Q/DQ stand in the tower, and for TensorRT the rest
 is float16. Search, gate and report each have frames of their own; the gate and the report are
@@ -25,6 +25,7 @@ from calibration.int8.resume import ResumeFolder
 from calibration.scales.apply import apply_calibration
 from calibration.scales.calibrate import calibrate
 from calibration.scales.calibration_file import Calibration
+from calibration.scales.number_format import FP8, INT8, INT8_IN_HALF, NumberFormat
 from calibration.sensitivity.report import svg_from_report
 from calibration.sensitivity.search import SensitivityReport, search_exclusions
 from engines.errors import GateError
@@ -38,7 +39,7 @@ RECORD_NAME = "vision/calibration.json"
 """Where a bundle keeps what its INT8 graphs were made with."""
 
 HALF_OPSET = 19
-"""The first ONNX operator set that quantizes float16."""
+"""The first ONNX operator set that quantizes float16, and to float8."""
 
 AnyGraph = TypeVar("AnyGraph", bound=Graph)
 
@@ -50,9 +51,10 @@ _SUSPECT_FRAMES = 2
 
 @dataclass(frozen=True)
 class Int8Graphs:
-    """The INT8 graphs of a bundle.
+    """The INT8 or FP8 graphs of a bundle.
 
     Attributes:
+        form: what their layers are.
         written: each file by its place in the bundle.
         calibration: what they were made with.
         agreements: with FP32 on the gate's frames, by graph, and of its smaller budgets; empty
@@ -62,6 +64,7 @@ class Int8Graphs:
         searches: what `--precision mixed` found, by graph.
     """
 
+    form: NumberFormat
     written: Mapping[str, ExportedGraph]
     calibration: Calibration
     agreements: Mapping[str, Agreement]
@@ -102,8 +105,8 @@ class Int8Task:
         source_root: where the float32 files lie, at their places in the bundle.
         files: what they are.
         root: the bundle's (staging) directory.
-        precision: ``int8``, or ``mixed`` to give layers back to floating point until the gate
-            holds.
+        precision: ``int8``, ``fp8``, or ``mixed`` to give layers of INT8 back to floating point
+            until the gate holds.
         tensorrt: the oldest version that is to take the graphs; what is not quantized then becomes
             float16. None: it stays float32, as CPUs want it.
         options: as the user gave them.
@@ -126,6 +129,13 @@ class Int8Task:
     def gate(self) -> Gate:
         """The least agreement that is good enough."""
         return self.options.gate_for(self.precision)
+
+    @property
+    def form(self) -> NumberFormat:
+        """What the layers become."""
+        if self.precision == "fp8":
+            return FP8
+        return INT8 if self.tensorrt is None else INT8_IN_HALF
 
     @property
     def budgets(self) -> Mapping[str, tuple[str, ...]]:
@@ -175,7 +185,7 @@ def make_int8_graphs(task: Int8Task, progress: Progress = lambda line, done: Non
             chart = (task.root / name).with_suffix(".sensitivity.svg")
             chart.write_text(svg_from_report(search), encoding="utf-8")
     held_out = len(sets.gate) if sets is not None else 0
-    return Int8Graphs(written, calibration, agreements, held_out, reports, searches)
+    return Int8Graphs(task.form, written, calibration, agreements, held_out, reports, searches)
 
 
 def _calibrate(task: Int8Task, frames: CalibrationSet, progress: Progress) -> Calibration:
@@ -214,7 +224,7 @@ def _write_graphs(
         progress(f"Quantizing {name}", at / len(files))
         model = ir.load(task.source_root / name)
         if at == 0 or task.files.shared is None:  # the tower is in it
-            apply_calibration(model, calibration)
+            apply_calibration(model, calibration, task.form)
         opset = model.opset_imports[""]
         if task.tensorrt is not None:
             opset = max(opset, HALF_OPSET)
@@ -269,11 +279,12 @@ def _refuse_below_gate(
     advice = (
         "--precision mixed leaves such layers in floating point until the gate holds; more and "
         "more varied frames, or another --method, may help too."
-        if task.precision == "int8"
+        if task.precision != "mixed"
         else "Calibrate on frames that are more like these, or lower the gate."
     )
+    form = task.form.name.upper()
     raise GateError(
-        f"INT8 misses the gate of {gate.describe()} on {len(held_out)} frames held out: {told}. "
+        f"{form} misses the gate of {gate.describe()} on {len(held_out)} frames held out: {told}. "
         f"What adds most to the error in {name}: {layers}. Nothing was written. {advice}"
     )
 

@@ -37,9 +37,8 @@ def document_from_int8(made: Int8Graphs, frames: CalibrationSet | None) -> dict[
 def lines_from_int8(made: Int8Graphs) -> list[str]:
     """Return it as lines, without the coverage of the frames."""
     calibration = made.calibration
-    lines = [
-        f"  INT8 in {len(calibration.quantized)} of {len(calibration.layers)} layers of the tower"
-    ]
+    form, count = made.form.name.upper(), len(calibration.layers)
+    lines = [f"  {form} in {len(calibration.quantized)} of {count} layers of the tower"]
     if calibration.excluded:
         lines.append(f"  left in floating point: {', '.join(calibration.excluded)}")
     for name, one in made.reports.items():
