@@ -43,6 +43,8 @@ CLIP_L_336 = CLIPVisionConfig(
     patch_size=14,
 )
 NAMES = tuple(REDUCERS)
+FP32_NAME = "vision.onnx"
+"""Of the file that `write_graph` writes."""
 
 
 def make_projector(config: CLIPVisionConfig) -> nn.Module:
@@ -69,7 +71,7 @@ def write_graph(
     folder: Path, reducer: str, config: CLIPVisionConfig = TINY
 ) -> tuple[Path, tuple[TensorSpec, ...]]:
     """Export the graph of a reducer in FP32; return the file and its inputs."""
-    exported = export_onnx(make_graph(reducer, config), folder / "vision.onnx")
+    exported = export_onnx(make_graph(reducer, config), folder / FP32_NAME)
     return exported.file, exported.inputs
 
 
