@@ -127,7 +127,7 @@ class Int8Options:
                 "--calibration FILE."
             )
         record = load_calibration(self.record) if self.record is not None else None
-        if record is not None and record.excluded and precision != "mixed":
+        if record is not None and record.excluded and precision == "int8":
             raise OptionError(
                 f"{self.record} leaves {len(record.excluded)} layers in floating point, such as "
                 f"{record.excluded[0]}. Use it with --precision mixed, or calibrate again."

@@ -14,17 +14,20 @@ from calibration.scales.attention import quantize_attentions
 from calibration.scales.calibration_file import Calibration, SiteRecord
 from calibration.scales.insert_qdq import quantize_site, smooth_site
 from calibration.scales.layers import Site, find_sites
-from calibration.scales.number_format import FP8, INT8, NumberFormat
+from calibration.scales.number_format import INT8, NumberFormat
 from engines.errors import CalibrationError
 
 CALIBRATION_KEY = "foveate.calibration"
 """Metadata of the model: digest of the calibration that was applied."""
 
 
-def apply_calibration(model: ir.Model, calibration: Calibration, form: NumberFormat = INT8) -> None:
+def apply_calibration(model: ir.Model, calibration: Calibration, form: NumberFormat = INT8) -> int:
     """Quantize a graph as a calibration says, in place.
 
     Layers it excludes stay as they are. A norm whose layers are all excluded is not smoothed.
+
+    Returns:
+        How many attentions were quantized.
 
     Args:
         model: a float32 graph of the checkpoint the calibration was made on, such as
@@ -49,14 +52,13 @@ def apply_calibration(model: ir.Model, calibration: Calibration, form: NumberFor
         if layers:
             found = calibration.sites[site.name]
             quantize_site(model.graph, layers, _reach(found, form), found.mean, form)
-    if form.attention:
-        quantize_attentions(model, calibration.attentions, form)
     model.metadata_props[CALIBRATION_KEY] = calibration.digest()
+    return len(quantize_attentions(model, calibration, form)) if form.attention else 0
 
 
 def _reach(record: SiteRecord, form: NumberFormat) -> float:
     """Return what becomes the largest number: FP8 keeps small values where nothing is clipped."""
-    return record.largest if form is FP8 else record.threshold
+    return record.largest if form.kind.is_floating_point() else record.threshold
 
 
 def _refuse_other_weights(sites: Sequence[Site], calibration: Calibration) -> None:

@@ -7,14 +7,13 @@ weights of the softmax need no statistics: they end at 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibration.scales.calibration_file import AttentionRecord, Smoothing
+from calibration.scales.calibration_file import AttentionRecord, Calibration, Smoothing
 from calibration.scales.insert_qdq import add_constant, half_exact, insert_pair
 from calibration.scales.layers import SCORES, TOWER
 from calibration.scales.number_format import NumberFormat
@@ -112,10 +111,10 @@ def find_attentions(model: ir.Model) -> list[Attention]:
     return found
 
 
-def quantize_attentions(
-    model: ir.Model, records: Mapping[str, AttentionRecord], form: NumberFormat
-) -> list[str]:
-    """Put Q/DQ at the products of every attention that is known and small enough, in place.
+def quantize_attentions(model: ir.Model, calibration: Calibration, form: NumberFormat) -> list[str]:
+    """Put Q/DQ at the products of the attentions that are known and small enough, in place.
+
+    One with a projection that stays in floating point stays so too: it was found too sensitive.
 
     Other readers of queries, keys and values, such as the scores, keep the float values.
 
@@ -124,8 +123,9 @@ def quantize_attentions(
     """
     done = []
     for one in find_attentions(model):
-        record = records.get(one.name)
-        if record is None or not one.is_small:
+        record = calibration.attentions.get(one.name)
+        given_back = any(is_inside(layer, (one.name,)) for layer in calibration.excluded)
+        if record is None or given_back or not one.is_small:
             continue
         places = (
             (one.scores, 0, "query", record.query),

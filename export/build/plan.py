@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from calibration.int8.graphs import HALF_OPSET
 from calibration.int8.options import Int8Options
 from calibration.scales.calibration_file import Calibration
 from engines.bundle import refuse_occupied
@@ -34,7 +33,7 @@ from export.reducers import (
     reducer_for_budget,
 )
 from graphs.frame_input import check_frame_size
-from graphs.graph_file import check_opset
+from graphs.graph_file import HALF_OPSET, check_opset
 
 USUAL_OPSET = 18
 
