@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from engines.errors import CheckpointError, OptionError
+from engines.frame_size import FrameSize
 from engines.ort import OrtSession
 from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.reducers import REDUCERS, make_reducer
@@ -26,6 +27,7 @@ from export.towers.registry import make_tower
 from export.verify.reference import VisionReference, observe_tower
 from export.vision.to_onnx import export_onnx
 from export.vision.vision_module import build_vision_module
+from graphs.frame_input import write_frame_input
 from graphs.operator_check import TENSORRT_OPS
 from runtime.vision.preprocess import preprocess_batch
 from tests.export.conftest import IMAGE_SIZE, PATCH, WORDS, tiny_text, write_checkpoint
@@ -125,6 +127,29 @@ def test_scores_are_the_mean_attention_received(checkpoint, pixels, layer) -> No
     assert seen.keys.shape == (len(pixels), PATCHES, 16)
     torch.testing.assert_close(last.scores, expected.scores)
     torch.testing.assert_close(last.keys, expected.keys)
+
+
+def test_a_graph_takes_frames(checkpoint, tmp_path) -> None:
+    """SigLIP's processor makes a square of a frame whatever its shape, with no crop."""
+    assert checkpoint.preprocessing.resize == "exact"
+    reducer = make_reducer("visionzip", **CASES["visionzip"][1])
+    module = build_vision_module(checkpoint, reducer)
+    pixels_file = export_onnx(module, tmp_path / "pixels.onnx").file
+    frames_file = export_onnx(module, tmp_path / "frames.onnx").file
+    height, width = 60, 90
+    (frames,) = write_frame_input(frames_file, checkpoint.preprocessing, FrameSize(height, width))
+    assert (frames.name, frames.dtype, frames.shape[1:]) == ("frames", "uint8", (height, width, 3))
+    windows = [one[10:, 10:][:height, :width] for one in load_photographs().values()]
+    with OrtSession(pixels_file, threads=1) as exact, OrtSession(frames_file, threads=1) as session:
+        for window in windows:
+            theirs = exact.run(
+                {"pixel_values": preprocess_batch([window], checkpoint.preprocessing)}
+            )
+            theirs = {name: value.copy() for name, value in theirs.items()}
+            ours = session.run({"frames": np.ascontiguousarray(window)[None]})
+            np.testing.assert_array_equal(ours["patch_index"], theirs["patch_index"])
+            apart = np.abs(ours["visual_tokens"] - theirs["visual_tokens"]).max()
+            assert apart <= 0.02 * np.abs(theirs["visual_tokens"]).max()
 
 
 @pytest.mark.parametrize("case", CASES)
