@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +18,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from calibration.agreement.graphs import compare_graphs
+from calibration.scales.apply import apply_calibration
+from calibration.scales.calibrate import CalibrationOptions, calibrate
+from calibration.scales.number_format import INT8_IN_HALF
 from engines.errors import CheckpointError, OptionError
 from engines.frame_size import FrameSize
 from engines.ort import OrtSession
@@ -27,7 +32,9 @@ from export.towers.registry import make_tower
 from export.verify.reference import VisionReference, observe_tower
 from export.vision.to_onnx import export_onnx
 from export.vision.vision_module import build_vision_module
+from graphs.float16 import convert_to_fp16
 from graphs.frame_input import write_frame_input
+from graphs.graph_file import HALF_OPSET, set_opset, write_graph
 from graphs.operator_check import TENSORRT_OPS
 from runtime.vision.preprocess import preprocess_batch
 from tests.export.conftest import IMAGE_SIZE, PATCH, WORDS, tiny_text, write_checkpoint
@@ -150,6 +157,28 @@ def test_a_graph_takes_frames(checkpoint, tmp_path) -> None:
             np.testing.assert_array_equal(ours["patch_index"], theirs["patch_index"])
             apart = np.abs(ours["visual_tokens"] - theirs["visual_tokens"]).max()
             assert apart <= 0.02 * np.abs(theirs["visual_tokens"]).max()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "mixed"])
+def test_half_precision_and_int8_keep_the_patches(checkpoint, tmp_path, precision) -> None:
+    """Scores are the mean over all queries of one layer, which rounding moves little."""
+    module = build_vision_module(checkpoint, make_reducer("visionzip", **CASES["visionzip"][1]))
+    exact = export_onnx(module, tmp_path / "exact.onnx").file
+    frames = [
+        preprocess_batch([picture[at : at + 120, at : at + 120]], checkpoint.preprocessing)
+        for picture in load_photographs().values()
+        for at in (0, 40, 80, 120)
+    ]
+    model = ir.load(exact)
+    if precision == "mixed":
+        options = CalibrationOptions(threads=1)
+        apply_calibration(model, calibrate(exact, frames[::2], options), INT8_IN_HALF)
+    set_opset(model, HALF_OPSET)
+    convert_to_fp16(model)
+    rounded = write_graph(model, tmp_path / "rounded.onnx", opset=HALF_OPSET).file
+    agreement = compare_graphs([exact], [rounded], frames[1::2], 1)
+    assert agreement.overlap >= 0.97
+    assert agreement.cosine >= 0.999
 
 
 @pytest.mark.parametrize("case", CASES)
