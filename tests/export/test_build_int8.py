@@ -161,7 +161,11 @@ def test_a_missed_gate_leaves_nothing_and_names_the_worst(
     ("change", "error", "says"),
     [
         ({"int8": Int8Options()}, OptionError, "calibrated on your own frames.*--frames SOURCE"),
-        ({"precision": "fp16", "target": "l4"}, OptionError, "are for INT8 and FP8, and the precision"),
+        (
+            {"precision": "fp16", "target": "l4"},
+            OptionError,
+            "are for INT8 and FP8, and the precision",
+        ),
         ({"int8": Int8Options(frames="no/where.mp4")}, SourceError, "no such file or device"),
         ({"target": "l4", "opset": 18}, OptionError, "--opset 18: l4 runs what is not in 8 bits"),
     ],
