@@ -94,7 +94,7 @@ def create_inference_session(
     names = _names_of(providers)
     ordered = [*providers, *([] if CPU in names else [CPU])]
 
-    def start() -> onnxruntime.InferenceSession:
+    def start() -> Any:
         # Its own fallback prints on stdout and goes on without the provider.
         return onnxruntime.InferenceSession(
             str(path),
