@@ -43,6 +43,7 @@ from benchmarks.packed_answers import POCKET, Examination
 from calibration.scales.apply import apply_calibration
 from calibration.scales.calibrate import CalibrationOptions, calibrate
 from calibration.scales.calibration_file import Calibration, load_calibration
+from calibration.scales.number_format import FP8, INT8
 from engines.ort import OrtSession
 from export.checkpoint.accuracy_table import ACCURACY_FILE
 from export.checkpoint.llava import Checkpoint, open_checkpoint
@@ -51,7 +52,7 @@ from export.towers import Scoring
 from export.vision.parts import REDUCED, VisionParts
 from export.vision.vision_module import build_vision_module
 from graphs.float16 import write_fp16_graph
-from graphs.graph_file import write_graph
+from graphs.graph_file import HALF_OPSET, set_opset, write_graph
 from runtime.vision.pictures import load_picture
 from runtime.vision.preprocess import preprocess_batch
 
@@ -72,6 +73,7 @@ REDUCERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """What the tables call a reducer -> its registry name and options."""
 PRECISIONS = ("fp32", "fp16", "int8")
+EIGHT_BITS = ("int8", "fp8")
 CALIBRATION_SEED, CALIBRATION_PICTURES = 4_000_000, 128
 _PICTURES_AT_ONCE = 10
 _CACHE = Path("build/accuracy")
@@ -248,15 +250,18 @@ class Bench:
         return seen, left, made
 
     def _in_precision(self, full: Path, precision: str) -> Path:
-        """Return a float32 graph in another precision; INT8 is the tower's alone."""
+        """Return a float32 graph in another precision; INT8 and FP8 are the tower's."""
         tower = full.name.startswith("tower")
-        if precision == "fp32" or (precision == "int8" and not tower):
+        if precision == "fp32" or (precision in EIGHT_BITS and not tower):
             return full
         wanted = full.with_name(full.name.replace("fp32", precision))
-        if not wanted.exists() and precision == "int8":
+        if not wanted.exists() and precision in EIGHT_BITS:
             model = ir.load(full)
-            apply_calibration(model, self._calibrated_on(full))
-            write_graph(model, wanted)
+            form = FP8 if precision == "fp8" else INT8
+            apply_calibration(model, self._calibrated_on(full), form)
+            if form is FP8:
+                set_opset(model, HALF_OPSET)
+            write_graph(model, wanted, opset=model.opset_imports[""])
         elif not wanted.exists():
             write_fp16_graph(full, wanted)
         return wanted

@@ -1,5 +1,7 @@
 """The graphs that the exporter really writes, small or at CLIP-L/14-336 size, with random weights.
 
+`SIGLIP` is a small tower without a class token, whose scores are the mean attention of all queries.
+
 Weights do not matter to a parser or a builder; the operators, shapes and types do, and these are
 the exporter's own.
 """
@@ -12,11 +14,17 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from calibration.scales.apply import apply_calibration
 from calibration.scales.calibrate import CalibrationOptions, calibrate
 from calibration.scales.calibration_file import Calibration
+from calibration.scales.number_format import FP8, INT8, INT8_IN_HALF
 from engines.manifest import TensorSpec
 from export.reducers import REDUCERS, reducer_for_budget
 from export.towers.registry import make_tower
@@ -33,6 +41,14 @@ TINY = CLIPVisionConfig(
     image_size=56,
     patch_size=7,
 )
+SIGLIP = SiglipVisionConfig(
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    image_size=56,
+    patch_size=7,
+)
 CLIP_L_336 = CLIPVisionConfig(
     hidden_size=1024,
     intermediate_size=4096,
@@ -41,19 +57,24 @@ CLIP_L_336 = CLIPVisionConfig(
     image_size=336,
     patch_size=14,
 )
+Config = CLIPVisionConfig | SiglipVisionConfig
 NAMES = tuple(REDUCERS)
+FP32_NAME = "vision.onnx"
+"""Of the file that `write_graph` writes."""
 
 
-def make_projector(config: CLIPVisionConfig) -> nn.Module:
+def make_projector(config: Config) -> nn.Module:
     """Return two layers, as LLaVA-1.5 has them, to twice the width of the tower and back."""
     width = config.hidden_size
     return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
 
-def make_graph(reducer: str, config: CLIPVisionConfig) -> VisionModule:
+def make_graph(reducer: str, config: Config) -> VisionModule:
     """Return the graph of a reducer in PyTorch, FP32, random weights."""
     torch.manual_seed(0)
-    model = CLIPVisionModel(config).eval()
+    siglip = isinstance(config, SiglipVisionConfig)
+    model = SiglipVisionModel(config) if siglip else CLIPVisionModel(config)
+    model = model.eval()
     image_size, patch_size = int(str(config.image_size)), int(str(config.patch_size))
     patches = (image_size // patch_size) ** 2
     tokens = None if reducer == "none" else 64 if patches > 64 else 16
@@ -65,16 +86,17 @@ def make_graph(reducer: str, config: CLIPVisionConfig) -> VisionModule:
 
 
 def write_graph(
-    folder: Path, reducer: str, config: CLIPVisionConfig = TINY
+    folder: Path, reducer: str, config: Config = TINY
 ) -> tuple[Path, tuple[TensorSpec, ...]]:
     """Export the graph of a reducer in FP32; return the file and its inputs."""
-    exported = export_onnx(make_graph(reducer, config), folder / "vision.onnx")
+    exported = export_onnx(make_graph(reducer, config), folder / FP32_NAME)
     return exported.file, exported.inputs
 
 
 def write_typed_graph(fp32: Path, precision: str) -> Path:
-    """Give a graph the types of a precision, as a build does: FP16, INT8, or both (``mixed``).
+    """Give a graph the types of a precision, as a build does.
 
+    INT8 has FP32 around it, as for CPUs; ``mixed`` and FP8 have FP16 around them, as for TensorRT.
     Parsers and builders do not judge scales, so two frames of noise are calibrated on.
     """
     if precision == "fp32":
@@ -83,7 +105,8 @@ def write_typed_graph(fp32: Path, precision: str) -> Path:
     if precision == "fp16":
         return write_fp16_graph(fp32, typed).file
     model = ir.load(fp32)
-    apply_calibration(model, calibrate_on_noise(fp32))
+    form = {"int8": INT8, "mixed": INT8_IN_HALF, "fp8": FP8}[precision]
+    apply_calibration(model, calibrate_on_noise(fp32), form)
     if precision == "int8":
         return graph_file.write_graph(model, typed).file
     model.opset_imports[""] = 19  # the first whose Q/DQ take float16

@@ -1,7 +1,8 @@
 """What NVIDIA's parser and builder make of every graph: `python -m benchmarks.tensorrt_table`.
 
-For each reducer, precision and compute capability: parsed, built, size of the plan, seconds, peak
-memory. Every row is a process of its own, so that peaks do not add up. The weights are random,
+For each reducer, precision and compute capability: fused attentions of all, kernels, layers that
+only quantize, bytes that the kernels read and write, size of the plan, seconds, peak memory. Every
+row is a process of its own, so that peaks do not add up. The weights are random,
 which changes neither operators nor shapes nor sizes. `--write docs/tensorrt.md` replaces the table
 there.
 
@@ -23,8 +24,10 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Annotated, get_args
 
+import onnx_ir as ir
 import typer
 
+from calibration.scales.attention import find_attentions
 from engines import cli
 from engines.errors import FoveateError
 from engines.manifest import Precision, TensorSpec
@@ -33,8 +36,10 @@ from engines.trt.builder import PlanTask, build_plan
 from engines.trt.library import load_library
 
 SIZES = {"small": "TINY", "clip-l-336": "CLIP_L_336"}
-SMS = (86, 89)
-PRECISIONS = ("fp32", "fp16", "int8", "mixed")
+SMS = (89, 120)
+PRECISIONS = ("fp32", "fp16", "int8", "mixed", "fp8")
+SHIPPED = ("fp16", "mixed", "fp8")
+"""What a build makes for a TensorRT target; measured unless others are asked for."""
 KEPT = Path("build/tensorrt_table.jsonl")
 BEGIN, END = "<!-- tensorrt_table begins -->", "<!-- tensorrt_table ends -->"
 
@@ -51,6 +56,10 @@ class Row:
     sm: int
     builder: str
     onnx_mb: float
+    attentions: str | None = None
+    kernels: int | None = None
+    quantization_left: int | None = None
+    moved_mb: float | None = None
     parse_seconds: float | None = None
     build_seconds: float | None = None
     plan_mb: float | None = None
@@ -59,7 +68,9 @@ class Row:
 
 
 def build_one(file: Path, precision: Precision, sm: int) -> Row:
-    """Parse and build one graph in this process."""
+    """Parse and build one graph in this process; the float32 graph lies beside it."""
+    from benchmarks import random_graphs
+
     inputs = tuple(
         TensorSpec.model_validate(item) for item in json.loads((file.parent / "inputs").read_text())
     )
@@ -79,8 +90,16 @@ def build_one(file: Path, precision: Precision, sm: int) -> Row:
             result = build_plan(PlanTask(file, sha256, plan, target, precision, inputs))
         except FoveateError as error:
             return replace(row, problem=str(error))
+    engine = result.layers.engine
+    if engine is None:
+        raise RuntimeError("the build log told of no layers")
+    attentions = find_attentions(ir.load(file.with_name(random_graphs.FP32_NAME)))
     return replace(
         row,
+        attentions=f"{engine.fused_attentions} of {len(attentions)}",
+        kernels=engine.kernels,
+        quantization_left=engine.quantization_left,
+        moved_mb=round(engine.moved_bytes / 1e6, 1),
         parse_seconds=round(result.layers.parse_seconds, 2),
         build_seconds=round(result.record.build_seconds, 1),
         plan_mb=round(result.record.plan_bytes / 1e6, 1),
@@ -150,20 +169,25 @@ def _cell(row: Row, number: float | None) -> str:
 def table_of(rows: list[Row]) -> str:
     """Return the rows as a Markdown table, the compute capabilities of a graph in one line."""
     lines = [
-        "| graph | precision | SM | ONNX MB | parsed, s | built, s | plan MB | peak MB |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| graph | precision | SM | attentions fused | kernels | Q/DQ left | MB moved | ONNX MB | "
+        "plan MB | built, s | peak MB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for (graph, precision), alike in groupby(rows, lambda row: (row.graph, row.precision)):
         of_graph = list(alike)
         columns = [
             [str(row.sm) for row in of_graph],
+            [row.attentions or "-" for row in of_graph],
+            [_cell(row, row.kernels) for row in of_graph],
+            [_cell(row, row.quantization_left) for row in of_graph],
+            [_cell(row, row.moved_mb) for row in of_graph],
             [f"{of_graph[0].onnx_mb:g}"],
-            [_cell(row, row.parse_seconds) for row in of_graph],
-            [_cell(row, row.build_seconds) for row in of_graph],
             [_cell(row, row.plan_mb) for row in of_graph],
+            [_cell(row, row.build_seconds) for row in of_graph],
             [_cell(row, row.peak_mb) for row in of_graph],
         ]
-        cells = " | ".join(" / ".join(column) for column in columns)
+        # One number where the compute capabilities agree.
+        cells = " | ".join(" / ".join(dict.fromkeys(column)) for column in columns)
         lines.append(f"| {graph} | {precision} | {cells} |")
     builders = ", ".join(sorted({row.builder for row in rows}))
     problems = [f"{row.graph} {row.precision}: {row.problem}" for row in rows if row.problem]
@@ -176,13 +200,13 @@ def main(
     size: Annotated[list[str] | None, typer.Option(help=", ".join(SIZES))] = None,
     reducer: Annotated[list[str] | None, typer.Option(help="Left out, all of them.")] = None,
     precision: Annotated[list[str] | None, typer.Option(help=", ".join(PRECISIONS))] = None,
-    sm: Annotated[list[int] | None, typer.Option(help="86, 89")] = None,
+    sm: Annotated[list[int] | None, typer.Option(help="89, 120")] = None,
     write: Annotated[Path | None, typer.Option(help="Page to put the table into.")] = None,
     one: Annotated[Path | None, typer.Option(hidden=True)] = None,
     as_json: cli.JsonOption = False,
 ) -> int:
     """Build every graph with NVIDIA's ahead-of-time compiler and print one table."""
-    precisions = precision or list(PRECISIONS)
+    precisions = precision or list(SHIPPED)
     sms = sm or list(SMS)
     if one is not None:
         (chosen,) = (item for item in get_args(Precision) if item == precisions[0])

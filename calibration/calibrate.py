@@ -1,6 +1,6 @@
-"""Make an INT8 bundle from an FP32 bundle on the user's frames: `python -m calibration.calibrate`.
+"""Make an INT8 or FP8 bundle from an FP32 one on own frames: `python -m calibration.calibrate`.
 
-When INT8 misses the gate, nothing is written and the exit code is 1. PyTorch is not needed, so the
+When it misses the gate, nothing is written and the exit code is 1. PyTorch is not needed, so the
 command runs on the robot.
 """
 
@@ -47,13 +47,14 @@ EXAMPLES = (
 
 def main(
     bundle: Annotated[Path, typer.Argument(help="An FP32 bundle that `export.build` wrote.")],
-    out: Annotated[Path, typer.Option(help="Directory of the INT8 bundle.")],
+    out: Annotated[Path, typer.Option(help="Directory of the INT8 or FP8 bundle.")],
     options: Int8Options,
     precision: Annotated[
         str,
         typer.Option(
             help="int8: every layer of the tower that gains by it. mixed: all but the layers that "
-            "cost most, until the gate holds (it tries many, so it takes longer)."
+            "cost most, until the gate holds (it tries many, so it takes longer). fp8: every layer "
+            "and attention in float8, for GPUs from Ada and Hopper on."
         ),
     ] = "int8",
     targets: Annotated[Path | None, typer.Option(help="TOML file of your own targets.")] = None,
@@ -61,7 +62,7 @@ def main(
     verify: cli.VerifyOption = True,
     as_json: cli.JsonOption = False,
 ) -> int:
-    """Make an INT8 bundle from an FP32 one, calibrated on your own frames.
+    """Make an INT8 or FP8 bundle from an FP32 one, calibrated on your own frames.
 
     Frames are taken evenly from the whole source, without repeats. Give 128 distinct ones or more,
     by day and night if the robot works by day and night; the command reports what they lack. Of

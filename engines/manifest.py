@@ -22,7 +22,7 @@ OLDEST_SCHEMA_VERSION = 1
 MANIFEST_NAME = "bundle.json"
 MOST_MANIFEST_BYTES = 8 << 20
 
-Precision = Literal["fp32", "fp16", "int8", "mixed"]
+Precision = Literal["fp32", "fp16", "int8", "mixed", "fp8"]
 LlmPrecision = Literal["fp32", "int8", "int4"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

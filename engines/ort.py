@@ -44,6 +44,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 # half of an INT8 tower would then run in FP32.
 _MERGE_EQUAL_NODES = ["IdenticalChildrenConsolidation", "CommonSubexpressionElimination"]
 
+_FLOAT8 = "tensor(float8"
+
 Optimization = Literal["none", "basic", "extended", "all"]
 Provider = str | tuple[str, dict[str, str]]
 """ONNX Runtime's name of a provider, with its options where it has any."""
@@ -91,15 +93,26 @@ def create_inference_session(
         options.add_free_dimension_override_by_name(axis, size)
     names = _names_of(providers)
     ordered = [*providers, *([] if CPU in names else [CPU])]
-    try:
+
+    def start() -> Any:
         # Its own fallback prints on stdout and goes on without the provider.
-        session = onnxruntime.InferenceSession(
+        return onnxruntime.InferenceSession(
             str(path),
             options,
             providers=ordered,
             enable_fallback=0,
             disabled_optimizers=_MERGE_EQUAL_NODES,
         )
+
+    try:
+        try:
+            session = start()
+        except Exception as error:  # ONNX Runtime's errors share no base class
+            if _FLOAT8 not in str(error):
+                raise
+            # Its optimizer moves Q/DQ behind Transposes, which it does not have for float8.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+            session = start()
     except Exception as error:  # ONNX Runtime's errors share no base class
         if names[0] != CPU and Path(path).is_file():
             reason = " ".join(f"{error} {complaints}".split())

@@ -21,6 +21,9 @@ from engines.staging import staged_file
 OPSETS = (17, 18, 19)
 """What TensorRT 10.3 to 11 all read."""
 
+HALF_OPSET = 19
+"""The first operator set that quantizes float16, and to float8."""
+
 DIGEST_KEY = "foveate.weights_sha256"
 """Metadata of a graph whose weights lie beside it: their digest. Who sees only the graph (the
 sidecar of a TensorRT plan) still notices other weights."""

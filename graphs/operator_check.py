@@ -28,6 +28,7 @@ _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT1
 _NUMBERS = _FLOATS | {ir.DataType.INT32, ir.DataType.INT64}
 _ANY = _NUMBERS | {ir.DataType.BOOL}
 _BOOL = frozenset({ir.DataType.BOOL})
+_QUANTIZED = frozenset({ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN})
 
 _TYPES: dict[str, frozenset[ir.DataType]] = {
     **dict.fromkeys(
@@ -43,7 +44,7 @@ _TYPES: dict[str, frozenset[ir.DataType]] = {
     **dict.fromkeys(("And", "Or", "Not"), _BOOL),
     "Constant": _ANY,
     "Cast": _ANY | {ir.DataType.UINT8},
-    "DequantizeLinear": frozenset({ir.DataType.INT8}),
+    "DequantizeLinear": _QUANTIZED,
 }
 TENSORRT_OPS = frozenset(_TYPES)
 """Operators that TensorRT 10.3 to 11 parse, and the only ones a graph may be made of."""
@@ -247,12 +248,12 @@ def _refuse_quantization(node: ir.Node, version: tuple[int, int]) -> Iterator[st
         yield "a scale is not above zero; calibrate again"
     zero_value = node.inputs[2] if len(node.inputs) > 2 else None
     if zero_value is None:
-        yield "it has no zero point, which means UINT8; quantize to INT8"
+        yield "it has no zero point, which means UINT8; quantize to INT8 or FLOAT8E4M3FN"
         return
     zero = zero_value.const_value
-    if zero_value.dtype is not None and zero_value.dtype is not ir.DataType.INT8:
-        yield f"it quantizes to {zero_value.dtype.name}, expected INT8"
-    elif zero is not None and np.any(zero.numpy()):
+    if zero_value.dtype is not None and zero_value.dtype not in _QUANTIZED:
+        yield f"it quantizes to {zero_value.dtype.name}, expected INT8 or FLOAT8E4M3FN"
+    elif zero is not None and np.any(zero.numpy().astype(np.float32)):
         yield "its zero point is not 0; quantize symmetrically"
 
 

@@ -1,4 +1,4 @@
-"""Quantize the vision graphs of a bundle to INT8, and keep them only if they pass the gate.
+"""Quantize the vision graphs of a bundle to INT8 or FP8, and keep them only if they pass the gate.
 
 One calibration serves the graphs of all budgets. Q/DQ stand in the tower, and for TensorRT the rest
 is float16. Search, gate and report each have frames of their own; the gate and the report are
@@ -7,7 +7,7 @@ measured on the files that will be published.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -25,20 +25,18 @@ from calibration.int8.resume import ResumeFolder
 from calibration.scales.apply import apply_calibration
 from calibration.scales.calibrate import calibrate
 from calibration.scales.calibration_file import Calibration
+from calibration.scales.number_format import FP8, INT8, INT8_IN_HALF, NumberFormat
 from calibration.sensitivity.report import svg_from_report
 from calibration.sensitivity.search import SensitivityReport, search_exclusions
 from engines.errors import GateError
 from engines.manifest import Graph, Precision, SharedGraphs, VisionFiles
 from engines.progress_bar import Progress
 from graphs.float16 import convert_to_fp16
-from graphs.graph_file import ExportedGraph, set_opset, write_graph
+from graphs.graph_file import HALF_OPSET, ExportedGraph, set_opset, write_graph
 from graphs.operator_check import check_graph
 
 RECORD_NAME = "vision/calibration.json"
 """Where a bundle keeps what its INT8 graphs were made with."""
-
-HALF_OPSET = 19
-"""The first ONNX operator set that quantizes float16."""
 
 AnyGraph = TypeVar("AnyGraph", bound=Graph)
 
@@ -50,18 +48,22 @@ _SUSPECT_FRAMES = 2
 
 @dataclass(frozen=True)
 class Int8Graphs:
-    """The INT8 graphs of a bundle.
+    """The INT8 or FP8 graphs of a bundle.
 
     Attributes:
+        form: what their layers are.
+        attentions: how many of a tower's attentions have both products in it.
         written: each file by its place in the bundle.
         calibration: what they were made with.
         agreements: with FP32 on the gate's frames, by graph, and of its smaller budgets; empty
             where there were no frames.
         held_out: how many frames that were.
         reports: with FP32 on frames that nothing was decided on, by graph.
-        searches: what `--precision mixed` found, by graph.
+        searches: what `--precision mixed` or ``fp8`` found, by graph.
     """
 
+    form: NumberFormat
+    attentions: int
     written: Mapping[str, ExportedGraph]
     calibration: Calibration
     agreements: Mapping[str, Agreement]
@@ -102,8 +104,8 @@ class Int8Task:
         source_root: where the float32 files lie, at their places in the bundle.
         files: what they are.
         root: the bundle's (staging) directory.
-        precision: ``int8``, or ``mixed`` to give layers back to floating point until the gate
-            holds.
+        precision: ``int8``, or ``mixed`` (INT8) or ``fp8`` to give layers back to floating point
+            until the gate holds.
         tensorrt: the oldest version that is to take the graphs; what is not quantized then becomes
             float16. None: it stays float32, as CPUs want it.
         options: as the user gave them.
@@ -126,6 +128,13 @@ class Int8Task:
     def gate(self) -> Gate:
         """The least agreement that is good enough."""
         return self.options.gate_for(self.precision)
+
+    @property
+    def form(self) -> NumberFormat:
+        """What the layers become."""
+        if self.precision == "fp8":
+            return FP8
+        return INT8 if self.tensorrt is None else INT8_IN_HALF
 
     @property
     def budgets(self) -> Mapping[str, tuple[str, ...]]:
@@ -159,10 +168,10 @@ def make_int8_graphs(task: Int8Task, progress: Progress = lambda line, done: Non
         if sets is None:
             raise RuntimeError("neither frames nor a record; Int8Options.check refuses that")
         calibration = _calibrate(task, sets.calibration, _part(progress, 0.0, 0.5))
-        if task.precision == "mixed":
+        if task.precision != "int8":
             part = _part(progress, 0.5, 0.8)
             calibration, searches = _search(task, calibration, sets, part)
-    written = dict(_write_graphs(task, calibration, _part(progress, 0.8, 0.85)))
+    written, attentions = _write_graphs(task, calibration, _part(progress, 0.8, 0.85))
     agreements: dict[str, Agreement] = {}
     reports: dict[str, MeasuredAgreement] = {}
     if sets is not None:
@@ -175,7 +184,9 @@ def make_int8_graphs(task: Int8Task, progress: Progress = lambda line, done: Non
             chart = (task.root / name).with_suffix(".sensitivity.svg")
             chart.write_text(svg_from_report(search), encoding="utf-8")
     held_out = len(sets.gate) if sets is not None else 0
-    return Int8Graphs(written, calibration, agreements, held_out, reports, searches)
+    return Int8Graphs(
+        task.form, attentions, written, calibration, agreements, held_out, reports, searches
+    )
 
 
 def _calibrate(task: Int8Task, frames: CalibrationSet, progress: Progress) -> Calibration:
@@ -201,6 +212,7 @@ def _search(
             threads=task.options.how.threads,
             progress=progress,
             resume=task.unfinished.trials if task.unfinished is not None else None,
+            form=FP8 if task.form is FP8 else INT8,
         )
         calibration = reports[name].calibration
     return calibration, reports
@@ -208,13 +220,14 @@ def _search(
 
 def _write_graphs(
     task: Int8Task, calibration: Calibration, progress: Progress
-) -> Iterator[tuple[str, ExportedGraph]]:
-    files = task.files.files
+) -> tuple[dict[str, ExportedGraph], int]:
+    """Return the files by their names, and how many attentions of the tower are quantized."""
+    files, written, attentions = task.files.files, {}, 0
     for at, name in enumerate(graph.file for graph in files):
         progress(f"Quantizing {name}", at / len(files))
         model = ir.load(task.source_root / name)
         if at == 0 or task.files.shared is None:  # the tower is in it
-            apply_calibration(model, calibration)
+            attentions = apply_calibration(model, calibration, task.form)
         opset = model.opset_imports[""]
         if task.tensorrt is not None:
             opset = max(opset, HALF_OPSET)
@@ -223,7 +236,8 @@ def _write_graphs(
         exported = write_graph(model, task.root / name, opset=opset)
         if task.tensorrt is not None:
             check_graph(exported.file, task.tensorrt)
-        yield name, exported
+        written[name] = exported
+    return written, attentions
 
 
 def _told_budget(name: str, count: int, counts: Sequence[int]) -> str:
@@ -272,8 +286,9 @@ def _refuse_below_gate(
         if task.precision == "int8"
         else "Calibrate on frames that are more like these, or lower the gate."
     )
+    form = task.form.name.upper()
     raise GateError(
-        f"INT8 misses the gate of {gate.describe()} on {len(held_out)} frames held out: {told}. "
+        f"{form} misses the gate of {gate.describe()} on {len(held_out)} frames held out: {told}. "
         f"What adds most to the error in {name}: {layers}. Nothing was written. {advice}"
     )
 

@@ -17,7 +17,8 @@ from engines.manifest import Precision
 from engines.option_groups import Typed
 from runtime.frames import open_source
 
-GATES: dict[Precision, Gate] = {"int8": Gate(overlap=0.9, cosine=0.99), "mixed": Gate()}
+_ALL_LAYERS = Gate(overlap=0.9, cosine=0.99)
+GATES: dict[Precision, Gate] = {"int8": _ALL_LAYERS, "mixed": Gate(), "fp8": _ALL_LAYERS}
 """Least agreement unless the user asks for another. Patches of a plain background have nearly equal
 scores, and any rounding exchanges some: one exchanged of 53 is an overlap of 0.963. So INT8 in all
 layers is asked for less, and the search of ``mixed`` gives back layers until it is better. The
@@ -90,7 +91,7 @@ class Int8Options:
             help="Least agreement with FP32 on frames that were held out: on average overlap of "
             "the kept patches (IoU), cosine of the tokens made of the same, and share of the other "
             "patches merged alike (merged); and overlap on the worst frame (worst). Left out, "
-            f"{_told(GATES['int8'])} for int8, {_told(GATES['mixed'])} for mixed."
+            f"{_told(GATES['int8'])} for int8 and fp8, {_told(GATES['mixed'])} for mixed."
         ),
         Typed(gate_from_text),
     ] = None
@@ -114,8 +115,8 @@ class Int8Options:
         wanted = precision in _PRECISIONS
         if not wanted and (self.frames is not None or self.record is not None):
             raise OptionError(
-                f"--frames and --calibration are for INT8, and the precision is {precision}. Add "
-                "--precision int8 (or mixed), or leave them out."
+                "--frames and --calibration are for INT8 and FP8, and the precision is "
+                f"{precision}. Add --precision int8 (or mixed, or fp8), or leave them out."
             )
         if not wanted:
             return None
@@ -142,10 +143,10 @@ class Int8Options:
 
 
 def int8_precision(text: str) -> Precision:
-    """Return ``int8`` or ``mixed``.
+    """Return ``int8``, ``mixed`` or ``fp8``.
 
     Raises:
-        OptionError: it is neither.
+        OptionError: it is none of them.
     """
     for known in _PRECISIONS:
         if known == text:

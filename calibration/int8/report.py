@@ -28,6 +28,8 @@ def document_from_int8(made: Int8Graphs, frames: CalibrationSet | None) -> dict[
         "held_out": made.held_out,
         "agreement": {name: asdict(one) for name, one in made.agreements.items()},
         "report": {name: asdict(one) for name, one in made.reports.items()},
+        "quantized_to": made.form.name,
+        "quantized_attentions": made.attentions,
         "quantized_layers": len(calibration.quantized),
         "excluded_layers": list(calibration.excluded),
         "sensitivity": {name: json_from_report(search) for name, search in made.searches.items()},
@@ -37,9 +39,10 @@ def document_from_int8(made: Int8Graphs, frames: CalibrationSet | None) -> dict[
 def lines_from_int8(made: Int8Graphs) -> list[str]:
     """Return it as lines, without the coverage of the frames."""
     calibration = made.calibration
-    lines = [
-        f"  INT8 in {len(calibration.quantized)} of {len(calibration.layers)} layers of the tower"
-    ]
+    form, count = made.form.name.upper(), len(calibration.layers)
+    lines = [f"  {form} in {len(calibration.quantized)} of {count} layers of the tower"]
+    if made.form.attention:
+        lines[0] += f", and in {made.attentions} of its {len(calibration.attentions)} attentions"
     if calibration.excluded:
         lines.append(f"  left in floating point: {', '.join(calibration.excluded)}")
     for name, one in made.reports.items():

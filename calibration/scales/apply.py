@@ -1,4 +1,4 @@
-"""Write a calibration into a graph as symmetric Q/DQ around the layers it names.
+"""Write a calibration into a graph as symmetric Q/DQ around the layers it names, INT8 or FP8.
 
 Activations are scaled per tensor and weights per channel, zero points are 0, and biases stay in
 floating point. TensorRT takes its precision from these nodes.
@@ -10,24 +10,30 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from calibration.scales.calibration_file import Calibration
+from calibration.scales.attention import quantize_attentions
+from calibration.scales.calibration_file import Calibration, SiteRecord
 from calibration.scales.insert_qdq import quantize_site, smooth_site
 from calibration.scales.layers import Site, find_sites
+from calibration.scales.number_format import INT8, NumberFormat
 from engines.errors import CalibrationError
 
 CALIBRATION_KEY = "foveate.calibration"
 """Metadata of the model: digest of the calibration that was applied."""
 
 
-def apply_calibration(model: ir.Model, calibration: Calibration) -> None:
+def apply_calibration(model: ir.Model, calibration: Calibration, form: NumberFormat = INT8) -> int:
     """Quantize a graph as a calibration says, in place.
 
     Layers it excludes stay as they are. A norm whose layers are all excluded is not smoothed.
+
+    Returns:
+        How many attentions were quantized.
 
     Args:
         model: a float32 graph of the checkpoint the calibration was made on, such as
             `export.vision.to_onnx.trace_graph` gives; convert to float16 afterwards.
         calibration: from `calibrate` or `load_calibration`.
+        form: what the layers become; its ``one_scale`` is for graphs that become float16.
 
     Raises:
         CalibrationError: the graph is not float32, or the calibration is of other weights.
@@ -45,8 +51,14 @@ def apply_calibration(model: ir.Model, calibration: Calibration) -> None:
     for site, layers in kept.items():
         if layers:
             found = calibration.sites[site.name]
-            quantize_site(model.graph, layers, found.threshold, found.mean)
+            quantize_site(model.graph, layers, _reach(found, form), found.mean, form)
     model.metadata_props[CALIBRATION_KEY] = calibration.digest()
+    return len(quantize_attentions(model, calibration, form)) if form.attention else 0
+
+
+def _reach(record: SiteRecord, form: NumberFormat) -> float:
+    """Return what becomes the largest number: FP8 keeps small values where nothing is clipped."""
+    return record.largest if form.kind.is_floating_point() else record.threshold
 
 
 def _refuse_other_weights(sites: Sequence[Site], calibration: Calibration) -> None:

@@ -19,7 +19,9 @@ import onnx_ir as ir
 import typer
 
 from calibration.frames.dataset import Frames
+from calibration.scales.attention import AttentionRange, find_attentions
 from calibration.scales.calibration_file import (
+    AttentionRecord,
     Calibration,
     FramesRecord,
     LayerRecord,
@@ -39,6 +41,8 @@ from graphs.weights_apart import weights_apart
 ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.9)
 _PASS_SHARE = 0.85
 """Of the time; the rest is the search for smoothing."""
+_STATE = "with attentions"
+"""What a kept state holds; one that holds less is refused."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ def calibrate(
             calibration.
     """
     with weights_apart(graph_file) as file:
-        sites = find_sites(ir.load(file))
+        model = ir.load(file)
+        sites, attentions = find_sites(model), [one.name for one in find_attentions(model)]
         _refuse_not_finite(sites, graph_file)
         digests = {layer.name: layer.digest() for site in sites for layer in site.layers}
         states = StateFile(resume, _identify(options, digests, len(frames)))
@@ -110,13 +115,30 @@ def calibrate(
             for site in sites
             for layer in site.layers
         },
+        attentions={name: _describe_attention(name, state, sites, records) for name in attentions},
     )
+
+
+def _describe_attention(
+    name: str, state: State, sites: Sequence[Site], records: Mapping[str, SiteRecord]
+) -> AttentionRecord:
+    """Return the ranges of an attention, its values as they will be smoothed."""
+    query, key, lowest, highest = (
+        state.arrays[f"{what}/{name}"] for what in ("query", "key", "value_lowest", "value_highest")
+    )
+    reader = next(
+        (site for site in sites if site.values is not None and site.name.startswith(f"{name}.")),
+        None,
+    )
+    smoothing = records[reader.name].smoothing if reader is not None else None
+    found = AttentionRange(float(query.item()), float(key.item()), lowest, highest)
+    return found.record(smoothing)
 
 
 def _identify(options: CalibrationOptions, digests: Mapping[str, str], frames: int) -> str:
     """Return a digest of what a calibration depends on, beside what is on its frames."""
     kept = {name: value for name, value in asdict(options).items() if name != "threads"}
-    return hashlib.sha256(json.dumps([kept, digests, frames]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([_STATE, kept, digests, frames]).encode()).hexdigest()
 
 
 def _reshape(site: Site, state: State, options: CalibrationOptions) -> SiteRecord:

@@ -91,6 +91,20 @@ class SiteRecord(_Record):
     smoothing: Smoothing | None = None
 
 
+class AttentionRecord(_Record):
+    """What the products of an attention read, once its values are smoothed.
+
+    Attributes:
+        query: largest magnitude of the scaled queries.
+        key: of the keys.
+        value: of the values.
+    """
+
+    query: float = Field(ge=0, allow_inf_nan=False)
+    key: float = Field(ge=0, allow_inf_nan=False)
+    value: float = Field(ge=0, allow_inf_nan=False)
+
+
 class LayerRecord(_Record):
     """One layer that can be quantized.
 
@@ -125,6 +139,7 @@ class Calibration(_Record):
         frames: what it was made from.
         sites: the activations, by name.
         layers: every layer that can be quantized, by its module.
+        attentions: what FP8 quantizes beside them, by module; none in older records.
         excluded: layers that stay in floating point.
         notes: what a search or a person wants to be remembered, such as the gate it met.
         agreement: with float32 on frames that nothing was decided on, by graph; not part of the
@@ -137,6 +152,7 @@ class Calibration(_Record):
     frames: FramesRecord
     sites: dict[str, SiteRecord]
     layers: dict[str, LayerRecord] = Field(min_length=1)
+    attentions: dict[str, AttentionRecord] = {}
     excluded: tuple[str, ...] = ()
     notes: dict[str, str] = {}
     agreement: dict[str, MeasuredAgreement] = {}
@@ -148,7 +164,8 @@ class Calibration(_Record):
 
     def digest(self) -> str:
         """Return the sha256 of how it quantizes, for the manifest of a bundle."""
-        return _checksum(self.model_dump(mode="json", exclude={"agreement"}))
+        left_out = {"agreement"} if self.attentions else {"agreement", "attentions"}
+        return _checksum(self.model_dump(mode="json", exclude=left_out))
 
     def excluding(self, layers: tuple[str, ...]) -> Calibration:
         """Return the same calibration with exactly these layers in floating point.

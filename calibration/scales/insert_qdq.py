@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calibration.scales.layers import Layer, Site, array_of
-from calibration.scales.ranges import LEVELS
+from calibration.scales.number_format import NumberFormat
 from graphs.modules import MODULE_KEY, module_of
 
 Vector = NDArray[np.float32]
@@ -48,25 +48,46 @@ def smooth_site(graph: ir.Graph, site: Site, shift: Vector, scale: Vector) -> No
         _change_bias(graph, layer, moved)
 
 
-def quantize_site(graph: ir.Graph, layers: Sequence[Layer], threshold: float, mean: Vector) -> None:
+def quantize_site(
+    graph: ir.Graph, layers: Sequence[Layer], reach: float, mean: Vector, form: NumberFormat
+) -> None:
     """Put Q/DQ around the layers that read one activation.
 
     Args:
         graph: that they are part of.
         layers: reading one activation, smoothed already.
-        threshold: magnitude of the activation that becomes 127.
+        reach: magnitude of the activation that becomes the format's largest.
         mean: float32[K]; of each channel of it. What rounded weights make of that beyond what exact
             ones do is taken off the bias.
+        form: what to quantize to.
     """
     first, source = layers[0], layers[0].source
-    scale = _add(graph, half_exact(np.float32(threshold / LEVELS)), f"{first.name}.input_scale")
-    zero = _add(graph, np.int8(0), f"{first.name}.input_zero_point")
+    step = half_exact(np.float32(reach / form.largest))
+    scale = add_constant(graph, step, f"{first.name}.input_scale")
+    zero = add_constant(graph, form.zero, f"{first.name}.input_zero_point")
+    largest = max(float(np.abs(layer.matrix()).max()) for layer in layers)
     for layer in layers:
         # A pair for each product: ONNX Runtime fuses none that several products share.
-        integers = _insert(layer, "QuantizeLinear", [source, scale, zero], "input")
-        floats = _insert(layer, "DequantizeLinear", [integers, scale, zero], "input")
+        floats = insert_pair(layer.node, layer.name, source, scale, zero, "input")
         layer.node.replace_input_with(0, floats)
-        _quantize_weight(graph, layer, mean)
+        _quantize_weight(graph, layer, mean, largest, form)
+
+
+def insert_pair(
+    node: ir.Node, module: str, source: ir.Value, scale: ir.Value, zero: ir.Value, what: str
+) -> ir.Value:
+    """Put Q and DQ of a value before a node that is to read it, and return what DQ makes.
+
+    Args:
+        node: the reader; its input is not replaced.
+        module: whose the pair is.
+        source: float32 of any shape.
+        scale: a scalar.
+        zero: a scalar of the type to quantize to.
+        what: for the names.
+    """
+    small = _insert(node, module, "QuantizeLinear", [source, scale, zero], what)
+    return _insert(node, module, "DequantizeLinear", [small, scale, zero], what)
 
 
 def half_exact(scale: NDArray[np.float32] | np.float32) -> NDArray[np.float32]:
@@ -80,24 +101,71 @@ def half_exact(scale: NDArray[np.float32] | np.float32) -> NDArray[np.float32]:
     return np.where(half > 0, half, np.float16(1)).astype(np.float32)
 
 
-def _quantize_weight(graph: ir.Graph, layer: Layer, mean: Vector) -> None:
-    """Store a weight as INT8 with a scale for each channel it makes."""
+def _quantize_weight(
+    graph: ir.Graph, layer: Layer, mean: Vector, largest: float, form: NumberFormat
+) -> None:
+    """Store a weight in 8 bits with a scale for each channel it makes.
+
+    Args:
+        graph: that the layer is part of.
+        layer: whose weight it is.
+        mean: float32[K]; of the activation.
+        largest: magnitude among all weights that read the activation.
+        form: what to store.
+    """
     weight, axis = layer.weight, layer.output_axis
     array, exact = array_of(weight), layer.matrix()
-    scales = half_exact(np.abs(exact).max(axis=0) / np.float32(LEVELS))  # [N]
+    reach = np.abs(exact).max(axis=0)  # [N]
+    shares = half_exact(reach / np.float32(largest or 1))  # [N]
+    if form.one_scale:
+        scale = half_exact(np.float32(largest / form.largest))
+        scales = scale * shares
+    else:
+        scale = scales = half_exact(reach / np.float32(form.largest))
     along = scales.reshape([-1 if index == axis else 1 for index in range(array.ndim)])
-    integers = np.clip(np.round(array / along), -LEVELS, LEVELS).astype(np.int8)
+    small = form.encode(array / along)
+    zeros = np.broadcast_to(form.zero, scale.shape)
     inputs = [
-        _add(graph, integers, f"{layer.name}.weight.int8"),
-        _add(graph, scales, f"{layer.name}.weight.scale"),
-        _add(graph, np.zeros(len(scales), np.int8), f"{layer.name}.weight.zero_point"),
+        add_constant(graph, small, f"{layer.name}.weight.{form.name}"),
+        add_constant(graph, scale, f"{layer.name}.weight.scale"),
+        add_constant(graph, zeros, f"{layer.name}.weight.zero_point"),
     ]
-    floats = _insert(layer, "DequantizeLinear", inputs, "weight", axis=axis)
+    along_axis = {} if form.one_scale else {"axis": axis}
+    floats = _insert(layer.node, layer.name, "DequantizeLinear", inputs, "weight", **along_axis)
     floats.shape = weight.shape
     layer.node.replace_input_with(1, floats)
     _forget(graph, weight)
-    rounded = np.clip(np.round(exact / scales), -LEVELS, LEVELS) * scales  # [K, N]
+    rounded = form.encode(exact / scales).astype(np.float32) * scales  # [K, N]
     _change_bias(graph, layer, -(mean @ (rounded - exact)))  # [N]
+    if form.one_scale:
+        _multiply_channels(graph, layer, shares)
+
+
+def _multiply_channels(graph: ir.Graph, layer: Layer, shares: Vector) -> None:
+    """Multiply each channel of a product, before its bias is added; TensorRT joins the two.
+
+    Args:
+        graph: that the layer is part of.
+        layer: a matrix product; of a Gemm the bias becomes an Add of its own.
+        shares: float32[N].
+    """
+    output = layer.node.outputs[0]
+    uses = list(output.uses())
+    factor = add_constant(graph, shares, f"{layer.name}.weight.channels")
+    made = ir.node("Mul", [output, factor], name=f"{layer.name}/Mul_channels")
+    made.metadata_props[MODULE_KEY] = layer.name
+    _describe(made, output.type, output.shape)
+    graph.insert_after(layer.node, made)
+    last = made
+    if layer.node.op_type == "Gemm" and len(layer.node.inputs) > 2:
+        bias = _input(layer.node, 2)
+        layer.node.resize_inputs(2)
+        last = ir.node("Add", [made.outputs[0], bias], name=f"{layer.name}/Add_bias")
+        last.metadata_props[MODULE_KEY] = layer.name
+        _describe(last, output.type, output.shape)
+        graph.insert_after(made, last)
+    for use in uses:
+        use.node.replace_input_with(use.idx, last.outputs[0])
 
 
 def _smooth_norm(
@@ -129,10 +197,10 @@ def _smooth_values(
 
 def _smooth_value(graph: ir.Graph, site: Site, shift: Vector, scale: Vector) -> ir.Value:
     first = site.layers[0]
-    factor = _add(graph, 1 / scale, f"{first.name}.input_factor")
-    offset = _add(graph, -shift / scale, f"{first.name}.input_offset")
-    scaled = _insert(first, "Mul", [site.source, factor], "smooth")
-    return _insert(first, "Add", [scaled, offset], "smooth")
+    factor = add_constant(graph, 1 / scale, f"{first.name}.input_factor")
+    offset = add_constant(graph, -shift / scale, f"{first.name}.input_offset")
+    scaled = _insert(first.node, first.name, "Mul", [site.source, factor], "smooth")
+    return _insert(first.node, first.name, "Add", [scaled, offset], "smooth")
 
 
 def _twin(graph: ir.Graph, norm: ir.Node) -> ir.Node:
@@ -166,7 +234,8 @@ def _change_bias(
         if len(uses) == 1 and sums and _is_constant(sums[0].node.inputs[1 - sums[0].idx]):
             node, index = sums[0].node, 1 - sums[0].idx
         else:
-            node = ir.node("Add", [output, _add(graph, added, name)], name=f"{layer.name}/Add_bias")
+            bias = add_constant(graph, added, name)
+            node = ir.node("Add", [output, bias], name=f"{layer.name}/Add_bias")
             node.metadata_props[MODULE_KEY] = layer.name
             _describe(node, output.type, output.shape)
             graph.insert_after(layer.node, node)
@@ -184,17 +253,22 @@ def _is_constant(value: ir.Value | None) -> bool:
 
 
 def _insert(
-    layer: Layer, operator: str, inputs: Sequence[ir.Value], what: str, **attributes: Attribute
+    reader: ir.Node,
+    module: str,
+    operator: str,
+    inputs: Sequence[ir.Value],
+    what: str,
+    **attributes: Attribute,
 ) -> ir.Value:
-    """Put a node of a layer's module before the layer, and return its output."""
-    node = ir.node(operator, inputs, attributes, name=f"{layer.name}/{operator}_{what}")
-    node.metadata_props[MODULE_KEY] = layer.name
-    kind = ir.DataType.INT8 if operator == "QuantizeLinear" else ir.DataType.FLOAT
+    """Put a node of a module before the one that will read it, and return its output."""
+    node = ir.node(operator, inputs, attributes, name=f"{module}/{operator}_{what}")
+    node.metadata_props[MODULE_KEY] = module
+    kind = inputs[2].dtype if operator == "QuantizeLinear" else ir.DataType.FLOAT
+    graph = reader.graph
+    if graph is None or kind is None:
+        raise RuntimeError(f"{module} is not part of a graph, or a zero point has no type")
     _describe(node, ir.TensorType(kind), inputs[0].shape)
-    graph = layer.node.graph
-    if graph is None:
-        raise RuntimeError(f"{layer.name} is not part of a graph")
-    graph.insert_before(layer.node, node)
+    graph.insert_before(reader, node)
     return node.outputs[0]
 
 
@@ -206,12 +280,12 @@ def _describe(node: ir.Node, kind: Any, shape: ir.Shape | None) -> None:
 def _replace(graph: ir.Graph, node: ir.Node, index: int, array: NDArray[Any], name: str) -> None:
     """Give a node another weight; the old one goes when nothing reads it any more."""
     old = node.inputs[index]
-    node.replace_input_with(index, _add(graph, array.astype(np.float32), name))
+    node.replace_input_with(index, add_constant(graph, array.astype(np.float32), name))
     if old is not None:
         _forget(graph, old)
 
 
-def _add(graph: ir.Graph, array: Any, name: str) -> ir.Value:
+def add_constant(graph: ir.Graph, array: Any, name: str) -> ir.Value:
     """Add a constant, under a name that is not taken."""
     while name in graph.initializers:
         name += "_"

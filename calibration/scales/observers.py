@@ -19,12 +19,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calibration.frames.dataset import Frames
+from calibration.scales.attention import AttentionRange, find_attentions
 from calibration.scales.layers import Site, find_sites
 from calibration.scales.resume import State, StateFile
 from calibration.scales.statistics import (
     CHOSEN,
     Statistics,
     add_statistics,
+    read_attention,
     read_statistics,
 )
 from engines.errors import CalibrationError
@@ -37,11 +39,18 @@ Chosen = NDArray[np.int64]
 CHANNELS = "channels"
 _FEWEST_ROWS = 4
 _SAVE_EVERY_S = 60.0
+Found = tuple[dict[str, Statistics], dict[str, AttentionRange]]
+"""What one frame shows, by site and by attention."""
+
 _JOIN: dict[str, Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]]] = {
     "lowest": np.minimum,
     "highest": np.maximum,
     "sum": np.add,
     "rows": np.add,
+    "query": np.maximum,
+    "key": np.maximum,
+    "value_lowest": np.minimum,
+    "value_highest": np.maximum,
 }
 
 
@@ -68,7 +77,8 @@ class Recorder:
 
         Of every frame the first row (the class token), the largest and others by chance are
         sampled, about ``sample_rows`` over all frames: ``sample/SITE``, float32[F, S, K], each
-        standing for as many rows as ``weight/SITE``, float32[F, S], says.
+        standing for as many rows as ``weight/SITE``, float32[F, S], says. Of attentions
+        ``query/``, ``key/``, ``value_lowest/`` and ``value_highest/ATTENTION``.
 
         Raises:
             CalibrationError: there are no frames, one is misshapen, an activation is not finite.
@@ -103,49 +113,53 @@ class Recorder:
 @contextmanager
 def open_tap(
     graph_file: Path, threads: int | None
-) -> Iterator[Callable[[PixelValues, int, int], dict[str, Statistics]]]:
-    """Yield what runs a frame, its number and how many rows to sample to statistics by site.
+) -> Iterator[Callable[[PixelValues, int, int], Found]]:
+    """Yield what runs a frame, its number and how many rows to sample to statistics.
 
     Args:
         graph_file: the float32 graph, its weights beside it; a variant is written there.
         threads: CPU threads.
     """
     model = ir.load(graph_file)
-    sites = find_sites(model)
-    add_statistics(model, sites)
+    sites, attentions = find_sites(model), find_attentions(model)
+    add_statistics(model, sites, attentions)
     file = graph_file.with_name("statistics.onnx")
     ir.save(model, file)
     with OrtSession(file, threads=threads) as session:
         name = session.input_names[0]
 
-        def tap(pixels: PixelValues, at: int, share: int) -> dict[str, Statistics]:
+        def tap(pixels: PixelValues, at: int, share: int) -> Found:
             chosen = np.random.default_rng(at).integers(0, 2**31, share - 2)
             values = session.run({name: pixels, CHOSEN: chosen})
             found = {}
             for number, site in enumerate(sites):
                 found[site.name] = read_statistics(values, number)
                 _refuse_not_finite(found[site.name], site, at)
-            return found
+            ranges = (read_attention(values, number) for number in range(len(attentions)))
+            return found, dict(zip((one.name for one in attentions), ranges, strict=True))
 
         yield tap
 
 
 def _updated(
-    arrays: Mapping[str, NDArray[Any]], found: Mapping[str, Statistics], at: int, frames: int
+    arrays: Mapping[str, NDArray[Any]], found: Found, at: int, frames: int
 ) -> dict[str, NDArray[Any]]:
     """Return the sums with one frame more; samples go to a place that no state before counts."""
     merged = dict(arrays)
-    for site, one in found.items():
-        sums: dict[str, NDArray[Any]] = {
-            "lowest": one.lowest,
-            "highest": one.highest,
-            "sum": one.total.astype(np.float64),
-            "rows": np.array([one.rows]),
-        }
-        for what, new in sums.items():
-            name = f"{what}/{site}"
-            merged[name] = _JOIN[what](arrays[name], new) if name in arrays else new
-        for what, rows in (("sample", one.sample), ("weight", one.weight)):
+    statistics, attentions = found
+    sums: dict[str, NDArray[Any]] = {}
+    for name, one in attentions.items():
+        sums[f"query/{name}"], sums[f"key/{name}"] = np.array([one.query]), np.array([one.key])
+        sums[f"value_lowest/{name}"], sums[f"value_highest/{name}"] = one.lowest, one.highest
+    for site, of_site in statistics.items():
+        sums[f"lowest/{site}"], sums[f"highest/{site}"] = of_site.lowest, of_site.highest
+        sums[f"sum/{site}"] = of_site.total.astype(np.float64)
+        sums[f"rows/{site}"] = np.array([of_site.rows])
+    for name, new in sums.items():
+        join = _JOIN[name.split("/")[0]]
+        merged[name] = join(arrays[name], new) if name in arrays else new
+    for site, of_site in statistics.items():
+        for what, rows in (("sample", of_site.sample), ("weight", of_site.weight)):
             name = f"{what}/{site}"
             if name not in merged:
                 merged[name] = np.zeros((frames, *rows.shape), np.float32)

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from calibration.scales.attention import Attention, AttentionRange
 from calibration.scales.layers import Site
 
 CHOSEN = "chosen_rows"
@@ -41,12 +42,15 @@ class Statistics:
     weight: NDArray[np.float32]
 
 
-def add_statistics(model: ir.Model, sites: Sequence[Site]) -> None:
+def add_statistics(
+    model: ir.Model, sites: Sequence[Site], attentions: Sequence[Attention] = ()
+) -> None:
     """Replace the outputs of a graph by statistics of the activations it computes.
 
     Args:
         model: of opset 17 or later.
         sites: of the graph.
+        attentions: of the graph.
     """
     graph, opset = model.graph, model.opset_imports[""]
     chosen = ir.Value(
@@ -58,6 +62,10 @@ def add_statistics(model: ir.Model, sites: Sequence[Site]) -> None:
         output
         for number, site in enumerate(sites)
         for output in _Taps(graph, opset, number, chosen, zero).measure(site.source)
+    ] + [
+        output
+        for number, one in enumerate(attentions)
+        for output in _Taps(graph, opset, number, chosen, zero).measure_attention(one)
     ]
 
 
@@ -72,6 +80,17 @@ def read_statistics(outputs: dict[str, NDArray[Any]], number: int) -> Statistics
     weight = np.ones(len(sample), np.float32)
     weight[2:] = max(int(rows[0]) - 2, 0) / max(len(sample) - 2, 1)
     return Statistics(lowest, highest, total, int(rows[0]), sample, weight)
+
+
+def read_attention(outputs: dict[str, NDArray[Any]], number: int) -> AttentionRange:
+    """Return what a graph with statistics says of an attention.
+
+    Args:
+        outputs: of one picture.
+        number: of the attention, in the order given to `add_statistics`.
+    """
+    query, key, lowest, highest = (outputs[name] for name in _attention_names(number))
+    return AttentionRange(float(query), float(key), lowest.ravel(), highest.ravel())
 
 
 @dataclass(frozen=True)
@@ -105,6 +124,17 @@ class _Taps:
             value.type = ir.TensorType(kind)
         return found
 
+    def measure_attention(self, one: Attention) -> list[ir.Value]:
+        found = [
+            self._add("ReduceMax", [self._add("Abs", [one.queries])], keepdims=0),
+            self._add("ReduceMax", [self._add("Abs", [one.keys])], keepdims=0),
+            self._reduce("ReduceMin", self._reduce("ReduceMin", one.values, 2), 0),  # [H, D]
+            self._reduce("ReduceMax", self._reduce("ReduceMax", one.values, 2), 0),
+        ]
+        for value, name in zip(found, _attention_names(self.number), strict=True):
+            value.name, value.type = name, ir.TensorType(ir.DataType.FLOAT)
+        return found
+
     def _reduce(self, operator: str, value: ir.Value, axis: int) -> ir.Value:
         if self.opset < 18 and operator != "ReduceSum":
             return self._add(operator, [value], axes=[axis], keepdims=0)
@@ -120,6 +150,10 @@ class _Taps:
 
 def _names(number: int) -> tuple[str, ...]:
     return tuple(f"{what}/{number}" for what in ("lowest", "highest", "total", "rows", "sample"))
+
+
+def _attention_names(number: int) -> tuple[str, ...]:
+    return tuple(f"{what}/{number}" for what in ("query", "key", "value_lowest", "value_highest"))
 
 
 def _constant(graph: ir.Graph, number: int) -> ir.Value:

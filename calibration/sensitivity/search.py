@@ -18,6 +18,7 @@ from calibration.agreement.token_metrics import Agreement, Gate
 from calibration.frames.dataset import Frames
 from calibration.scales.calibration_file import Calibration
 from calibration.scales.layers import find_sites
+from calibration.scales.number_format import INT8, NumberFormat
 from calibration.sensitivity.ranking import LARGE, Ranking, SiteCost, few_of
 from calibration.sensitivity.trials import KnownTrials, Trials
 from engines.errors import GateError
@@ -61,6 +62,7 @@ def search_exclusions(
     threads: int | None = None,
     progress: Progress = lambda line, done: None,
     resume: Path | None = None,
+    form: NumberFormat = INT8,
 ) -> SensitivityReport:
     """Give layers back to floating point until a gate holds.
 
@@ -81,6 +83,7 @@ def search_exclusions(
         progress: called for every trial.
         resume: a file that keeps every trial, for searches on other graphs too. What it holds is
             not measured again; it stays, for the caller to remove.
+        form: what the layers become.
 
     Raises:
         GateError: the gate cannot be reached; the costliest sites are named.
@@ -91,7 +94,7 @@ def search_exclusions(
     with weights_apart(graph_files[0]) as apart:
 
         def trials_on(these: Frames) -> Trials:
-            return Trials(graph_files, apart, calibration, these, threads, known)
+            return Trials(graph_files, apart, calibration, these, threads, known, form)
 
         trials = trials_on(frames)
         others = trials if also_on is None else trials_on(also_on)
@@ -107,7 +110,7 @@ def search_exclusions(
             if gate.holds(others.measure(chosen)):
                 break
     if not gate.holds(after):
-        raise _gate_error(costs, gate, before, after)
+        raise _gate_error(costs, gate, before, after, form)
     return SensitivityReport(tuple(costs), gate, before, after, calibration.excluding(chosen))
 
 
@@ -148,15 +151,15 @@ class _Search:
 
 
 def _gate_error(
-    costs: Sequence[SiteCost], gate: Gate, before: Agreement, after: Agreement
+    costs: Sequence[SiteCost], gate: Gate, before: Agreement, after: Agreement, form: NumberFormat
 ) -> GateError:
     worst = ", ".join(
         f"{cost.site} (overlap {cost.alone.overlap:.3f}, cosine {cost.alone.cosine:.4f} alone)"
         for cost in sorted(costs, key=lambda cost: cost.cost, reverse=True)[:3]
     )
     return GateError(
-        f"The gate ({gate.describe()}) cannot be reached: overlap "
-        f"{before.overlap:.4f} and cosine {before.cosine:.5f} with INT8, {after.overlap:.4f} and "
+        f"The gate ({gate.describe()}) cannot be reached: overlap {before.overlap:.4f} and cosine "
+        f"{before.cosine:.5f} with {form.name.upper()}, {after.overlap:.4f} and "
         f"{after.cosine:.5f} with every layer back in floating point. The costliest are {worst}. "
         "Ask for less than 1, or build with --precision fp16."
     )

@@ -1,4 +1,4 @@
-"""Measure the agreement of a graph with some layers in INT8, each choice of layers once.
+"""Measure the agreement of a graph with some layers in 8 bits, each choice of layers once.
 
 Measurements are kept in a file, so that a continued search does not repeat them.
 """
@@ -21,8 +21,10 @@ from calibration.agreement.token_metrics import Agreement, average_agreement, co
 from calibration.frames.dataset import Frames
 from calibration.scales.apply import apply_calibration
 from calibration.scales.calibration_file import Calibration
+from calibration.scales.number_format import INT8, NumberFormat
 from engines.errors import CalibrationError
 from engines.staging import staged_file
+from graphs.graph_file import HALF_OPSET, set_opset
 from runtime.vision import VisualTokens
 
 _FILE = TypeAdapter(dict[str, Agreement])
@@ -74,6 +76,7 @@ class Trials:
         frames: Frames,
         threads: int | None,
         known: KnownTrials,
+        form: NumberFormat = INT8,
     ) -> None:
         """Prepare.
 
@@ -86,6 +89,7 @@ class Trials:
             frames: float32[1, 3, H, W] each.
             threads: CPU threads.
             known: where trials are kept.
+            form: what the layers become.
 
         Raises:
             CalibrationError: there are no frames.
@@ -96,7 +100,8 @@ class Trials:
         self._frames, self._threads = frames, threads
         self._calibration = calibration
         self._known = known
-        self._subject = _identify(graph_files, calibration, frames)
+        self._form = form
+        self._subject = _identify(graph_files, calibration, frames, form)
 
     def measure(self, excluded: Collection[str]) -> Agreement:
         """Return the agreement of the graph with all but the excluded layers quantized."""
@@ -106,7 +111,9 @@ class Trials:
         if found is None:
             apart, *others = self._files
             model = ir.load(apart)
-            apply_calibration(model, self._calibration.excluding(names))
+            if model.opset_imports[""] < HALF_OPSET and self._form is not INT8:
+                set_opset(model, HALF_OPSET)
+            apply_calibration(model, self._calibration.excluding(names), self._form)
             trial = apart.with_name("trial.onnx")
             ir.save(model, trial)
             made = run_graph((trial, *others), self._frames, self._threads)
@@ -119,12 +126,16 @@ class Trials:
         return list(run_graph(self._files, self._frames, self._threads))
 
 
-def _identify(graph_files: Sequence[Path], calibration: Calibration, frames: Frames) -> str:
+def _identify(
+    graph_files: Sequence[Path], calibration: Calibration, frames: Frames, form: NumberFormat
+) -> str:
     """Return a digest of what an agreement depends on, beside the layers that are quantized."""
     digest = hashlib.sha256()
     for file in graph_files:
         digest.update(np.memmap(file, np.uint8, "r").data)
     digest.update(calibration.excluding(()).digest().encode())
+    if form is not INT8:
+        digest.update(form.name.encode())
     for frame in frames:
         digest.update(np.ascontiguousarray(frame).tobytes())
     return digest.hexdigest()

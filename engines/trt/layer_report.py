@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 _FUSED_ATTENTION = ("mha", "fmha", "flash_attention", "fused_attention")
 _QUANTIZATION = ("quantize", "dequantize", "quantizelinear", "dequantizelinear")
+_NO_KERNEL = ("wait", "signal", "ShapeHostToDevice")
 _ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _BYTES = {
     "half": 2, "bfloat16": 2, "fp16": 2, "int8": 1, "uint8": 1, "fp8": 1, "float8": 1, "bool": 1,
@@ -52,6 +53,11 @@ class EngineReport(_Report):
     """Layers that only quantize or dequantize: each costs a pass over its tensor."""
     moved_bytes: int
     """Sizes of all that the layers read and write, weights included, at batch 1."""
+
+    @property
+    def kernels(self) -> int:
+        """Layers that compute; the others order streams."""
+        return sum(count for kind, count in self.kinds.items() if kind not in _NO_KERNEL)
 
 
 class LayerReport(_Report):

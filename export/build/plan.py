@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from calibration.int8.graphs import HALF_OPSET
 from calibration.int8.options import Int8Options
 from calibration.scales.calibration_file import Calibration
 from engines.bundle import refuse_occupied
@@ -34,7 +33,7 @@ from export.reducers import (
     reducer_for_budget,
 )
 from graphs.frame_input import check_frame_size
-from graphs.graph_file import check_opset
+from graphs.graph_file import HALF_OPSET, check_opset
 
 USUAL_OPSET = 18
 
@@ -78,7 +77,7 @@ class BuildOptions:
             resizes and normalises.
         frame: size of the frames, for ``uint8``.
         graph_output: what the visual tokens are.
-        int8: frames or a calibration, for the precisions ``int8`` and ``mixed``.
+        int8: frames or a calibration, for the precisions ``int8``, ``mixed`` and ``fp8``.
         targets_file: a TOML file of the user's own targets.
         overwrite: replace a bundle that is already there.
     """
@@ -218,12 +217,12 @@ def _check_frame(options: BuildOptions) -> None:
 
 def _choose_opset(given: int | None, precision: Precision, target: Target) -> int:
     """Return the operator set: where float16 is quantized, the first that can."""
-    quantized_half = target.needs_cuda and precision in ("int8", "mixed")
+    quantized_half = target.needs_cuda and precision in ("int8", "mixed", "fp8")
     opset = given or (HALF_OPSET if quantized_half else USUAL_OPSET)
     check_opset(opset)
     if quantized_half and opset < HALF_OPSET:
         raise OptionError(
-            f"--opset {opset}: {target.name} runs what is not INT8 in float16, which ONNX "
+            f"--opset {opset}: {target.name} runs what is not in 8 bits in float16, which ONNX "
             f"quantizes from opset {HALF_OPSET} on. Leave --opset out to get that."
         )
     return opset

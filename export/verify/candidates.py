@@ -120,7 +120,7 @@ def _open_stages(
     stack: ExitStack, bundle: Bundle, graph: VisionGraph, engine: str, threads: int | None
 ) -> Stages | None:
     opener = _STAGE_SESSIONS.get(engine)
-    if opener is None or (engine == "openvino" and graph.precision in ("int8", "mixed")):
+    if opener is None or (engine == "openvino" and graph.precision in ("int8", "mixed", "fp8")):
         return None
     if graph.is_prefix:  # the stages of its file are those of more tokens
         return None

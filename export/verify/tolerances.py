@@ -80,6 +80,7 @@ _VISION: dict[Precision, Tolerances] = {
     "fp32": Tolerances(relative=1e-3, overlap=1.0, cosine=0.9999, assignment=0.99, stage=1e-4),
     "fp16": Tolerances(relative=0.05, overlap=0.9, cosine=0.99, assignment=0.5, stage=0.01),
     "int8": Tolerances(relative=0.5, overlap=0.7, cosine=0.9, assignment=0.3, stage=0.1),
+    "fp8": Tolerances(relative=0.5, overlap=0.7, cosine=0.9, assignment=0.3, stage=0.1),
     "mixed": Tolerances(relative=0.5, overlap=0.7, cosine=0.9, assignment=0.3, stage=0.1),
 }
 _LOGITS_COSINE = {"fp32": 0.9999, "fp16": 0.999, "int4": 0.9}

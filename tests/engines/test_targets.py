@@ -13,7 +13,8 @@ from engines.targets import Target, find_target, load_targets
 
 CUDA_NAMES = [
     *("jetson-orin", "jetson-orin-nx", "jetson-orin-nano", "jetson-thor"),
-    *("t4", "a10", "l4", "a100", "h100", "h200", "b200", "rtx-4090", "rtx-6000-ada"),
+    *("t4", "a10", "l4", "a100", "h100", "h200", "b200"),
+    *("rtx-4090", "rtx-6000-ada", "rtx-5090"),
 ]
 NAMES = [*CUDA_NAMES, "x86", "cpu"]
 NUMBERS = ("sm", "memory_gb", "bandwidth_gb_s", "fp16_tflops", "int8_tops", "workspace_mb")
@@ -136,6 +137,11 @@ def test_missing_user_file() -> None:
 
 
 def test_precision_the_target_lacks() -> None:
+    without = {name for name, one in load_targets().items() if "fp8" not in one.precisions}
+    assert without == {
+        *(name for name in CUDA_NAMES if (load_targets()[name].sm or 0) < 89),
+        *("x86", "cpu"),
+    }
     with pytest.raises(OptionError, match=r"fp8: target jetson-orin .* takes fp32, fp16, int8"):
         find_target("jetson-orin").check_precision("fp8")
     assert find_target("jetson-orin").check_precision("int8") == "int8"

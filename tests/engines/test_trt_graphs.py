@@ -6,20 +6,25 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
-from transformers import CLIPVisionConfig
 
 from benchmarks import random_graphs
 from engines.frame_size import FrameSize
 from engines.manifest import Precision, TensorSpec
 from engines.targets import find_target
+from engines.trt.build_log import BuildLog
 from engines.trt.builder import BuildResult, PlanTask, build_plan
 from graphs.frame_input import write_frame_input
 from tests.graphs.test_frame_input import clip_preprocessing
 
 pytestmark = [pytest.mark.trt, pytest.mark.usefixtures("compiler")]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "mixed")
-QUANTIZED = ("int8", "mixed")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "mixed", "fp8")
+QUANTIZED = ("int8", "mixed", "fp8")
+IN_HALF = ("fp16", "mixed", "fp8")
+SMS = {"fp8": (89, 120)}
+"""What a precision is built for, where it is not 86 and 89: Ampere has no FP8."""
+CASES = [(kind, sm) for kind in PRECISIONS for sm in SMS.get(kind, (86, 89))]
 
 
 @dataclass(frozen=True)
@@ -48,26 +53,63 @@ def build_typed(
     return build_plan(PlanTask(typed, sha256, plan, target, precision, inputs))
 
 
-@pytest.mark.parametrize("sm", [86, 89])
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("precision", "sm"), CASES)
 def test_a_reducer_parses_and_builds(exported: Exported, precision: Precision, sm: int) -> None:
     result = build(exported.file, exported.inputs, precision, sm)
     types = result.layers.network.output_types
     kinds = result.layers.network.kinds
     assert result.record.plan_bytes > 10_000
     assert_fused(result, precision, attentions_of(random_graphs.TINY))
-    assert ("HALF" in types) == (precision in ("fp16", "mixed"))
+    assert ("HALF" in types) == (precision in IN_HALF)
+    assert ("FP8" in types) == (precision == "fp8")
     assert ("QUANTIZE" in kinds) == (precision in QUANTIZED)
     if precision in QUANTIZED:
         # A layer has six matmuls, and the patch convolution stays in float. Each weight has a DQ,
         # each activation a Q and a DQ for each product that reads it.
-        layers = kinds["QUANTIZE"] // 6
+        # FP8 has pairs for the four operands of an attention, too.
+        pairs = 10 if precision == "fp8" else 6
+        layers = kinds["QUANTIZE"] // pairs
         assert layers >= 3
-        assert kinds["QUANTIZE"] == 6 * layers
+        assert kinds["QUANTIZE"] == pairs * layers
         assert kinds["DEQUANTIZE"] == kinds["QUANTIZE"] + 6 * layers
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "mixed"])
+def test_a_tower_without_a_class_token(tmp_path: Path) -> None:
+    """The compiler does not fuse the attention of the layer that is scored by all its queries."""
+    file, inputs = random_graphs.write_graph(tmp_path, "visionzip", random_graphs.SIGLIP)
+    engine = build(file, inputs, "fp16", 89).layers.engine
+    assert engine is not None
+    assert engine.fused_attentions == attentions_of(random_graphs.SIGLIP) - 1
+    assert engine.quantization_left == 0
+
+
+@pytest.mark.parametrize("precision", ["mixed", "fp8"])
+def test_sums_of_8_bit_products_are_scaled_before_they_are_stored(
+    tmp_path: Path, precision: Precision
+) -> None:
+    """A scale for each channel would be applied to sums in float16, which ends at 65504."""
+    file, inputs = random_graphs.write_graph(tmp_path, "none")
+    graph = ir.load(random_graphs.write_typed_graph(file, precision)).graph
+    scales = [
+        node.inputs[1]
+        for node in graph
+        if node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer()
+    ]
+    assert scales and all(scale.shape == () for scale in scales)
+    with BuildLog() as log:
+        build(file, inputs, precision, 89)
+    products = [
+        layer
+        for layer in log.layers
+        if layer["LayerType"] == "gemm" and layer["Inputs"][0]["Datatype"] in ("Int8", "FP8")
+    ]
+    assert len(products) >= 3
+    for layer in products:
+        # Left alone, the constant keeps the name of the product: alpha is 1.
+        assert not any("MatMul_alpha" in one["Name"] for one in layer["Constants"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "mixed", "fp8"])
 def test_a_graph_takes_frames(tmp_path: Path, precision: Precision) -> None:
     file, _ = random_graphs.write_graph(tmp_path, "visionzip")
     typed = random_graphs.write_typed_graph(file, precision)
@@ -80,15 +122,15 @@ def test_a_graph_takes_frames(tmp_path: Path, precision: Precision) -> None:
     assert "UINT8" not in result.layers.network.output_types
 
 
-def attentions_of(config: CLIPVisionConfig) -> int:
+def attentions_of(config: random_graphs.Config) -> int:
     """Return how many layers attend: all but the last, whose features nobody reads."""
-    return config.num_hidden_layers - 1
+    return int(str(config.num_hidden_layers)) - 1
 
 
 def assert_fused(result: BuildResult, precision: Precision, attentions: int) -> None:
     engine = result.layers.engine
     assert engine is not None
-    if precision in ("fp16", "mixed"):
+    if precision in IN_HALF:
         assert engine.fused_attentions == attentions
     else:  # the compiler fuses attention in float16 only
         assert engine.fused_attentions == 0
@@ -101,6 +143,8 @@ def assert_fused(result: BuildResult, precision: Precision, attentions: int) -> 
 def test_clip_l_336_builds(tmp_path: Path, precision: Precision) -> None:
     file, inputs = random_graphs.write_graph(tmp_path, "visionzip", random_graphs.CLIP_L_336)
     result = build(file, inputs, precision, 89)
-    floor = {"fp32": 1.1e9, "fp16": 0.55e9, "int8": 0.28e9, "mixed": 0.28e9}[precision]
+    floor = {"fp32": 1.1e9, "fp16": 0.55e9, "int8": 0.28e9, "mixed": 0.28e9, "fp8": 0.28e9}[
+        precision
+    ]
     assert floor < result.record.plan_bytes < 1.3 * floor
     assert_fused(result, precision, attentions_of(random_graphs.CLIP_L_336))

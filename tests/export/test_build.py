@@ -118,6 +118,8 @@ def test_bundle_says_what_built_it(built: Bundle) -> None:
         ({"reducer_options": {"merge": "median"}}, "median"),
         ({"precision": "int8"}, "--precision"),
         ({"precision": "int8", "target": "jetson-orin"}, "is calibrated on your own frames"),
+        ({"precision": "fp8", "target": "jetson-orin"}, "takes fp32, fp16, int8, mixed"),
+        ({"precision": "fp8", "target": "h100"}, "is calibrated on your own frames"),
         ({"opset": 20}, "opset 20 is not one of"),
     ],
 )

@@ -135,6 +135,20 @@ def test_a_tensorrt_target_gets_half_precision_around_it(
     assert report.int8.agreements[graph.file].cosine > 0.98
 
 
+def test_a_gpu_that_has_it_gets_fp8(options: Callable[..., BuildOptions], tmp_path: Path) -> None:
+    report = build_bundle(options(tmp_path / "b", target="rtx-4090", tokens=(8,), precision="fp8"))
+    (graph,) = open_bundle(tmp_path / "b").manifest.vision
+    assert (graph.precision, graph.opset) == ("fp8", 19)
+    model = ir.load(tmp_path / "b" / graph.file)
+    types = {value.dtype for value in model.graph.initializers.values()}
+    assert {ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT16} <= types
+    assert ir.DataType.INT8 not in types
+    assert report.int8 is not None
+    assert report.int8.agreements[graph.file].cosine > 0.98
+    first, *_ = lines_from_int8(report.int8)
+    assert first.startswith("  FP8 in ") and first.endswith(" attentions")
+
+
 def test_a_missed_gate_leaves_nothing_and_names_the_worst(
     options: Callable[..., BuildOptions], tmp_path: Path
 ) -> None:
@@ -147,9 +161,13 @@ def test_a_missed_gate_leaves_nothing_and_names_the_worst(
     ("change", "error", "says"),
     [
         ({"int8": Int8Options()}, OptionError, "calibrated on your own frames.*--frames SOURCE"),
-        ({"precision": "fp16", "target": "l4"}, OptionError, "are for INT8, and the precision"),
+        (
+            {"precision": "fp16", "target": "l4"},
+            OptionError,
+            "are for INT8 and FP8, and the precision",
+        ),
         ({"int8": Int8Options(frames="no/where.mp4")}, SourceError, "no such file or device"),
-        ({"target": "l4", "opset": 18}, OptionError, "--opset 18: l4 runs what is not INT8"),
+        ({"target": "l4", "opset": 18}, OptionError, "--opset 18: l4 runs what is not in 8 bits"),
     ],
 )
 def test_refused_before_anything_slow(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +18,12 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from calibration.agreement.graphs import compare_graphs
+from calibration.scales.apply import apply_calibration
+from calibration.scales.calibrate import CalibrationOptions, calibrate
+from calibration.scales.number_format import INT8_IN_HALF
 from engines.errors import CheckpointError, OptionError
+from engines.frame_size import FrameSize
 from engines.ort import OrtSession
 from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.reducers import REDUCERS, make_reducer
@@ -26,6 +32,9 @@ from export.towers.registry import make_tower
 from export.verify.reference import VisionReference, observe_tower
 from export.vision.to_onnx import export_onnx
 from export.vision.vision_module import build_vision_module
+from graphs.float16 import convert_to_fp16
+from graphs.frame_input import write_frame_input
+from graphs.graph_file import HALF_OPSET, set_opset, write_graph
 from graphs.operator_check import TENSORRT_OPS
 from runtime.vision.preprocess import preprocess_batch
 from tests.export.conftest import IMAGE_SIZE, PATCH, WORDS, tiny_text, write_checkpoint
@@ -125,6 +134,51 @@ def test_scores_are_the_mean_attention_received(checkpoint, pixels, layer) -> No
     assert seen.keys.shape == (len(pixels), PATCHES, 16)
     torch.testing.assert_close(last.scores, expected.scores)
     torch.testing.assert_close(last.keys, expected.keys)
+
+
+def test_a_graph_takes_frames(checkpoint, tmp_path) -> None:
+    """SigLIP's processor makes a square of a frame whatever its shape, with no crop."""
+    assert checkpoint.preprocessing.resize == "exact"
+    reducer = make_reducer("visionzip", **CASES["visionzip"][1])
+    module = build_vision_module(checkpoint, reducer)
+    pixels_file = export_onnx(module, tmp_path / "pixels.onnx").file
+    frames_file = export_onnx(module, tmp_path / "frames.onnx").file
+    height, width = 60, 90
+    (frames,) = write_frame_input(frames_file, checkpoint.preprocessing, FrameSize(height, width))
+    assert (frames.name, frames.dtype, frames.shape[1:]) == ("frames", "uint8", (height, width, 3))
+    windows = [one[10:, 10:][:height, :width] for one in load_photographs().values()]
+    with OrtSession(pixels_file, threads=1) as exact, OrtSession(frames_file, threads=1) as session:
+        for window in windows:
+            theirs = exact.run(
+                {"pixel_values": preprocess_batch([window], checkpoint.preprocessing)}
+            )
+            theirs = {name: value.copy() for name, value in theirs.items()}
+            ours = session.run({"frames": np.ascontiguousarray(window)[None]})
+            np.testing.assert_array_equal(ours["patch_index"], theirs["patch_index"])
+            apart = np.abs(ours["visual_tokens"] - theirs["visual_tokens"]).max()
+            assert apart <= 0.02 * np.abs(theirs["visual_tokens"]).max()
+
+
+@pytest.mark.parametrize(("precision", "overlap"), [("fp16", 0.97), ("mixed", 0.75)])
+def test_half_precision_and_int8_keep_patches(checkpoint, tmp_path, precision, overlap) -> None:
+    """Random weights score patches nearly alike: INT8 in all layers exchanges some (0.83)."""
+    module = build_vision_module(checkpoint, make_reducer("visionzip", **CASES["visionzip"][1]))
+    exact = export_onnx(module, tmp_path / "exact.onnx").file
+    frames = [
+        preprocess_batch([picture[at : at + 120, at : at + 120]], checkpoint.preprocessing)
+        for picture in load_photographs().values()
+        for at in (0, 40, 80, 120)
+    ]
+    model = ir.load(exact)
+    if precision == "mixed":
+        options = CalibrationOptions(threads=1)
+        apply_calibration(model, calibrate(exact, frames[::2], options), INT8_IN_HALF)
+    set_opset(model, HALF_OPSET)
+    convert_to_fp16(model)
+    rounded = write_graph(model, tmp_path / "rounded.onnx", opset=HALF_OPSET).file
+    agreement = compare_graphs([exact], [rounded], frames[1::2], 1)
+    assert agreement.overlap >= overlap
+    assert agreement.cosine >= 0.98
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -31,7 +31,7 @@ def test_a_graph_measures_what_numpy_does(graph: Path, tmp_path: Path, opset: in
     set_opset(model, opset)
     ir.save(model, tmp_path / "graph.onnx")
     with weights_apart(tmp_path / "graph.onnx") as apart, open_tap(apart, 1) as tap:
-        found = tap(pixels, 3, SHARE)
+        found, _ = tap(pixels, 3, SHARE)
     sites = find_sites(model)
     model.graph.outputs[:] = [site.source for site in sites]
     ir.save(model, tmp_path / "outputs.onnx")
