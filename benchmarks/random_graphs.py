@@ -72,9 +72,12 @@ def make_projector(config: Config) -> nn.Module:
 def make_graph(reducer: str, config: Config) -> VisionModule:
     """Return the graph of a reducer in PyTorch, FP32, random weights."""
     torch.manual_seed(0)
-    siglip = isinstance(config, SiglipVisionConfig)
-    model = SiglipVisionModel(config) if siglip else CLIPVisionModel(config)
-    model = model.eval()
+    model: nn.Module
+    if isinstance(config, SiglipVisionConfig):
+        model = SiglipVisionModel(config)
+    else:
+        model = CLIPVisionModel(config)
+    model.eval()
     image_size, patch_size = int(str(config.image_size)), int(str(config.patch_size))
     patches = (image_size // patch_size) ** 2
     tokens = None if reducer == "none" else 64 if patches > 64 else 16

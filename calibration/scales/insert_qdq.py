@@ -135,8 +135,9 @@ def _quantize_weight(
     floats.shape = weight.shape
     layer.node.replace_input_with(1, floats)
     _forget(graph, weight)
-    rounded = form.encode(exact / scales).astype(np.float32) * scales  # [K, N]
-    _change_bias(graph, layer, -(mean @ (rounded - exact)))  # [N]
+    rounded: Vector = form.encode(exact / scales).astype(np.float32) * scales  # [K, N]
+    error: Vector = mean @ (rounded - exact)  # [N]
+    _change_bias(graph, layer, -error)
     if form.one_scale:
         _multiply_channels(graph, layer, shares)
 
@@ -234,8 +235,8 @@ def _change_bias(
         if len(uses) == 1 and sums and _is_constant(sums[0].node.inputs[1 - sums[0].idx]):
             node, index = sums[0].node, 1 - sums[0].idx
         else:
-            bias = add_constant(graph, added, name)
-            node = ir.node("Add", [output, bias], name=f"{layer.name}/Add_bias")
+            constant = add_constant(graph, added, name)
+            node = ir.node("Add", [output, constant], name=f"{layer.name}/Add_bias")
             node.metadata_props[MODULE_KEY] = layer.name
             _describe(node, output.type, output.shape)
             graph.insert_after(layer.node, node)
