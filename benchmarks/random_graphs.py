@@ -77,7 +77,6 @@ def make_graph(reducer: str, config: Config) -> VisionModule:
         model = SiglipVisionModel(config)
     else:
         model = CLIPVisionModel(config)
-    model.eval()
     image_size, patch_size = int(str(config.image_size)), int(str(config.patch_size))
     patches = (image_size // patch_size) ** 2
     tokens = None if reducer == "none" else 64 if patches > 64 else 16
