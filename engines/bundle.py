@@ -17,7 +17,6 @@ from pathlib import Path
 from engines.digests import digests_of, kept_digests_of
 from engines.errors import BundleError, OptionError
 from engines.manifest import (
-    MANIFEST_NAME,
     MOST_MANIFEST_BYTES,
     FileRecord,
     Graph,
@@ -29,6 +28,7 @@ from engines.manifest import (
     json_from_manifest,
     manifest_from_json,
 )
+from engines.manifest_fields import MANIFEST_NAME
 from engines.publishing import recover
 from engines.staging import staged_directory
 

@@ -23,7 +23,8 @@ from pydantic import (
 )
 
 from engines.errors import CheckpointError
-from engines.manifest import Deviation, Mean, Side, TokenId, list_problems
+from engines.manifest import list_problems
+from engines.manifest_fields import Deviation, Mean, Side, TokenId
 
 Json = dict[str, Any]
 FileT = TypeVar("FileT", bound="CheckpointFile")

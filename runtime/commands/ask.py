@@ -119,7 +119,7 @@ def document_from_answer(answer: Answer, bundle: Bundle) -> dict[str, Any]:
     from runtime.clips.clip import ClipAnswer
 
     served = answer.backend in SERVERS
-    graph = bundle.vision(answer.seen[0].tokens.shape[1])
+    graph = bundle.vision(answer.seen[0].budget)
     decode_seconds = answer.milliseconds["decode"] / 1e3
     document = {
         "answer": answer.text,

@@ -48,7 +48,7 @@ class SeenPicture:
         became of every patch, row by row (see `VisualTokens`), and `box` is where the grid of
         patches lies in the picture: top, left, bottom and right in pixels.
         """
-        graph = bundle.vision(self.visual.tokens.shape[1])
+        graph = bundle.vision(self.visual.budget)
         columns = graph.patch_columns
         patches = self.visual.origin[0, : self.count]
         geometry = lay_out(self.height, self.width, bundle.preprocessing)
@@ -87,7 +87,7 @@ class SeenPicture:
                 "sent: they would spoil what reads them. Build the vision graph with --precision "
                 "fp32, or calibrate on frames like this one."
             )
-        graph = bundle.vision(self.visual.tokens.shape[1])
+        graph = bundle.vision(self.visual.budget)
         about = {
             "model": bundle.manifest.model,
             "embeddings": bundle.manifest.files[bundle.manifest.text.embeddings].sha256,

@@ -185,7 +185,7 @@ class ObservedAnswerer:
         watts = self._meter.take_watts() if self._meter else None
         if visual is not self._last and (self._meter is None or watts is not None):
             cost = replace(cost_of(visual, answer), watts=watts)
-            self._controller.observe(visual.tokens.shape[1], cost, len(answer.token_ids))
+            self._controller.observe(visual.budget, cost, len(answer.token_ids))
         self._last = visual
         return answer
 
