@@ -82,4 +82,3 @@ class PictureTiles(Record):
         """
         grids = [self.grid_of(*one) for one in self.resolutions]
         return max(grid.squares * of_a_square + grid.rows * patch_rows for grid in grids)
-

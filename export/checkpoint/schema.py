@@ -97,6 +97,10 @@ class TextSizes(CheckpointFile):
     eos_token_id: TokenIds = []
 
 
+Resolutions = Annotated[list[tuple[Side, Side]], Field(min_length=1, max_length=256)]
+"""Height and width of each, in pixels."""
+
+
 class ConfigFile(CheckpointFile):
     """`config.json`."""
 
@@ -104,6 +108,7 @@ class ConfigFile(CheckpointFile):
     text_config: TextSizes = TextSizes()
     image_token_index: TokenId = 0
     image_token_id: TokenId = 0
+    image_grid_pinpoints: Resolutions | None = None
 
 
 class GenerationFile(CheckpointFile):
@@ -137,6 +142,7 @@ class ImageProcessorFile(CheckpointFile):
     image_mean: tuple[Mean, Mean, Mean] | None = None
     image_std: tuple[Deviation, Deviation, Deviation] | None = None
     do_pad: bool = False
+    image_grid_pinpoints: Resolutions | None = None
 
 
 class IndexFile(CheckpointFile):

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from engines.bundle import Bundle
 from engines.errors import OptionError
 from engines.staging import staged_file
-from runtime.vision.layouts import View, layout_of
+from runtime.vision.layouts import View, views_of
 from runtime.vision.resize import Pixels
 from runtime.vision.visual_tokens import VisualTokens
 
@@ -120,7 +120,7 @@ def draw_overlay(
     """
     fates = patch_fates(seen.assignment[at], seen.origin[at])
     height, width = picture.shape[:2]
-    views = layout_of(bundle, bundle.vision(seen.budget)).views((height, width))
+    views = views_of(bundle, bundle.vision(seen.budget), (height, width))
     canvas = _sized(picture)
     scales = canvas.shape[0] / height, canvas.shape[1] / width
     panels = [_draw_view(canvas, view, scales, fates, marked) for view in views]

@@ -62,9 +62,7 @@ class VisualTokens:
         """Return each image by itself, with its share of the batch's time."""
         count = len(self.tokens)
         share_ms = {stage: ms / count for stage, ms in self.milliseconds.items()}
-        return [
-            replace(self.part(slice(at, at + 1)), milliseconds=share_ms) for at in range(count)
-        ]
+        return [replace(self.part(slice(at, at + 1)), milliseconds=share_ms) for at in range(count)]
 
     @classmethod
     def stacked(

@@ -143,7 +143,9 @@ class BudgetedEncoder(AbstractContextManager["BudgetedEncoder"]):
 
     @property
     def _by_graph(self) -> list[list[int]]:
-        """The budgets of each graph, smallest first."""
+        """The budgets that one pass of a graph gives together, smallest first."""
+        if self._pool.bundle.manifest.tiles is not None:  # the rank is that of one tile alone
+            return [[tokens] for tokens in self.budgets]
         graphs: dict[str, list[int]] = {}
         for tokens in self.budgets:
             graphs.setdefault(self._pool.bundle.vision(tokens).file, []).append(tokens)

@@ -15,11 +15,11 @@ from engines.bundle import Bundle
 from engines.errors import BundleError
 from engines.manifest import VisionGraph
 from engines.picture_tiles import NEWLINE, PictureTiles
-from runtime.vision.layouts.layout import Layout, View
+from runtime.vision.layouts.layout import Layout, Size, View
 from runtime.vision.layouts.llava_next import LlavaNext
 from runtime.vision.layouts.square import Square
 
-__all__ = ["Layout", "View", "layout_of"]
+__all__ = ["Layout", "View", "layout_of", "views_of"]
 
 _ALL_TOKENS = "none"
 """The reducer that leaves every token."""
@@ -36,11 +36,28 @@ def layout_of(bundle: Bundle, graph: VisionGraph) -> Layout:
         BundleError: the file of the newline is damaged or of another model.
     """
     tiles = bundle.manifest.tiles
+    newline = None
+    if tiles is not None and (tiles.newlines == "rows" or graph.reducer.name == _ALL_TOKENS):
+        newline = _read_newline(bundle, tiles)
+    return _layout(bundle, graph, newline)
+
+
+def views_of(bundle: Bundle, graph: VisionGraph, size: Size) -> tuple[View, ...]:
+    """Return how the patches that a graph sees lie over a picture, the coarsest view first.
+
+    Args:
+        bundle: from `open_bundle`.
+        graph: one of its graphs.
+        size: height and width of the picture, in pixels.
+    """
+    return _layout(bundle, graph, None).views(size)
+
+
+def _layout(bundle: Bundle, graph: VisionGraph, newline: NDArray[np.float32] | None) -> Layout:
+    tiles, patches = bundle.manifest.tiles, (graph.patch_rows, graph.patch_columns)
     if tiles is None:
-        return Square(bundle.preprocessing, graph.patch_rows, graph.patch_columns)
-    ends_rows = tiles.newlines == "rows" or graph.reducer.name == _ALL_TOKENS
-    newline = _read_newline(bundle, tiles) if ends_rows else None
-    return LlavaNext(bundle.preprocessing, tiles, graph.patch_rows, graph.patch_columns, newline)
+        return Square(bundle.preprocessing, *patches)
+    return LlavaNext(bundle.preprocessing, tiles, *patches, newline)
 
 
 def _read_newline(bundle: Bundle, tiles: PictureTiles) -> NDArray[np.float32]:
