@@ -94,7 +94,7 @@ class VisualTokens:
             OptionError: there are no more than that, or the reducer does not rank: what it merged
                 depends on its budget, so a smaller one has other tokens.
         """
-        if count == self.tokens.shape[1]:
+        if count == self.budget:
             return self
         if self.order is None or not 0 < count < self.tokens.shape[1]:
             reason = "has merged or does not rank them" if self.order is None else "leaves no more"

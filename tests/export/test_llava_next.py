@@ -91,6 +91,7 @@ def test_a_batch_of_pictures_is_what_each_is_alone(bundle) -> None:
             count = int(other.valid[0])
             assert mine.valid.tolist() == [count]
             assert mine.budget == other.budget == budget
+            assert other.first(budget) is other
             np.testing.assert_allclose(mine.tokens_of(0), other.tokens_of(0), atol=1e-5)
             np.testing.assert_array_equal(mine.origin[0, :count], other.origin[0])
 

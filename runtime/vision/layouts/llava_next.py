@@ -196,4 +196,5 @@ def _side_by_side(grid: TileGrid, rows: int, columns: int) -> NDArray[np.int64]:
     """Return the patches of tiles of rows x columns where they lie, int64[R, C]."""
     numbers = np.arange(grid.rows * grid.columns * rows * columns)
     apart = numbers.reshape(grid.rows, grid.columns, rows, columns)
-    return apart.transpose(0, 2, 1, 3).reshape(grid.rows * rows, grid.columns * columns)
+    laid: NDArray[np.int64] = apart.transpose(0, 2, 1, 3).reshape(grid.rows * rows, -1)
+    return laid

@@ -117,8 +117,8 @@ def _order_of_tiles(
     kept = real[1:].ravel() & np.where(stands.ravel(), place >= 0, (members == 0) | (first >= 0))
     cells = np.repeat(~stands.any(axis=1), slots)  # of a tile in which no token stands for a patch
     place = np.where(cells & (members > 0), first, place)
-    leads = real[1:] & (np.arange(slots) < stands.argmax(axis=1)[:, None])  # before any patch
-    leads &= stands.any(axis=1)[:, None]
+    leads = real[1:] & stands.any(axis=1, keepdims=True)
+    leads &= np.arange(slots) < stands.argmax(axis=1, keepdims=True)  # before any patch
     group = np.where(place >= 0, 0, np.where(leads.ravel(), 1, 2))
     at = np.flatnonzero(kept)
     at = at[np.lexsort((at, place[at], group[at]))]
