@@ -336,6 +336,11 @@ def _reference_problems(manifest: Manifest) -> list[str]:
         for field, path in named.items()
         if path not in manifest.files
     ]
+    sides = (manifest.preprocessing.height, manifest.preprocessing.width)
+    if manifest.tiles is not None and sides != (manifest.tiles.side, manifest.tiles.side):
+        problems.append(
+            f"tiles.side is {manifest.tiles.side}, and preprocessing gives {sides[0]} x {sides[1]}"
+        )
     return problems + [
         f"vision[{at}].reducer.tokens is {graph.reducer.tokens} and its file leaves {graph.leaves} "
         f"without saying their order ({ORDER_OUTPUT})"
