@@ -144,7 +144,7 @@ class BudgetedEncoder(AbstractContextManager["BudgetedEncoder"]):
     @property
     def _by_graph(self) -> list[list[int]]:
         """The budgets that one pass of a graph gives together, smallest first."""
-        if self._pool.bundle.manifest.tiles is not None:  # the rank is that of one tile alone
+        if self._pool.bundle.most_squares > 1:  # the rank is that of one tile alone
             return [[tokens] for tokens in self.budgets]
         graphs: dict[str, list[int]] = {}
         for tokens in self.budgets:
