@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from engines.picture_tiles import PictureTiles
 from runtime.vision import VisualTokens
 from runtime.vision.layouts.llava_next import LlavaNext
 from runtime.vision.parallel_resize import ALONE
@@ -186,3 +188,39 @@ def test_a_view_says_where_each_patch_is_in_the_picture(size) -> None:
                 continue
             middle = (top + bottom) / 2 / height * 255, (left + right) / 2 / width * 255
             np.testing.assert_allclose(means[patch, :2], middle, atol=3)
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [
+        ((672, 672), 2928),
+        ((480, 640), 2340),
+        ((333, 1000), 2328),
+        ((1080, 1920), 1948),
+        ((1920, 1080), 1968),
+        ((500, 100), 1104),
+    ],
+)
+def test_at_true_shapes_all_tokens_are_in_transformers_order(size, count) -> None:
+    """Tiles of 336 pixels and 576 patches, 24 rows each."""
+    import torch
+    from transformers import LlavaNextConfig
+    from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
+
+    resolutions = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+    tiles = PictureTiles(side=336, resolutions=resolutions, newline="newline.safetensors")
+    cut = LlavaNext(layout().preprocessing, tiles, 24, 24, NEWLINE)
+    squares, patches = cut.grid(size).squares, np.arange(576)
+    tokens = np.arange(squares * 576 * WIDTH, dtype=np.float32).reshape(squares, 576, WIDTH)
+    whole = np.tile(patches, (squares, 1))
+    seen = VisualTokens(tokens, np.full(squares, 576), whole, whole, {})
+    config = LlavaNextConfig(image_grid_pinpoints=[list(one) for one in resolutions])
+    packed, _ = LlavaNextModel.pack_image_features(
+        SimpleNamespace(config=config),
+        [torch.from_numpy(tokens)],
+        torch.tensor([size]),
+        "default",
+        torch.from_numpy(NEWLINE),
+    )
+    assert len(packed[0]) == count
+    np.testing.assert_array_equal(cut.assemble(seen, [size]).tokens_of(0), packed[0].numpy())
