@@ -256,6 +256,11 @@ def test_ask_answers_draws_and_counts(bundle, tmp_path, capsys) -> None:
         assert drawn.height > 2 * 460  # both views, one above the other
 
 
+def test_positions_among_all_tokens_are_refused(bundle) -> None:
+    with pytest.raises(OptionError, match=r"--positions original: .* cuts pictures into tiles"):
+        open_model(bundle, threads=1, positions="original")
+
+
 def test_a_clip_is_refused_before_anything_is_loaded(bundle, tmp_path) -> None:
     for name in ("a.png", "b.png"):
         Image.fromarray(picture_of(60, 100)).save(tmp_path / name)
