@@ -24,7 +24,13 @@ from engines.gpu import find_gpu
 from engines.graph_contents import check_graph_contents
 from engines.manifest import Graph
 from engines.targets import Target, find_target
-from engines.trt.batch_profile import ONE_IMAGE, BatchRange, parse_batch, token_range
+from engines.trt.batch_profile import (
+    ONE_IMAGE,
+    BatchRange,
+    parse_batch,
+    token_range,
+    usual_batch,
+)
 from engines.trt.build_memory import add_swap_command, predict_build_bytes
 from engines.trt.build_progress import ProgressCallback
 from engines.trt.builder import PlanTask, build_plan, choose_gpu, layers_path, workspace_of
@@ -221,12 +227,13 @@ def main(
         int | None, typer.Option(help="One budget of several; left out, plans for all.")
     ] = None,
     batch: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Images in one run: one size (4 for four cameras), or min/opt/max. "
-            "Each max size has a plan of its own, and the runtime takes the one that fits."
+            "Each max size has a plan of its own, and the runtime takes the one that fits. Left "
+            "out, one picture: 1, or 1/N/N where the bundle cuts a picture into at most N squares."
         ),
-    ] = "1",
+    ] = None,
     workspace: Annotated[
         int | None, typer.Option(min=1, help="Builder scratch memory, MB; left out, the target's.")
     ] = None,
@@ -249,10 +256,12 @@ def main(
 
     The precision is each graph's own. RTX targets are built ahead of time, without a GPU.
     """
+    opened = open_bundle(bundle)
+    sizes = parse_batch(batch) if batch is not None else usual_batch(opened.most_squares)
     outcomes = build_engines(
-        bundle,
+        opened,
         target,
-        PlanRequest(parse_batch(batch), workspace, optimization_level, rebuild, trust),
+        PlanRequest(sizes, workspace, optimization_level, rebuild, trust),
         tokens=tokens,
         targets_file=targets,
         progress=progress_on_stderr,

@@ -17,7 +17,6 @@ from pathlib import Path
 from engines.digests import digests_of, kept_digests_of
 from engines.errors import BundleError, OptionError
 from engines.manifest import (
-    MANIFEST_NAME,
     MOST_MANIFEST_BYTES,
     FileRecord,
     Graph,
@@ -29,6 +28,7 @@ from engines.manifest import (
     json_from_manifest,
     manifest_from_json,
 )
+from engines.manifest_fields import MANIFEST_NAME
 from engines.publishing import recover
 from engines.staging import staged_directory
 
@@ -97,6 +97,16 @@ class Bundle:
     def largest_vision(self) -> VisionGraph:
         """Return the graph with the most visual tokens."""
         return max(self.manifest.vision, key=lambda graph: graph.reducer.tokens)
+
+    def most_visual_tokens(self, graph: VisionGraph) -> int:
+        """Return how many visual tokens a picture has at most, newlines included."""
+        tiles, budget = self.manifest.tiles, graph.reducer.tokens
+        return budget if tiles is None else tiles.most_tokens(budget, graph.patch_rows)
+
+    @property
+    def most_squares(self) -> int:
+        """How many squares one picture becomes at most: what one run of the graph takes."""
+        return 1 if self.manifest.tiles is None else self.manifest.tiles.most_squares
 
     def stages(self, graph: VisionGraph) -> tuple[Graph, ...]:
         """Return the files that run one after the other for a budget, from pixels to tokens."""
@@ -326,7 +336,8 @@ def _readme(manifest: Manifest) -> str:
     graphs = "\n".join(
         f"- {' -> '.join(f'`{stage.file}`' for stage in manifest.vision_files.stages(graph))}: "
         f"{graph.reducer.name}, {graph.reducer.tokens} visual tokens of "
-        f"{graph.patch_rows * graph.patch_columns} patches, {graph.precision}"
+        f"{graph.patch_rows * graph.patch_columns} patches"
+        f"{' of each square' if manifest.tiles is not None else ''}, {graph.precision}"
         for graph in manifest.vision
     )
     models = "\n".join(

@@ -45,6 +45,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "language_models": [model.model_dump() for model in manifest.language_models],
         "context_length": manifest.text.context_length,
         "preprocessing": manifest.preprocessing.model_dump(),
+        "tiles": None if manifest.tiles is None else manifest.tiles.model_dump(mode="json"),
         "calibration_digest": manifest.calibration_digest,
         "plans": {name: record.model_dump(mode="json") for name, record in list_plans(bundle)},
         "bytes": {name: record.bytes for name, record in sorted(manifest.files.items())},
@@ -69,6 +70,12 @@ def _page(bundle: Bundle, verified: str) -> str:
         around = f"{manifest.shared.tower.file}, then a reducer, then"
         lines.append(f"  {around} {manifest.shared.projector.file}; of each budget the reducer:")
     lines += [_graph_line(graph) for graph in manifest.vision]
+    if manifest.tiles is not None:
+        most = bundle.most_visual_tokens(bundle.largest_vision())
+        lines.append(
+            f"  each picture is {bundle.most_squares} squares at most, a view of it all and tiles; "
+            f"at most {most} visual tokens with newlines"
+        )
     if manifest.calibration_digest:
         lines.append(f"  calibrated on the frames {manifest.calibration_digest[:12]}...")
     lines += ["", "Language model"]

@@ -8,55 +8,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from engines.errors import BundleError
 from engines.llm_words import LlmDevice
+from engines.manifest_fields import (
+    Deviation,
+    Dtype,
+    Mean,
+    Record,
+    RelativePath,
+    Sha256,
+    Side,
+    TokenId,
+)
+from engines.picture_tiles import PictureTiles
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 OLDEST_SCHEMA_VERSION = 1
-"""Still read: it knew neither `Manifest.shared` nor graphs that serve several budgets."""
-MANIFEST_NAME = "bundle.json"
+"""Still read: it knew neither `Manifest.shared` nor graphs that serve several budgets; 2 did not
+know `Manifest.tiles`."""
 MOST_MANIFEST_BYTES = 8 << 20
 
 Precision = Literal["fp32", "fp16", "int8", "mixed", "fp8"]
 LlmPrecision = Literal["fp32", "int8", "int4"]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-def _checked_relative_path(path: str) -> str:
-    parts = path.split("/")
-    plain = all(part not in {"", ".", ".."} for part in parts) and path.isprintable()
-    if not plain or "\\" in path or ":" in parts[0] or path == MANIFEST_NAME:
-        raise ValueError("is not a path inside the bundle, such as decoder/model.onnx")
-    return str(PurePosixPath(path))
-
-
-RelativePath = Annotated[str, AfterValidator(_checked_relative_path)]
-"""A file inside the bundle, with forward slashes: it cannot name anything outside."""
-
 
 TOKENS_AXIS = "tokens"
 """Name of the axis that the budgets of a bundle differ in."""
 PATCH_INDEX_OUTPUT, ORDER_OUTPUT = "patch_index", "token_order"
 """Outputs of a vision graph that say how many tokens it leaves and, where it ranks, their rank."""
 
-Side = Annotated[int, Field(gt=0, le=8192)]
-"""Pixels; the largest tower in use takes 1024."""
-Mean = Annotated[float, Field(ge=-1e3, le=1e3)]
-Deviation = Annotated[float, Field(ge=1e-6, le=1e6)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Dtype = Literal["float16", "float32", "float64", "int8", "uint8", "int32", "int64", "bool"]
 
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class TensorSpec(_Record):
+class TensorSpec(Record):
     """One named input or output of a graph."""
 
     name: str
@@ -65,7 +50,7 @@ class TensorSpec(_Record):
     """A string is a dynamic axis, for example ``"batch"``."""
 
 
-class Preprocessing(_Record):
+class Preprocessing(Record):
     """How a picture becomes `pixel_values`; the fields of CLIPImageProcessor plus LLaVA's padding.
 
     Applied in the order: RGB, pad to square, resize, centre crop, rescale, normalise.
@@ -87,16 +72,16 @@ class Preprocessing(_Record):
     std: tuple[Deviation, Deviation, Deviation]
 
 
-class ReducerSpec(_Record):
+class ReducerSpec(Record):
     """The token reducer inside the graph."""
 
     name: str
     tokens: int = Field(gt=0, le=2**16)
     """N: visual tokens out of the graph, padding included."""
-    options: dict[str, int | float | str | bool] = {}
+    options: dict[str, int | float | str | bool] = Field(default_factory=dict)
 
 
-class Graph(_Record):
+class Graph(Record):
     """One ONNX file."""
 
     file: RelativePath
@@ -135,7 +120,7 @@ class VisionGraph(Graph):
         return self.leaves > self.reducer.tokens
 
 
-class SharedGraphs(_Record):
+class SharedGraphs(Record):
     """What the vision graphs of a bundle with several of them have in common."""
 
     tower: Graph
@@ -144,7 +129,7 @@ class SharedGraphs(_Record):
     """The tokens that are left to the language model's width; their number is the axis `tokens`."""
 
 
-class VisionFiles(_Record):
+class VisionFiles(Record):
     """The vision graphs of a bundle and what they have in common."""
 
     graphs: tuple[VisionGraph, ...] = Field(min_length=1)
@@ -168,7 +153,7 @@ class VisionFiles(_Record):
         return tuple(dict.fromkeys(graph.leaves for graph in self.graphs))
 
 
-class LanguageModel(_Record):
+class LanguageModel(Record):
     """The decoder of one backend."""
 
     backend: str
@@ -178,7 +163,7 @@ class LanguageModel(_Record):
     """Where an ONNX decoder runs; llama.cpp's runs anywhere."""
 
 
-class Prompt(_Record):
+class Prompt(Record):
     """How a conversation becomes token ids."""
 
     tokenizer: RelativePath
@@ -195,7 +180,7 @@ class Prompt(_Record):
     say."""
 
 
-class DecoderShape(_Record):
+class DecoderShape(Record):
     """Sizes of the language model, of which its memory is counted."""
 
     layers: int = Field(gt=0, le=2**10)
@@ -207,7 +192,7 @@ class DecoderShape(_Record):
     vocabulary: int = Field(gt=0, le=2**24)
 
 
-class Text(_Record):
+class Text(Record):
     """The language model's width and its embedding table, which every backend shares."""
 
     embeddings: RelativePath
@@ -219,14 +204,14 @@ class Text(_Record):
     """Older bundles do not say it."""
 
 
-class FileRecord(_Record):
+class FileRecord(Record):
     """What one file of the bundle was when the bundle was written."""
 
     sha256: Sha256
     bytes: int = Field(ge=0)
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """Everything `bundle.json` holds."""
 
     schema_version: int = SCHEMA_VERSION
@@ -238,6 +223,9 @@ class Manifest(_Record):
     shared: SharedGraphs | None = None
     """Where there are several graphs, what runs before and after each of them."""
     preprocessing: Preprocessing
+    """Of a picture that is one square; with ``tiles``, of the view of the whole picture."""
+    tiles: PictureTiles | None = None
+    """How a picture becomes several squares; None: it becomes one."""
     text: Text
     prompt: Prompt
     language_models: tuple[LanguageModel, ...] = Field(min_length=1)
@@ -245,7 +233,7 @@ class Manifest(_Record):
     versions: dict[str, str]
     """Tool -> version that built the bundle."""
     calibration_digest: Sha256 | None = None
-    files: dict[RelativePath, FileRecord] = {}
+    files: dict[RelativePath, FileRecord] = Field(default_factory=dict)
     """Every file of the bundle but `bundle.json` itself; `write_bundle` fills it in."""
     checksum: Sha256 | None = None
     """SHA-256 of all the rest of this file, so that a bit that flips in it is noticed; see
@@ -339,6 +327,8 @@ def _reference_problems(manifest: Manifest) -> list[str]:
         f"language_models[{at}].file": model.file
         for at, model in enumerate(manifest.language_models)
     }
+    if manifest.tiles is not None:
+        named["tiles.newline"] = manifest.tiles.newline
     named["text.embeddings"] = manifest.text.embeddings
     named["prompt.tokenizer"] = manifest.prompt.tokenizer
     problems = [
@@ -346,6 +336,11 @@ def _reference_problems(manifest: Manifest) -> list[str]:
         for field, path in named.items()
         if path not in manifest.files
     ]
+    sides = (manifest.preprocessing.height, manifest.preprocessing.width)
+    if manifest.tiles is not None and sides != (manifest.tiles.side, manifest.tiles.side):
+        problems.append(
+            f"tiles.side is {manifest.tiles.side}, and preprocessing gives {sides[0]} x {sides[1]}"
+        )
     return problems + [
         f"vision[{at}].reducer.tokens is {graph.reducer.tokens} and its file leaves {graph.leaves} "
         f"without saying their order ({ORDER_OUTPUT})"

@@ -148,6 +148,12 @@ def _refuse_what_cannot_be_calibrated(bundle: Bundle) -> None:
             "from fp32. Build the bundle with --precision fp32 and calibrate that one; for a "
             "TensorRT device what is not quantized becomes fp16 by itself."
         )
+    if bundle.manifest.tiles is not None:
+        raise OptionError(
+            f"{bundle.root} cuts pictures into tiles, and calibration looks at whole pictures: "
+            "the ranges of the tiles would not be measured. Use it as it is, or build it with "
+            "--precision fp16."
+        )
     if frame_size_of(bundle.manifest.vision_files.files[0]) is not None:
         raise OptionError(
             f"{bundle.root} takes camera frames, and calibration starts from a graph that takes "

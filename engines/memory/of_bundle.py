@@ -63,7 +63,7 @@ def need_of_bundle(bundle: Bundle, target: Target, options: MemoryOptions) -> Me
         )
     context = options.context
     if context is None:
-        need = options.need.with_visual_tokens(graph.reducer.tokens, _patches(graph))
+        need = _need_of_pictures(bundle, graph, options)
         context = need.positions(bundle.manifest.text.context_length)
     on_gpu = model.device == "cuda" or (target.needs_cuda and model.backend == "llamacpp")
     decoder = DecoderPlan(
@@ -92,7 +92,7 @@ def what_would_fit(
     """
     graphs = sorted(bundle.manifest.vision, key=lambda graph: graph.reducer.tokens)
     largest = bundle.largest_vision()
-    need = options.need.with_visual_tokens(largest.reducer.tokens, _patches(largest))
+    need = _need_of_pictures(bundle, largest, options)
     short = need.positions(bundle.manifest.text.context_length)
     trials: list[tuple[str, MemoryOptions]] = []
     if options.context is not None and options.context > short:
@@ -115,7 +115,13 @@ def what_would_fit(
     return found
 
 
+def _need_of_pictures(bundle: Bundle, graph: VisionGraph, options: MemoryOptions) -> ContextNeed:
+    patches = bundle.most_squares * _patches(graph)
+    return options.need.with_visual_tokens(bundle.most_visual_tokens(graph), patches)
+
+
 def _patches(graph: VisionGraph) -> int:
+    """Return the patches of a square."""
     return graph.patch_rows * graph.patch_columns
 
 
@@ -132,6 +138,7 @@ def _vision_plan(bundle: Bundle, graph: VisionGraph, target: Target) -> VisionPl
         weight_bytes=sum(map(bundle.graph_bytes, stages)),
         positions=_patches(graph) + 1,
         precision=stages[0].precision,
+        batch=bundle.most_squares,
     )
     if not target.needs_cuda:
         return plan

@@ -24,6 +24,15 @@ ONE_IMAGE = BatchRange()
 1/1/8 does not (docs/tensorrt.md)."""
 
 
+def usual_batch(most_squares: int) -> BatchRange:
+    """Return the sizes of a plan that nobody said: of one picture.
+
+    Args:
+        most_squares: that one picture becomes, `Bundle.most_squares`; fewer are one run, too.
+    """
+    return ONE_IMAGE if most_squares == 1 else BatchRange(1, most_squares, most_squares)
+
+
 def parse_batch(text: str) -> BatchRange:
     """Read `--batch`: "4" for that size alone, "1/2/8" for min/opt/max.
 

@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from engines.bundle import Bundle
 from engines.errors import EngineError
 from engines.gpu import Gpu
-from engines.manifest import Graph, Precision, Sha256
+from engines.manifest import Graph, Precision
+from engines.manifest_fields import Sha256
 from engines.staging import staged_file
 from engines.targets import Target
 from engines.trt.library import LibraryName, TrtLibrary

@@ -79,6 +79,7 @@ def _tell_plan(plan: BuildPlan, options: BuildOptions, as_json: bool) -> None:
                     name: options.decoders.precision_of(name) for name in options.decoders.backends
                 },
                 "patches": plan.patches,
+                "tiles": None if plan.tiles is None else plan.tiles.model_dump(mode="json"),
                 "input": _told_input(options),
                 "vision": graphs,
                 "bundle": str(options.out),
@@ -91,19 +92,34 @@ def _tell_plan(plan: BuildPlan, options: BuildOptions, as_json: bool) -> None:
             }
         )
         return
+    tiled = plan.tiles is not None
     print(f"{plan.checkpoint.name} for {plan.target.title}, nothing written (--dry-run):")
     for graph in graphs:
         chosen = ", ".join(f"{k} {v}" for k, v in graph.items() if k not in ("reducer", "tokens"))
         detail = f" ({chosen})" if chosen else ""
         print(
             f"  vision graph  {plan.precision}, {graph['reducer']}{detail}: "
-            f"{graph['tokens']} of {plan.patches} visual tokens"
+            f"{graph['tokens']} of {plan.patches} visual tokens{' of each square' * tiled}"
         )
+    if plan.tiles is not None:
+        print(f"  a picture     {_told_tiles(plan)}")
     print(f"  takes         {_told_input(options)}")
     for backend in options.decoders.backends:
         print(f"  decoder       {options.decoders.precision_of(backend)}, {backend}")
     print(f"  into          {options.out}")
     print(f"  needs         {plan.cost.describe()}")
+
+
+def _told_tiles(plan: BuildPlan) -> str:
+    """Say how many squares and visual tokens a picture becomes."""
+    tiles, side = plan.tiles, plan.checkpoint.patch_side
+    if tiles is None:
+        return "one square"
+    most = max(tiles.most_tokens(one.token_count(plan.patches), side) for one in plan.reducers)
+    return (
+        f"a view of it all and up to {tiles.most_squares - 1} tiles, at most {most} visual tokens "
+        "with newlines"
+    )
 
 
 def _told_input(options: BuildOptions) -> str:

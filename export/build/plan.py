@@ -19,8 +19,10 @@ from engines.errors import OptionError
 from engines.frame_size import FrameSize, frame_size_from_text
 from engines.manifest import Precision
 from engines.option_groups import Given, Typed
+from engines.picture_tiles import Newlines, PictureTiles
 from engines.targets import Target, find_target
 from export.build.cost import BuildCost, predict_cost, refuse_what_cannot_fit
+from export.build.tiles import refuse_with_tiles, tiles_of
 from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.language.language_models import DecoderOptions, check_language_models
 from export.options import ModelOption, ReducerOption
@@ -77,6 +79,7 @@ class BuildOptions:
             resizes and normalises.
         frame: size of the frames, for ``uint8``.
         graph_output: what the visual tokens are.
+        newlines: of a checkpoint that cuts pictures into tiles, what ends a row after reduction.
         int8: frames or a calibration, for the precisions ``int8``, ``mixed`` and ``fp8``.
         targets_file: a TOML file of the user's own targets.
         overwrite: replace a bundle that is already there.
@@ -91,7 +94,8 @@ class BuildOptions:
     tokens: Annotated[
         tuple[Budget, ...] | None,
         typer.Option(
-            help="Visual tokens to leave (64 if left out). Several, such as 64,192,all, are "
+            help="Visual tokens to leave (64 if left out); of each tile, where the checkpoint cuts "
+            "a picture into tiles. Several, such as 64,192,all, are "
             "budgets with one tower for all; `runtime.ask --visual-tokens` chooses."
         ),
         Typed(budgets_from_text),
@@ -133,6 +137,14 @@ class BuildOptions:
             "device.",
         ),
     ] = "fp32"
+    newlines: Annotated[
+        Newlines,
+        typer.Option(
+            help="Of a checkpoint that cuts a picture into tiles, where a reducer left tokens out: "
+            "rows, its newline ends each row of the picture that has a token, as in training; "
+            "none, as in VisionZip's released code. All tokens always have them."
+        ),
+    ] = "rows"
     int8: Int8Options = field(default_factory=Int8Options)
     targets_file: Annotated[
         Path | None, typer.Option("--targets", help="TOML file of your own targets.")
@@ -162,6 +174,7 @@ class BuildPlan:
         opset: of the graphs.
         cost: what it will take.
         record: the calibration to be used again, if one is.
+        tiles: how a picture is cut; None where it is one square.
     """
 
     checkpoint: Checkpoint
@@ -171,10 +184,11 @@ class BuildPlan:
     opset: int
     cost: BuildCost
     record: Calibration | None = None
+    tiles: PictureTiles | None = None
 
     @property
     def patches(self) -> int:
-        """How many patches the tower makes of a picture."""
+        """How many patches the tower makes of a square."""
         return self.checkpoint.patch_side**2
 
 
@@ -191,6 +205,7 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     opset = _choose_opset(options.opset, precision, target)
     refuse_occupied(options.out, options.overwrite)
     checkpoint = open_checkpoint(options.model)
+    refuse_with_tiles(checkpoint, precision, options.frame is not None)
     if options.frame is not None:
         check_frame_size(checkpoint.preprocessing, options.frame)
     check_language_models(checkpoint, options.decoders)
@@ -198,7 +213,8 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     frames = options.int8.choice.max_frames if options.int8.frames is not None else 0
     cost = predict_cost(checkpoint.weights, precision, len(reducers), options.decoders, frames)
     refuse_what_cannot_fit(cost, options.out, options.decoders)
-    return BuildPlan(checkpoint, target, precision, reducers, opset, cost, record)
+    tiles = tiles_of(checkpoint, options.newlines)
+    return BuildPlan(checkpoint, target, precision, reducers, opset, cost, record, tiles)
 
 
 def _check_frame(options: BuildOptions) -> None:

@@ -19,9 +19,11 @@ from engines import __version__
 from engines.bundle import write_bundle
 from engines.manifest import Manifest
 from engines.progress_bar import Progress
+from engines.trt.batch_profile import usual_batch
 from engines.trt.on_device import write_device_files
 from export.build.plan import USUAL_OPSET, BuildOptions, BuildPlan, plan_build
 from export.build.stopwatch import Steps
+from export.build.tiles import write_newline
 from export.build.vision import export_vision
 from export.kept_parts import KeptParts
 from export.language.language_models import export_language_models
@@ -86,7 +88,10 @@ def build_bundle(
             language = export_language_models(
                 plan.checkpoint, draft.root, options.decoders, kept, progress=part
             )
-        write_device_files(draft.root, vision.files, plan.target)
+        squares = 1 if plan.tiles is None else plan.tiles.most_squares
+        write_device_files(draft.root, vision.files, plan.target, usual_batch(squares))
+        if plan.tiles is not None:
+            write_newline(plan.checkpoint, plan.tiles, draft)
         draft.describe(
             Manifest(
                 model=plan.checkpoint.name,
@@ -94,6 +99,7 @@ def build_bundle(
                 vision=vision.files.graphs,
                 shared=vision.files.shared,
                 preprocessing=plan.checkpoint.preprocessing,
+                tiles=plan.tiles,
                 text=language.text,
                 prompt=language.prompt,
                 language_models=language.models,

@@ -210,6 +210,7 @@ def _stored_name(key: Key) -> str:
         Part.VISION_TOWER: "vision_tower.vision_model.",
         Part.PROJECTOR: "multi_modal_projector.",
         Part.LANGUAGE_MODEL: "language_model.",
+        Part.NEWLINE: "",
     }[part]
     return prefix + name
 
@@ -323,6 +324,6 @@ def _write_template(options: ConvertOptions, fields: Json, staged: Path) -> list
 def _check_result(staged: Path) -> None:
     """Open what was written and compare every tensor with the configuration."""
     written = open_checkpoint(staged)
-    for part in Part:
+    for part in written.kind.parts:
         written.check(part)
     written.prompt("tokenizer.json")

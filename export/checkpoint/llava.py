@@ -16,19 +16,18 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from engines.errors import CheckpointError
 from engines.manifest import Preprocessing, Prompt
+from engines.picture_tiles import NEWLINE, Resolution
 from export.checkpoint.download import download_checkpoint
+from export.checkpoint.kinds import KINDS, CheckpointKind
 from export.checkpoint.models import (
     architecture_of,
     causal_lm_of,
@@ -42,6 +41,8 @@ from export.checkpoint.processor import (
     read_chat_template,
     read_preprocessing,
     read_prompt,
+    read_resolutions,
+    read_tile_preprocessing,
 )
 from export.checkpoint.schema import ConfigFile, checked, read_json
 from export.checkpoint.weights import INDEX_FILE, LlavaWeights, Part, find_weights
@@ -60,24 +61,29 @@ class Checkpoint:
     Attributes:
         root: its directory.
         name: what to call it.
-        config: LLaVA's whole configuration.
+        kind: which class of transformers it is.
+        config: its whole configuration.
         vision_config: configuration of the vision tower.
         text_config: configuration of the language model.
         feature_layer: how many encoder layers run before the features are taken, 1 to all of them
             (LLaVA-1.5: 23 of 24, which its configuration calls -2).
         weights: where its tensors lie.
         preprocessing: how a picture becomes `pixel_values`.
+        resolutions: height and width in pixels of what is cut into tiles; None where a picture is
+            one square.
         checked: parts whose tensors were found to be those of the configuration.
     """
 
     root: Path
     name: str
-    config: LlavaConfig
+    kind: CheckpointKind
+    config: Any
     vision_config: PretrainedConfig
     text_config: PretrainedConfig
     feature_layer: int
     weights: LlavaWeights
     preprocessing: Preprocessing
+    resolutions: tuple[Resolution, ...] | None = None
     checked: set[Part] = field(default_factory=set, compare=False, repr=False)
 
     @property
@@ -116,7 +122,7 @@ class Checkpoint:
         architecture = architecture_of(self.vision_config)
         return fill(self.root, Part.VISION_TOWER, architecture, self.vision_config, state)
 
-    def projector(self) -> LlavaMultiModalProjector:
+    def projector(self) -> nn.Module:
         """Return the projector in float32.
 
         Raises:
@@ -124,9 +130,20 @@ class Checkpoint:
         """
         self.check(Part.PROJECTOR)
         with torch.device("meta"):
-            projector = LlavaMultiModalProjector(self.config).eval()
+            projector: Any = self.kind.projector(self.config)
+        projector.eval()
         projector.load_state_dict(self.weights.read(Part.PROJECTOR), assign=True)
-        return projector.float()
+        made: nn.Module = projector.float()
+        return made
+
+    def image_newline(self) -> Tensor:
+        """Return what ends a row of a picture that was cut into tiles, float32[D].
+
+        Raises:
+            CheckpointError: it has another width than the language model.
+        """
+        self.check(Part.NEWLINE)
+        return self.weights.read(Part.NEWLINE)[NEWLINE].float()
 
     def language_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Return the language model alone, as a causal LM, in `dtype` or as it is stored.
@@ -174,18 +191,18 @@ class Checkpoint:
         self.check(Part.LANGUAGE_MODEL)
         return self.weights.read(Part.LANGUAGE_MODEL, [_EMBEDDINGS])[_EMBEDDINGS]
 
-    def llava(self, **options: Any) -> LlavaForConditionalGeneration:
+    def llava(self, **options: Any) -> PreTrainedModel:
         """Return the whole model as transformers loads it: the reference to compare with.
 
         Raises:
             CheckpointError: a tensor is missing, too many or has another shape.
         """
-        for part in Part:
+        for part in self.kind.parts:
             self.check(part)
-        model: Any = LlavaForConditionalGeneration.from_pretrained(
+        model: Any = self.kind.model.from_pretrained(
             self.root, use_safetensors=True, local_files_only=True, **options
         )
-        whole: LlavaForConditionalGeneration = model.eval()
+        whole: PreTrainedModel = model.eval()
         return whole
 
     def write_language_model(self, directory: Path) -> None:
@@ -257,16 +274,21 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     root = Path(source)
     if not root.is_dir():
         root = download_checkpoint(str(source), revision)
-    config = _read_config(root)
-    vision, text, layer = _read_parts(root / "config.json", config)
+    kind, config = _read_config(root)
+    vision, text, layer = _read_parts(root / "config.json", kind, config)
     problems: list[str] = []
-    weights = _collect(problems, lambda: find_weights(root))
-    image_size: Any = vision.image_size
-    preprocessing = _collect(problems, lambda: read_preprocessing(root, image_size))
-    if weights is None or preprocessing is None:
+    weights = _collect(problems, lambda: find_weights(root, kind.parts))
+    side: Any = vision.image_size
+    read = read_tile_preprocessing if kind.tiled else read_preprocessing
+    preprocessing = _collect(problems, lambda: read(root, side))
+    given = config.image_grid_pinpoints if kind.tiled else None
+    resolutions = _collect(problems, lambda: read_resolutions(root, given, side)) if given else None
+    if weights is None or preprocessing is None or problems:
         raise CheckpointError(" ".join(problems))
     name = root.resolve().name if root == Path(source) else str(source)
-    return Checkpoint(root, name, config, vision, text, layer, weights, preprocessing)
+    return Checkpoint(
+        root, name, kind, config, vision, text, layer, weights, preprocessing, resolutions
+    )
 
 
 def _collect(problems: list[str], read: Callable[[], T]) -> T | None:
@@ -277,7 +299,7 @@ def _collect(problems: list[str], read: Callable[[], T]) -> T | None:
         return None
 
 
-def _read_config(root: Path) -> LlavaConfig:
+def _read_config(root: Path) -> tuple[CheckpointKind, Any]:
     file = root / "config.json"
     if not file.is_file():
         raise CheckpointError(
@@ -286,10 +308,11 @@ def _read_config(root: Path) -> LlavaConfig:
         )
     fields = read_json(file)
     kind = fields.get("model_type")
-    if kind != "llava" or is_original(fields):
+    if kind not in KINDS or is_original(fields):
+        known = " and ".join(f"{name!r} ({one.model.__name__})" for name, one in KINDS.items())
         raise CheckpointError(
-            f"{file}: model_type is {kind!r}, and Foveate exports 'llava' "
-            "(LlavaForConditionalGeneration, LLaVA-1.5 and its kin in the transformers format). "
+            f"{file}: model_type is {kind!r}, and Foveate exports {known}, in the transformers "
+            "format. "
             "A checkpoint in LLaVA's original format is converted once: "
             f"`python -m export.convert_checkpoint {root} {root}-converted`; many are on the hub "
             "already, such as llava-hf/llava-1.5-7b-hf."
@@ -301,7 +324,7 @@ def _read_config(root: Path) -> LlavaConfig:
         )
     checked(ConfigFile, fields, file)
     try:
-        return LlavaConfig.from_dict(fields)
+        return KINDS[kind], KINDS[kind].config.from_dict(fields)
     except Exception as error:  # transformers, given values from elsewhere
         raise CheckpointError(
             f"{file}: transformers cannot read it ({' '.join(str(error).split())}). Correct the "
@@ -309,7 +332,9 @@ def _read_config(root: Path) -> LlavaConfig:
         ) from error
 
 
-def _read_parts(file: Path, config: LlavaConfig) -> tuple[PretrainedConfig, PretrainedConfig, int]:
+def _read_parts(
+    file: Path, kind: CheckpointKind, config: Any
+) -> tuple[PretrainedConfig, PretrainedConfig, int]:
     problems = []
     vision: Any = config.vision_config
     text: Any = config.text_config
@@ -321,6 +346,11 @@ def _read_parts(file: Path, config: LlavaConfig) -> tuple[PretrainedConfig, Pret
         problems.append(
             'vision_feature_select_strategy is "default", which drops the first token, and the '
             'tower has no class token: expected "full"'
+        )
+    elif kind.tiled and config.vision_feature_select_strategy == "full" and has_class_token(vision):
+        problems.append(
+            'vision_feature_select_strategy is "full", and a class token has no place among the '
+            'rows of tiles: expected "default"'
         )
     elif not isinstance(layer, int):
         problems.append(
@@ -346,12 +376,14 @@ def _expected_tensors(
     checkpoint: Checkpoint, part: Part
 ) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """Return name and shape of each tensor a part has, and which of them need not be stored."""
+    if part is Part.NEWLINE:
+        return {NEWLINE: (int(checkpoint.config.text_config.hidden_size),)}, set()
     model: Any
     with torch.device("meta"):
         if part is Part.VISION_TOWER:
             model = architecture_of(checkpoint.vision_config)(checkpoint.vision_config)
         elif part is Part.PROJECTOR:
-            model = LlavaMultiModalProjector(checkpoint.config)
+            model = checkpoint.kind.projector(checkpoint.config)
         else:
             config = checkpoint.plain_text_config(torch.float32)
             model = causal_lm_of(config)(config)

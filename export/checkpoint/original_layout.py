@@ -94,6 +94,13 @@ def config_from_original(
     Raises:
         CheckpointError: a projector or a language model that Foveate does not know.
     """
+    if str(fields.get("mm_patch_merge_type", "flat")).startswith("spatial"):
+        raise CheckpointError(
+            f"{file}: LLaVA-NeXT in its original layout (mm_patch_merge_type is "
+            f"{fields['mm_patch_merge_type']!r}), which Foveate does not convert. It exports "
+            "transformers' layout of it: take a converted one, such as "
+            "llava-hf/llava-v1.6-mistral-7b-hf."
+        )
     projector = fields.get("mm_projector_type", "linear")
     strategy = fields.get("mm_vision_select_feature", "patch")
     if projector != "mlp2x_gelu" or strategy not in _STRATEGIES:

@@ -6,6 +6,7 @@ With them the runtime needs neither transformers nor the checkpoint.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 
 from engines.errors import CheckpointError, FoveateError
 from engines.manifest import Preprocessing, Prompt, list_problems
+from engines.picture_tiles import NEWLINE, PictureTiles, Resolution
 from export.checkpoint.schema import (
     GenerationFile,
     ImageProcessorFile,
@@ -37,6 +39,8 @@ _KNOWN_PROCESSORS = (
     "LlavaImageProcessor",
     "SiglipImageProcessor",
 )
+# Those whose tiles the layout `llava_next` cuts.
+_TILE_PROCESSORS = ("LlavaNextImageProcessor",)
 # PIL.Image.Resampling, by number.
 _RESAMPLING: tuple[Resample, ...] = (
     "nearest",
@@ -57,13 +61,16 @@ _TOKENIZER_FILES = (
 )
 
 
-def read_preprocessing(root: Path, image_size: int) -> Preprocessing:
+def read_preprocessing(
+    root: Path, image_size: int, known: Sequence[str] = _KNOWN_PROCESSORS
+) -> Preprocessing:
     """Return how a picture becomes the tower's `pixel_values`.
 
     Args:
         root: the checkpoint's directory, with `preprocessor_config.json` or, as newer releases
             write it, `processor_config.json` with an `image_processor` in it.
         image_size: side of the square the tower takes, in pixels.
+        known: image processors that are taken.
 
     Raises:
         CheckpointError: no image processor, an unknown one, or one that gives another size.
@@ -71,10 +78,10 @@ def read_preprocessing(root: Path, image_size: int) -> Preprocessing:
     file, raw = _find_image_processor(root)
     fields = checked(ImageProcessorFile, raw, file)
     kind = fields.image_processor_type or fields.feature_extractor_type
-    if kind and not kind.startswith(_KNOWN_PROCESSORS):
+    if kind and not kind.startswith(tuple(known)):
         raise CheckpointError(
             f"{file}: image processor {kind!r} is not one Foveate can reproduce exactly. "
-            f"Expected one of {', '.join(_KNOWN_PROCESSORS)}."
+            f"Expected one of {', '.join(known)}."
         )
     problems: list[str] = []
     resize, (resize_height, resize_width) = _read_resize(fields, image_size, problems)
@@ -115,6 +122,63 @@ def read_preprocessing(root: Path, image_size: int) -> Preprocessing:
         mean=mean,
         std=std,
     )
+
+
+def read_tile_preprocessing(root: Path, image_size: int) -> Preprocessing:
+    """Return how the whole view of a picture that is cut into tiles becomes `pixel_values`.
+
+    It is squeezed into the square. A tile has the square's size already.
+
+    Args:
+        root: the checkpoint's directory.
+        image_size: side of the square the tower takes, in pixels.
+
+    Raises:
+        CheckpointError: as `read_preprocessing`, which reads the rest of the same file.
+    """
+    whole = read_preprocessing(root, image_size, _TILE_PROCESSORS)
+    if (whole.resize_height, whole.resize_width) != (image_size, image_size):
+        raise CheckpointError(
+            f"{root}: the image processor scales the whole picture to {whole.resize_height}x"
+            f"{whole.resize_width}, and the vision tower takes {image_size}x{image_size}. Take the "
+            "file from the checkpoint's publisher again."
+        )
+    # Its do_pad is about batches: pictures with fewer tiles get black ones.
+    return whole.model_copy(
+        update={"resize": "exact", "center_crop": False, "pad_to_square": False}
+    )
+
+
+def read_resolutions(
+    root: Path, configured: Sequence[Sequence[int]], image_size: int
+) -> tuple[Resolution, ...]:
+    """Return what a picture may be scaled into before it is cut into tiles, in pixels.
+
+    Args:
+        root: the checkpoint's directory.
+        configured: `image_grid_pinpoints` of `config.json`, after which the language model's
+            tokens are counted.
+        image_size: side of a tile.
+
+    Raises:
+        CheckpointError: the image processor has others, or one that no whole tiles fill.
+    """
+    file, raw = _find_image_processor(root)
+    resolutions = tuple((int(height), int(width)) for height, width in configured)
+    own = checked(ImageProcessorFile, raw, file).image_grid_pinpoints
+    if own is not None and tuple(own) != resolutions:
+        raise CheckpointError(
+            f"{file}: image_grid_pinpoints is {own}, and config.json says {list(resolutions)}. "
+            "They must be the same: take both files from the checkpoint's publisher again."
+        )
+    try:
+        PictureTiles(side=image_size, resolutions=resolutions, newline=NEWLINE)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{root / 'config.json'}: image_grid_pinpoints: {'; '.join(list_problems(error))}. "
+            "Correct the file, or take it from the checkpoint's publisher again."
+        ) from error
+    return resolutions
 
 
 def read_chat_template(root: Path) -> str:

@@ -23,7 +23,8 @@ from pydantic import (
 )
 
 from engines.errors import CheckpointError
-from engines.manifest import Deviation, Mean, Side, TokenId, list_problems
+from engines.manifest import list_problems
+from engines.manifest_fields import Deviation, Mean, Side, TokenId
 
 Json = dict[str, Any]
 FileT = TypeVar("FileT", bound="CheckpointFile")
@@ -96,6 +97,10 @@ class TextSizes(CheckpointFile):
     eos_token_id: TokenIds = []
 
 
+Resolutions = Annotated[list[tuple[Side, Side]], Field(min_length=1, max_length=256)]
+"""Height and width of each, in pixels."""
+
+
 class ConfigFile(CheckpointFile):
     """`config.json`."""
 
@@ -103,6 +108,7 @@ class ConfigFile(CheckpointFile):
     text_config: TextSizes = TextSizes()
     image_token_index: TokenId = 0
     image_token_id: TokenId = 0
+    image_grid_pinpoints: Resolutions | None = None
 
 
 class GenerationFile(CheckpointFile):
@@ -136,6 +142,7 @@ class ImageProcessorFile(CheckpointFile):
     image_mean: tuple[Mean, Mean, Mean] | None = None
     image_std: tuple[Deviation, Deviation, Deviation] | None = None
     do_pad: bool = False
+    image_grid_pinpoints: Resolutions | None = None
 
 
 class IndexFile(CheckpointFile):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -29,11 +29,16 @@ _GIT_LFS_POINTER = b"version https://git-lfs"
 
 
 class Part(Enum):
-    """One of the three models a LLaVA checkpoint is made of."""
+    """One of the models a LLaVA checkpoint is made of; the last is a single vector."""
 
     VISION_TOWER = "vision tower"
     PROJECTOR = "projector"
     LANGUAGE_MODEL = "language model"
+    NEWLINE = "image newline"
+
+
+LLAVA_PARTS = (Part.VISION_TOWER, Part.PROJECTOR, Part.LANGUAGE_MODEL)
+"""Of a checkpoint that sees a picture as one square."""
 
 
 # Three namings are in the wild. transformers 4: `language_model.model.layers.0...`,
@@ -46,6 +51,7 @@ _NAMINGS: tuple[tuple[re.Pattern[str], Part, str], ...] = (
     (re.compile(r"^(?:language_model\.)?lm_head\."), Part.LANGUAGE_MODEL, "lm_head."),
     (re.compile(r"^language_model\.model\."), Part.LANGUAGE_MODEL, "model."),
     (re.compile(r"^model\.language_model\."), Part.LANGUAGE_MODEL, "model."),
+    (re.compile(r"^(?:model\.)?image_newline$"), Part.NEWLINE, "image_newline"),
 )
 
 
@@ -146,8 +152,12 @@ def _refuse_not_finite(tensor: Tensor, file: Path, stored: str) -> None:
         )
 
 
-def find_weights(root: Path) -> LlavaWeights:
+def find_weights(root: Path, parts: Sequence[Part] = LLAVA_PARTS) -> LlavaWeights:
     """Locate every tensor of the checkpoint in `root`; reads headers only.
+
+    Args:
+        root: the checkpoint's directory.
+        parts: what it is made of.
 
     Raises:
         CheckpointError: no safetensors, a shard missing or damaged, or a part without tensors.
@@ -159,7 +169,7 @@ def find_weights(root: Path) -> LlavaWeights:
             split = split_name(stored)
             if is_computed(stored):
                 continue
-            if split is None:
+            if split is None or split[0] not in parts:
                 strange.append(stored)
             elif split in location:
                 raise CheckpointError(
@@ -168,7 +178,7 @@ def find_weights(root: Path) -> LlavaWeights:
                 )
             else:
                 location[split] = (file, stored)
-    missing = [part.value for part in Part if not any(owner is part for owner, _ in location)]
+    missing = [part.value for part in parts if not any(owner is part for owner, _ in location)]
     if missing:
         raise CheckpointError(
             f"{root}: the safetensors files hold no tensors of the {' and the '.join(missing)}. "

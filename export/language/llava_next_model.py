@@ -64,7 +64,7 @@ def write_llava_next(checkpoint: Checkpoint, directory: Path) -> None:
             "with 'clip_vision_model' only, although the tower stays on the robot. Serve the "
             "language model with vLLM: --server vllm."
         )
-    for part in Part:
+    for part in checkpoint.kind.parts:
         checkpoint.check(part)
     _config(checkpoint).save_pretrained(directory)
     for file in (*checkpoint.tokenizer_files(), checkpoint.root / "generation_config.json"):

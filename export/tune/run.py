@@ -144,6 +144,11 @@ def tune_checkpoint(
     started = time.process_time()
     _refuse_occupied(options)
     checkpoint = open_checkpoint(options.model)
+    if checkpoint.resolutions is not None:
+        raise OptionError(
+            f"{checkpoint.name} cuts pictures into tiles, and tuning reads the features of whole "
+            "pictures. Give a LLaVA-1.5 checkpoint, or use this one as it is."
+        )
     reducer = reducer_for_budget(
         options.reducer, options.tokens, checkpoint.patch_side**2, **options.reducer_options
     )

@@ -183,6 +183,12 @@ def refuse_other_checkpoint(bundle: Bundle, checkpoint: Checkpoint) -> None:
         OptionError: a size differs; all that do are named. Or the bundle takes camera frames.
     """
     manifest = bundle.manifest
+    if manifest.tiles is not None:
+        raise OptionError(
+            f"{bundle.root} cuts pictures into tiles, and this comparison is made of pictures that "
+            "are one square each. `tests/export/test_llava_next.py` compares such bundles with "
+            "transformers."
+        )
     if frame_size_of(manifest.vision_files.files[0]) is not None:
         raise OptionError(
             f"{bundle.root} takes camera frames of one size, and both sides are compared on pixels "

@@ -27,8 +27,9 @@ def choose_context_length(bundle: Bundle, given: int | None, need: ContextNeed) 
             limit = GenerationOptions().limited(bundle.manifest.prompt.max_new_tokens).most_tokens
             need = replace(need, answer_tokens=limit)
         largest = bundle.largest_vision()
-        patches = largest.patch_rows * largest.patch_columns
-        return need.with_visual_tokens(largest.reducer.tokens, patches).positions(trained)
+        patches = bundle.most_squares * largest.patch_rows * largest.patch_columns
+        tokens = bundle.most_visual_tokens(largest)
+        return need.with_visual_tokens(tokens, patches).positions(trained)
     if not 1 <= given <= trained:
         raise BackendError(
             f"context_length is {given}: expected 1 to {trained}, the positions the language model "

@@ -89,6 +89,12 @@ def open_text_backend(
             f'--llm-url {server.url} is the address of a server, and the backend "{name}" runs '
             "here. Leave one of them out."
         )
+    if positions != "compact" and bundle.most_squares > 1:
+        raise OptionError(
+            f"--positions {positions}: {bundle.root} cuts pictures into tiles, among whose tokens "
+            "newlines stand, and where each would stand without reduction is not computed. Leave "
+            "the option out."
+        )
     from runtime.backends.local_text import LocalText
 
     local = open_backend(

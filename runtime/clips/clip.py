@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engines.errors import SourceError
+from engines.bundle import Bundle
+from engines.errors import OptionError, SourceError
 from runtime.camera.scene_change import block_means, changed_share
 from runtime.clips.clip_options import ClipOptions
 from runtime.clips.token_sharing import share_tokens
@@ -56,6 +57,20 @@ class ClipAnswer(Answer):
     def last_told(self) -> int:
         """Which of `frames` the last of `seen` is."""
         return max(at for at, frame in enumerate(self.frames) if frame.visual_tokens)
+
+
+def refuse_clip_of_tiles(bundle: Bundle) -> None:
+    """Check that a bundle sees a picture as one square: a clip's frames share tokens by that.
+
+    Raises:
+        OptionError: it cuts pictures into tiles.
+    """
+    if bundle.manifest.tiles is not None:
+        raise OptionError(
+            f"{bundle.root} cuts every picture into up to {bundle.most_squares} squares, and the "
+            "frames of a clip are told of as one square each. Ask about single pictures, or build "
+            "the bundle of a checkpoint that sees a picture as one square."
+        )
 
 
 def read_clip(path: str, options: ClipOptions) -> list[Frame]:

@@ -63,10 +63,13 @@ def ask(
     Raises:
         FoveateError: anything the user can fix.
     """
-    from runtime.clips.clip import ask_about_clip, read_clip
+    from engines.bundle import open_bundle
+    from runtime.clips.clip import ask_about_clip, read_clip, refuse_clip_of_tiles
     from runtime.vision.pictures import load_picture
 
     started = time.perf_counter()
+    if is_clip(image):
+        refuse_clip_of_tiles(open_bundle(bundle, verify=False))
     # Before the bundle: a wrong path is told at once.
     frames = read_clip(str(image), clip) if is_clip(image) else None
     picture = load_picture(image) if frames is None else frames[-1].image
@@ -119,13 +122,13 @@ def document_from_answer(answer: Answer, bundle: Bundle) -> dict[str, Any]:
     from runtime.clips.clip import ClipAnswer
 
     served = answer.backend in SERVERS
-    graph = bundle.vision(answer.seen[0].tokens.shape[1])
+    graph = bundle.vision(answer.seen[0].budget)
     decode_seconds = answer.milliseconds["decode"] / 1e3
     document = {
         "answer": answer.text,
         "finish": answer.finish,
         "visual_tokens": answer.visual_tokens,
-        "patches": graph.patch_rows * graph.patch_columns,
+        "patches": answer.seen[0].assignment.shape[1],
         "prompt_tokens": answer.prompt_tokens,
         "reused_tokens": answer.reused_tokens,
         "answer_tokens": len(answer.token_ids),

@@ -76,6 +76,12 @@ def write_repository(
             f"{bundle.root} takes camera frames of one size, and this repository serves pictures "
             "of any. Build the bundle without --input uint8."
         )
+    if bundle.manifest.tiles is not None:
+        raise OptionError(
+            f"{bundle.root} cuts a picture into tiles, whose number depends on the picture, and a "
+            "model of this repository gives as many tokens for each. Serve it with `python -m "
+            "runtime.serve`."
+        )
     graphs = _graphs(bundle, chosen.visual_tokens)
     backend = chosen.vision or _usual_backend(bundle)
     if bundle.manifest.shared is not None and backend != "python":

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from engines.bundle import Bundle
 from engines.errors import EngineError
 from runtime.vision import VisualTokens
-from runtime.vision.geometry import lay_out
+from runtime.vision.layouts import View, views_of
 
 
 @dataclass(frozen=True)
@@ -46,33 +46,43 @@ class SeenPicture:
 
         `kept` are rows and columns of the patches that became a token each, `assignment` is what
         became of every patch, row by row (see `VisualTokens`), and `box` is where the grid of
-        patches lies in the picture: top, left, bottom and right in pixels.
+        patches lies in the picture: top, left, bottom and right in pixels. Of a picture that was
+        cut into tiles this is told of all tiles as one grid, and in `views` of the view of the
+        whole picture and of the tiles.
         """
-        graph = bundle.vision(self.visual.tokens.shape[1])
-        columns = graph.patch_columns
-        patches = self.visual.origin[0, : self.count]
-        geometry = lay_out(self.height, self.width, bundle.preprocessing)
-        top, left = geometry.in_picture(0, 0)
-        bottom, right = geometry.in_picture(geometry.crop_height, geometry.crop_width)
+        graph = bundle.vision(self.visual.budget)
+        views = [self._told(view) for view in views_of(bundle, graph, (self.height, self.width))]
         return {
             "visual_tokens": self.count,
             "budget": graph.reducer.tokens,
             "reducer": graph.reducer.name,
             "width": self.width,
             "height": self.height,
-            "patch_rows": graph.patch_rows,
-            "patch_columns": columns,
-            "kept": [[int(at) // columns, int(at) % columns] for at in patches if at >= 0],
-            "assignment": self.visual.assignment[0].tolist(),
-            "box": [round(edge, 2) for edge in (top, left, bottom, right)],
+            **views[-1],
+            **({"views": views} if len(views) > 1 else {}),
             "milliseconds": {name: round(ms, 3) for name, ms in self.milliseconds.items()},
+        }
+
+    def _told(self, view: View) -> dict[str, Any]:
+        """Return what became of the patches of a view, as JSON."""
+        rows, columns = view.patches.shape
+        kept = self.visual.origin[0, : self.count]
+        _, found = np.nonzero(kept[:, None] == view.patches.ravel())  # as the tokens come
+        edges = (view.rows[0], view.columns[0], view.rows[-1], view.columns[-1])
+        return {
+            "patch_rows": rows,
+            "patch_columns": columns,
+            "kept": [[int(at) // columns, int(at) % columns] for at in found],
+            "assignment": self.visual.assignment[0, view.patches.ravel()].tolist(),
+            "box": [round(float(edge), 2) for edge in edges],
         }
 
     def safetensors(self, bundle: Bundle) -> bytes:
         """Return the tokens as a safetensors file.
 
         It holds ``visual_tokens`` float16[N, D], ``patch_index`` int64[N] and ``assignment``
-        int64[P]; the header says which model they are for.
+        int64[P]; the header says which model they are for. Of a picture that was cut into tiles,
+        patches count on from square to square, the whole view's first; a newline is of none.
 
         Raises:
             EngineError: a token that float16 cannot hold.
@@ -87,7 +97,7 @@ class SeenPicture:
                 "sent: they would spoil what reads them. Build the vision graph with --precision "
                 "fp32, or calibrate on frames like this one."
             )
-        graph = bundle.vision(self.visual.tokens.shape[1])
+        graph = bundle.vision(self.visual.budget)
         about = {
             "model": bundle.manifest.model,
             "embeddings": bundle.manifest.files[bundle.manifest.text.embeddings].sha256,

@@ -7,7 +7,8 @@
 `overlay` shows what its tokens stand for.
 """
 
-from runtime.vision.encoder import VisionEncoder, VisualTokens
+from runtime.vision.encoder import VisionEncoder
 from runtime.vision.resize import Pixels
+from runtime.vision.visual_tokens import VisualTokens
 
 __all__ = ["Pixels", "VisionEncoder", "VisualTokens"]

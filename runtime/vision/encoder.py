@@ -5,103 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import Bundle
-from engines.errors import BundleError, EngineError, OptionError, PictureError
+from engines.errors import BundleError, EngineError, PictureError
 from engines.frame_size import frame_size_of
 from engines.manifest import ORDER_OUTPUT, VisionGraph
 from engines.opening import open_session
 from engines.session import Session
+from runtime.vision.layouts import layout_of
 from runtime.vision.parallel_resize import Bands
-from runtime.vision.preprocess import check_picture, frames_batch, preprocess_batch
+from runtime.vision.preprocess import check_picture, frames_batch
 from runtime.vision.resize import Pixels
+from runtime.vision.visual_tokens import VisualTokens
 
 _OUTPUTS = ("visual_tokens", "valid_count", "patch_index", "assignment")
-
-
-@dataclass(frozen=True)
-class VisualTokens:
-    """The visual tokens of a batch of images.
-
-    Attributes:
-        tokens: float32[B, N, D] in the language model's width; zeros beyond ``valid``.
-        valid: int64[B]; how many of the N tokens are real.
-        origin: int64[B, N], the graph's output `patch_index`; the patch a token stands for, -1
-            where it is no single patch.
-        assignment: int64[B, P]; what became of each patch. ``slot >= 0``: token ``slot`` was made
-            from it; ``-(slot + 2)``: merged into token ``slot``; ``-1``: in no token.
-        milliseconds: time of the stages ``"preprocess"`` and ``"encode"``, for the whole batch.
-        order: int64[B, N], the graph's output `token_order`; each token's place in the reducer's
-            ranking, -1 for padding. None where it does not rank.
-    """
-
-    tokens: NDArray[np.float32]
-    valid: NDArray[np.int64]
-    origin: NDArray[np.int64]
-    assignment: NDArray[np.int64]
-    milliseconds: dict[str, float]
-    order: NDArray[np.int64] | None = None
-
-    def tokens_of(self, at: int) -> NDArray[np.float32]:
-        """Return the real tokens of one image of the batch, float32[valid, D]."""
-        return self.tokens[at, : self.valid[at]]
-
-    def split(self) -> list[VisualTokens]:
-        """Return each image by itself, with its share of the batch's time."""
-        count = len(self.tokens)
-        share_ms = {stage: ms / count for stage, ms in self.milliseconds.items()}
-        return [
-            VisualTokens(
-                tokens=self.tokens[at : at + 1],
-                valid=self.valid[at : at + 1],
-                origin=self.origin[at : at + 1],
-                assignment=self.assignment[at : at + 1],
-                milliseconds=share_ms,
-                order=None if self.order is None else self.order[at : at + 1],
-            )
-            for at in range(count)
-        ]
-
-    def first(self, count: int) -> VisualTokens:
-        """Return the first ``count`` tokens by rank, in spatial order as all of them are.
-
-        They are what the same reducer leaves with a budget of ``count``.
-
-        Raises:
-            OptionError: there are no more than that, or the reducer does not rank: what it merged
-                depends on its budget, so a smaller one has other tokens.
-        """
-        if count == self.tokens.shape[1]:
-            return self
-        if self.order is None or not 0 < count < self.tokens.shape[1]:
-            reason = "has merged or does not rank them" if self.order is None else "leaves no more"
-            raise OptionError(
-                f"{count} of {self.tokens.shape[1]} visual tokens were asked for, and the reducer "
-                f"{reason}. Build the bundle with a budget of {count} as well: "
-                f"python -m export.build --tokens {count},{self.tokens.shape[1]}."
-            )
-        kept = (self.order >= 0) & (self.order < count)  # [B, N]
-        at = np.argsort(~kept, axis=1, kind="stable")[:, :count]  # the kept ones, then padding
-        real = np.take_along_axis(kept, at, 1)  # [B, count]
-        origin = np.where(real, np.take_along_axis(self.origin, at, 1), -1)
-        assignment = np.full_like(self.assignment, -1)
-        rows, slots = np.nonzero(real)
-        assignment[rows, origin[rows, slots]] = slots
-        return VisualTokens(
-            tokens=np.where(
-                real[:, :, None], np.take_along_axis(self.tokens, at[:, :, None], 1), np.float32(0)
-            ),
-            valid=real.sum(axis=1),
-            origin=origin,
-            assignment=assignment,
-            milliseconds=self.milliseconds,
-            order=np.where(real, np.take_along_axis(self.order, at, 1), -1),
-        )
 
 
 class VisionEncoder(AbstractContextManager["VisionEncoder"]):
@@ -110,6 +32,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
     Attributes:
         bundle: from `open_bundle`.
         graph: the budget's.
+        layout: how a picture becomes squares, and their tokens a sequence.
         session: runs it.
         frame_size: of the camera frames that the graph takes; None: it takes pixels, and pictures
             of any size become those.
@@ -151,6 +74,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
         """
         self.bundle = bundle
         self.graph: VisionGraph = bundle.vision(tokens)
+        self.layout = layout_of(bundle, self.graph)
         if session is None and beside is not None and beside.graph.file == self.graph.file:
             session = beside.session
         self._owned = session is None
@@ -163,7 +87,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
                 self.graph,
                 engine=engine,
                 threads=threads,
-                batch=batch,
+                batch=batch * self.layout.most_squares,
                 beside=None if beside is None else beside.session,
             )
             if session is None
@@ -198,7 +122,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
         started = time.perf_counter()
         given: NDArray[Any]
         if self.frame_size is None:
-            given = preprocess_batch(images, self.bundle.preprocessing, self._bands)  # [B, 3, H, W]
+            given = self.layout.pixel_values(images, self._bands)  # [S, 3, H, W]
         else:
             given = frames_batch(images, self.frame_size, self._bands)  # [B, H, W, 3]
         prepared = time.perf_counter()
@@ -206,20 +130,22 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
         outputs = self.session.run({name: given.astype(self._dtype, copy=False)})
         tokens, valid, origin, assignment = (outputs[name] for name in _OUTPUTS)
         order = outputs.get(ORDER_OUTPUT)
-        ended = time.perf_counter()
-        seen = VisualTokens(
+        squares = VisualTokens(
             tokens=tokens.astype(np.float32, copy=False),
             valid=valid.astype(np.int64, copy=False),
             origin=origin.astype(np.int64, copy=False),
             assignment=assignment.astype(np.int64, copy=False),
-            milliseconds={
-                "preprocess": (prepared - started) * 1e3,
-                "encode": (ended - prepared) * 1e3,
-            },
+            milliseconds={},
             order=None if order is None else order.astype(np.int64, copy=False),
         )
-        self._check_outputs(seen, len(images))
-        return seen.first(self.graph.reducer.tokens)
+        self._check_outputs(squares, len(given))
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        seen = self.layout.assemble(squares.first(self.graph.reducer.tokens), sizes)
+        spent = {
+            "preprocess": (prepared - started) * 1e3,
+            "encode": (time.perf_counter() - prepared) * 1e3,
+        }
+        return replace(seen, milliseconds=spent)
 
     def _check_outputs(self, seen: VisualTokens, batch: int) -> None:
         """Refuse what no graph of ours gives: 0.1 ms, and the rest of the runtime can rely on it.

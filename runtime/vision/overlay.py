@@ -1,6 +1,7 @@
 """Draw what the language model is shown of a picture: kept, merged and dropped patches.
 
-Every patch is drawn in its place (back through crop, resize and padding), with a legend below. Kept
+Every patch is drawn in its place (back through crop, resize and padding), with a legend below. A
+picture that was cut into tiles is drawn twice: the whole view's patches, then the tiles'. Kept
 patches are bright and outlined. A target and the patches merged into it share one colour. Patches
 that are in no token are dim.
 """
@@ -8,7 +9,7 @@ that are in no token are dim.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from PIL import Image, ImageDraw, ImageFont
 from engines.bundle import Bundle
 from engines.errors import OptionError
 from engines.staging import staged_file
-from runtime.vision.encoder import VisualTokens
-from runtime.vision.geometry import lay_out
+from runtime.vision.layouts import View, views_of
 from runtime.vision.resize import Pixels
+from runtime.vision.visual_tokens import VisualTokens
 
 _SHORTEST, _LONGEST = 768, 1600  # pixels along the longer side: small enough to mail, sharp lines
 _NARROWEST = 360  # the legend must fit
+_GAP = 8  # between the views of a picture that was cut into tiles
 _PAPER, _INK = (18, 20, 24), (235, 238, 242)
 _KEPT_LINE = (255, 255, 255)
 _MARK = (255, 45, 45)
@@ -45,6 +47,10 @@ class PatchFates:
 
     kind: NDArray[np.int64]
     slot: NDArray[np.int64]
+
+    def of(self, patches: NDArray[np.int64]) -> PatchFates:
+        """Return those of some patches."""
+        return PatchFates(kind=self.kind[patches], slot=self.slot[patches])
 
     def count(self, kind: int) -> int:
         """Return how many patches are of a kind."""
@@ -113,17 +119,50 @@ def draw_overlay(
         RGB, uint8[H', W', 3], of the picture's proportions with a legend below.
     """
     fates = patch_fates(seen.assignment[at], seen.origin[at])
+    height, width = picture.shape[:2]
+    views = views_of(bundle, bundle.vision(seen.budget), (height, width))
     canvas = _sized(picture)
-    grid = _grid_on(canvas, picture, bundle)
-    drawn = _shaded(canvas, grid, fates)
-    line = max(2, round(max(canvas.shape[:2]) / 400))
-    _outline(drawn, grid, fates, line)
-    _mark(drawn, grid, marked, line)
-    legend = _legend(max(drawn.width, _NARROWEST), fates, tokens=int(seen.valid[at]))
+    scales = canvas.shape[0] / height, canvas.shape[1] / width
+    panels = [_draw_view(canvas, view, scales, fates, marked) for view in views]
+    drawn = _joined(panels)
+    shown = fates.of(np.concatenate([view.patches.ravel() for view in views]))
+    legend = _legend(max(drawn.width, _NARROWEST), shown, tokens=int(seen.valid[at]))
     page = Image.new("RGB", (legend.width, drawn.height + legend.height), _PAPER)
     page.paste(drawn, ((page.width - drawn.width) // 2, 0))
     page.paste(legend, (0, drawn.height))
     return np.asarray(page)
+
+
+def _draw_view(
+    canvas: Pixels,
+    view: View,
+    scales: tuple[float, float],
+    fates: PatchFates,
+    marked: Collection[int],
+) -> Image.Image:
+    """Draw the patches of one view over the picture."""
+    grid = _Grid(
+        np.rint(view.rows * scales[0]).astype(np.int64),
+        np.rint(view.columns * scales[1]).astype(np.int64),
+    )
+    mine = fates.of(view.patches.ravel())
+    line = max(2, round(max(canvas.shape[:2]) / 400))
+    drawn = _shaded(canvas, grid, mine)
+    _outline(drawn, grid, mine, line)
+    _mark(drawn, grid, np.flatnonzero(np.isin(view.patches, list(marked))).tolist(), line)
+    return drawn
+
+
+def _joined(panels: Sequence[Image.Image]) -> Image.Image:
+    """Put pictures of one size together, along their shorter side."""
+    first = panels[0]
+    across, down = (first.width + _GAP, 0), (0, first.height + _GAP)
+    step = down if first.width > first.height else across
+    last = len(panels) - 1
+    whole = Image.new("RGB", (first.width + last * step[0], first.height + last * step[1]), _PAPER)
+    for at, panel in enumerate(panels):
+        whole.paste(panel, (at * step[0], at * step[1]))
+    return whole
 
 
 def _sized(picture: Pixels) -> Pixels:
@@ -150,21 +189,6 @@ class _Grid:
         patch = row[:, None] * columns + column[None, :]
         inside = ((row >= 0) & (row < rows))[:, None] & ((column >= 0) & (column < columns))
         return np.where(inside, patch, -1)
-
-
-def _grid_on(canvas: Pixels, picture: Pixels, bundle: Bundle) -> _Grid:
-    height, width = picture.shape[:2]
-    graph, geometry = bundle.vision(), lay_out(height, width, bundle.preprocessing)
-    scale_rows, scale_columns = canvas.shape[0] / height, canvas.shape[1] / width
-    rows = [
-        geometry.in_picture(at * geometry.crop_height / graph.patch_rows, 0)[0] * scale_rows
-        for at in range(graph.patch_rows + 1)
-    ]
-    columns = [
-        geometry.in_picture(0, at * geometry.crop_width / graph.patch_columns)[1] * scale_columns
-        for at in range(graph.patch_columns + 1)
-    ]
-    return _Grid(np.rint(rows).astype(np.int64), np.rint(columns).astype(np.int64))
 
 
 def _shaded(canvas: Pixels, grid: _Grid, fates: PatchFates) -> Image.Image:

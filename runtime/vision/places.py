@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from engines.llm_words import Positions, VisualWeights
 from runtime.language.parts import Picture, PlacedTokens
-from runtime.vision.encoder import VisualTokens
+from runtime.vision.visual_tokens import VisualTokens
 
 
 def picture_of(

@@ -13,6 +13,7 @@ from benchmarks import random_graphs
 from engines.frame_size import FrameSize
 from engines.manifest import Precision, TensorSpec
 from engines.targets import find_target
+from engines.trt.batch_profile import ONE_IMAGE, BatchRange, usual_batch
 from engines.trt.build_log import BuildLog
 from engines.trt.builder import BuildResult, PlanTask, build_plan
 from graphs.frame_input import write_frame_input
@@ -45,12 +46,16 @@ def build(file: Path, inputs: tuple[TensorSpec, ...], precision: Precision, sm: 
 
 
 def build_typed(
-    typed: Path, inputs: tuple[TensorSpec, ...], precision: Precision, sm: int
+    typed: Path,
+    inputs: tuple[TensorSpec, ...],
+    precision: Precision,
+    sm: int,
+    batch: BatchRange = ONE_IMAGE,
 ) -> BuildResult:
     target = find_target("rtx-4090").model_copy(update={"sm": sm})
     sha256 = hashlib.sha256(typed.read_bytes()).hexdigest()
     plan = typed.with_name(f"{precision}-{sm}.plan")
-    return build_plan(PlanTask(typed, sha256, plan, target, precision, inputs))
+    return build_plan(PlanTask(typed, sha256, plan, target, precision, inputs, batch=batch))
 
 
 @pytest.mark.parametrize(("precision", "sm"), CASES)
@@ -120,6 +125,19 @@ def test_a_graph_takes_frames(tmp_path: Path, precision: Precision) -> None:
     assert_fused(result, precision, attentions_of(random_graphs.TINY))
     # Only TensorRT's own input is uint8: a Cast stands right behind it.
     assert "UINT8" not in result.layers.network.output_types
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("reducer", ["visionzip", "none"])
+def test_the_squares_of_a_picture_are_one_run(
+    tmp_path: Path, reducer: str, precision: Precision
+) -> None:
+    file, inputs = random_graphs.write_graph(tmp_path, reducer)
+    typed = random_graphs.write_typed_graph(file, precision)
+    result = build_typed(typed, inputs, precision, 89, usual_batch(most_squares=5))
+    sizes = result.record.profile["pixel_values"]
+    assert [sizes.min[0], sizes.opt[0], sizes.max[0]] == [1, 5, 5]
+    assert_fused(result, precision, attentions_of(random_graphs.TINY))
 
 
 def attentions_of(config: random_graphs.Config) -> int:

@@ -154,7 +154,10 @@ def test_image_processor_inside_processor_config(make_checkpoint: Make) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "llava_next"}, r"model_type is 'llava_next'.*llava-hf/llava-1\.5-7b-hf"),
+        (
+            {"model_type": "llava_onevision"},
+            r"model_type is 'llava_onevision'.*llava-hf/llava-1\.5-7b-hf",
+        ),
         ({"vision_feature_layer": [-2, -5]}, "features of several layers"),
         ({"vision_feature_layer": 9}, "vision_feature_layer is 9 and the tower has 4 layers"),
         ({"vision_feature_layer": 0}, "vision_feature_layer is 0 and the tower has 4 layers"),

@@ -143,7 +143,9 @@ class BudgetedEncoder(AbstractContextManager["BudgetedEncoder"]):
 
     @property
     def _by_graph(self) -> list[list[int]]:
-        """The budgets of each graph, smallest first."""
+        """The budgets that one pass of a graph gives together, smallest first."""
+        if self._pool.bundle.most_squares > 1:  # the rank is that of one tile alone
+            return [[tokens] for tokens in self.budgets]
         graphs: dict[str, list[int]] = {}
         for tokens in self.budgets:
             graphs.setdefault(self._pool.bundle.vision(tokens).file, []).append(tokens)
@@ -185,7 +187,7 @@ class ObservedAnswerer:
         watts = self._meter.take_watts() if self._meter else None
         if visual is not self._last and (self._meter is None or watts is not None):
             cost = replace(cost_of(visual, answer), watts=watts)
-            self._controller.observe(visual.tokens.shape[1], cost, len(answer.token_ids))
+            self._controller.observe(visual.budget, cost, len(answer.token_ids))
         self._last = visual
         return answer
 

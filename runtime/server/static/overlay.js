@@ -45,7 +45,7 @@ export function legendOf(seen) {
     ["target", target, "stand for a group"],
     ["merged", merged, "merged"],
     ["dropped", dropped, "dropped"],
-    ["whole", whole, "of no single patch"],
+    ["whole", whole, seen.views ? "of the whole view, merged, or newlines" : "of no single patch"],
   ].filter(([, count]) => count > 0).map(([fate, count, words]) => ({ fate, count, words }));
 }
 

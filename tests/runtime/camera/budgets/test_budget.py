@@ -410,6 +410,7 @@ class RankedPool:
     """Budgets of 3 and 8 tokens that are prefixes of one ranking, and 16 of a graph of its own."""
 
     budgets = (3, 8, 16)
+    most_squares = 1
 
     def __init__(self) -> None:
         self.encoded: list[int] = []
@@ -449,3 +450,15 @@ def test_budgets_of_one_graph_are_encoded_once_and_differ_in_prefill() -> None:
     assert pool.encoded == [8, 16] * 6
     assert answered == [3, 8, 16] * 6
     assert [controller.predicted(count) for count in pool.budgets] == [31.0, 81.0, 161.0]
+
+
+def test_budgets_of_pictures_in_tiles_are_each_encoded() -> None:
+    """The ranking is of one square: the first tokens of a whole picture are no smaller budget."""
+
+    class TiledPool(RankedPool):
+        most_squares = 5
+
+    pool = TiledPool()
+    encoder = BudgetedEncoder(pool)  # type: ignore[arg-type]  # only what it asks of a pool
+    encoder.calibrate(ShadeAnswerer(), "?", Goal("latency", 60_000.0))
+    assert pool.encoded == [3, 8, 16] * 6

@@ -1,0 +1,58 @@
+"""Checkpoints whose pictures are cut into tiles: what their bundles say, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from engines.bundle import BundleDraft
+from engines.errors import OptionError
+from engines.manifest import Precision
+from engines.picture_tiles import NEWLINE, Newlines, PictureTiles
+from export.checkpoint.llava import Checkpoint
+
+_FILE = "vision/image_newline.safetensors"
+
+
+def tiles_of(checkpoint: Checkpoint, newlines: Newlines) -> PictureTiles | None:
+    """Return how a checkpoint's pictures are cut; None where a picture is one square."""
+    if checkpoint.resolutions is None:
+        return None
+    return PictureTiles(
+        side=checkpoint.image_size,
+        resolutions=checkpoint.resolutions,
+        newline=_FILE,
+        newlines=newlines,
+    )
+
+
+def write_newline(checkpoint: Checkpoint, tiles: PictureTiles, draft: BundleDraft) -> None:
+    """Write the vector that ends a row."""
+    newline = np.ascontiguousarray(checkpoint.image_newline().numpy())  # [D]
+    save_file({NEWLINE: newline}, draft.path(tiles.newline))
+
+
+def refuse_with_tiles(checkpoint: Checkpoint, precision: Precision, frames: bool) -> None:
+    """Refuse what is not built for a checkpoint whose pictures are cut into tiles.
+
+    Args:
+        checkpoint: opened.
+        precision: of the vision graph.
+        frames: whether the graph is to take camera frames.
+
+    Raises:
+        OptionError: frames, or a precision that is calibrated.
+    """
+    if checkpoint.resolutions is None:
+        return
+    if frames:
+        raise OptionError(
+            f"--input uint8: {checkpoint.name} cuts a picture into tiles by its proportions, and "
+            "the CPU does that. Leave --input and --frame out."
+        )
+    if precision not in ("fp32", "fp16"):
+        raise OptionError(
+            f"--precision {precision}: calibration looks at whole pictures, and the tower of "
+            f"{checkpoint.name} sees tiles of them as well, whose ranges nobody would have "
+            "measured. Use --precision fp16 or fp32."
+        )

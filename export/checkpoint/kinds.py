@@ -1,0 +1,54 @@
+"""The kinds of checkpoints that Foveate exports: what transformers calls them and their parts.
+
+Adding one is an entry in `KINDS`; what it does to a picture is a layout of its own
+(`runtime.vision.layouts`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+)
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
+
+from export.checkpoint.weights import LLAVA_PARTS, Part
+
+
+@dataclass(frozen=True)
+class CheckpointKind:
+    """A class of transformers.
+
+    Attributes:
+        config: its configuration.
+        model: the whole of it.
+        projector: its projector, made from the configuration.
+        parts: what its weights are made of.
+        tiled: whether a picture becomes several squares.
+    """
+
+    config: Any
+    model: Any
+    projector: type[nn.Module]
+    parts: tuple[Part, ...] = LLAVA_PARTS
+    tiled: bool = False
+
+
+KINDS = {
+    "llava": CheckpointKind(LlavaConfig, LlavaForConditionalGeneration, LlavaMultiModalProjector),
+    "llava_next": CheckpointKind(
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextMultiModalProjector,
+        parts=(*LLAVA_PARTS, Part.NEWLINE),
+        tiled=True,
+    ),
+}
+"""`model_type` of `config.json` -> its kind."""

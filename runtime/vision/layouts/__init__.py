@@ -1,0 +1,85 @@
+"""Picture layouts: how a picture becomes squares for the tower, and their tokens one sequence.
+
+`layout` says what a layout does; each of the others is one. Adding one is a file here, a record in
+`engines.picture_tiles` and a branch below.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from engines.bundle import Bundle
+from engines.errors import BundleError
+from engines.manifest import VisionGraph
+from engines.picture_tiles import NEWLINE, PictureTiles
+from runtime.vision.layouts.layout import Layout, Size, View
+from runtime.vision.layouts.llava_next import LlavaNext
+from runtime.vision.layouts.square import Square
+
+__all__ = ["Layout", "View", "layout_of", "views_of"]
+
+_ALL_TOKENS = "none"
+"""The reducer that leaves every token."""
+
+
+def layout_of(bundle: Bundle, graph: VisionGraph) -> Layout:
+    """Return the layout of a bundle's pictures.
+
+    Args:
+        bundle: from `open_bundle`.
+        graph: one of its graphs; where it leaves every token, every row ends with a newline.
+
+    Raises:
+        BundleError: the file of the newline is damaged or of another model.
+    """
+    tiles = bundle.manifest.tiles
+    newline = None
+    if tiles is not None and (tiles.newlines == "rows" or graph.reducer.name == _ALL_TOKENS):
+        newline = _read_newline(bundle, tiles)
+    return _layout(bundle, graph, newline)
+
+
+def views_of(bundle: Bundle, graph: VisionGraph, size: Size) -> tuple[View, ...]:
+    """Return how the patches that a graph sees lie over a picture, the coarsest view first.
+
+    Args:
+        bundle: from `open_bundle`.
+        graph: one of its graphs.
+        size: height and width of the picture, in pixels.
+    """
+    return _layout(bundle, graph, None).views(size)
+
+
+def _layout(bundle: Bundle, graph: VisionGraph, newline: NDArray[np.float32] | None) -> Layout:
+    tiles, patches = bundle.manifest.tiles, (graph.patch_rows, graph.patch_columns)
+    if tiles is None:
+        return Square(bundle.preprocessing, *patches)
+    return LlavaNext(bundle.preprocessing, tiles, *patches, newline)
+
+
+def _read_newline(bundle: Bundle, tiles: PictureTiles) -> NDArray[np.float32]:
+    """Return what ends a row, float32[D].
+
+    Raises:
+        BundleError: the file does not hold it.
+    """
+    file = bundle.path(tiles.newline)
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BundleError(
+            f"{file} is not a readable safetensors file ({error}). Build the bundle again."
+        ) from error
+    width = bundle.manifest.text.hidden_size
+    newline = tensors.get(NEWLINE)
+    if newline is None or newline.dtype != np.float32 or newline.shape != (width,):
+        held = {name: f"{each.dtype}{list(each.shape)}" for name, each in tensors.items()}
+        raise BundleError(
+            f"{file} holds {held}, expected {NEWLINE} float32[{width}]. Build the bundle again."
+        )
+    if not np.isfinite(newline).all():
+        raise BundleError(f"{file}: {NEWLINE} holds NaN or infinity. Build the bundle again.")
+    return newline

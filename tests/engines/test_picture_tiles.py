@@ -1,0 +1,77 @@
+"""What a bundle says of pictures in tiles: counted, checked, and absent from older bundles."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.bundle import open_bundle
+from engines.errors import BundleError
+from engines.inspect import describe_bundle
+from engines.picture_tiles import PictureTiles
+from engines.trt.batch_profile import ONE_IMAGE, BatchRange, usual_batch
+from tests.tiny_bundle import write_tiny_bundle
+
+NEXT = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+
+def tiles_of(**changes: Any) -> dict[str, Any]:
+    return {"side": 8, "resolutions": [[8, 16], [16, 16]], "newline": "tokenizer.json"} | changes
+
+
+def test_llava_next_has_2880_tokens_and_48_newlines() -> None:
+    tiles = PictureTiles(side=336, resolutions=NEXT, newline="newline.safetensors")
+    assert tiles.most_squares == 5
+    assert tiles.most_tokens(576, 24) == 2880 + 48
+    assert tiles.most_tokens(64, 24) == 5 * 64 + 48
+
+
+def test_a_plan_takes_the_squares_of_one_picture_at_once() -> None:
+    assert usual_batch(1) == ONE_IMAGE
+    assert usual_batch(5) == BatchRange(1, 5, 5)
+
+
+def test_a_bundle_counts_its_squares(tmp_path: Path) -> None:
+    bundle = open_bundle(write_tiny_bundle(tmp_path / "tiled", tiles=tiles_of()))
+    assert bundle.most_squares == 5
+    assert bundle.most_visual_tokens(bundle.vision()) == 5 * 2 + 2 * 2
+    assert describe_bundle(bundle)["tiles"]["newlines"] == "rows"
+    plain = open_bundle(write_tiny_bundle(tmp_path / "plain"))
+    assert (plain.most_squares, plain.most_visual_tokens(plain.vision())) == (1, 2)
+
+
+def test_a_bundle_from_before_tiles_still_opens(tmp_path: Path) -> None:
+    root = write_tiny_bundle(tmp_path / "old")
+    file = root / "bundle.json"
+    document = json.loads(file.read_text())
+    del document["tiles"], document["checksum"]
+    file.write_text(json.dumps(document | {"schema_version": 2}))
+    assert open_bundle(root).manifest.tiles is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"side": 4}, "tiles.side is 4, and preprocessing gives 8 x 8"),
+        ({"resolutions": [[8, 12]]}, "8 x 12, expected multiples of 8 pixels"),
+        ({"resolutions": [[8, 8 * 65]]}, "at most 64 tiles"),
+        ({"resolutions": []}, "tiles.resolutions is empty"),
+        ({"newline": "absent.safetensors"}, 'tiles.newline is "absent.safetensors"'),
+        ({"newlines": "columns"}, "tiles.newlines is"),
+        ({"kind": "frames"}, "tiles.kind is"),
+    ],
+)
+def test_tiles_that_cannot_be_are_refused(
+    tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    root = write_tiny_bundle(tmp_path / "tiled", tiles=tiles_of())
+    file = root / "bundle.json"
+    document = json.loads(file.read_text())
+    document["tiles"] |= changes
+    file.write_text(json.dumps(document))
+    with pytest.raises(BundleError) as raised:
+        open_bundle(root)
+    assert told in str(raised.value)
