@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engines.errors import CheckpointError
+from engines.termination import leave_if_asked
 from export.checkpoint.schema import IndexFile, checked, read_json
 
 SINGLE_FILE = "model.safetensors"
@@ -233,6 +234,7 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as shard:
             yield shard
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        leave_if_asked()
         fix = (
             "It is a Git LFS pointer, not the weights: run `git lfs pull` in that directory."
             if _is_pointer(file)

@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from engines.errors import CheckpointError
+from engines.termination import end_in_order
 from export.checkpoint import download as checkpoint_module
+from export.checkpoint import weights as weights_module
 from export.checkpoint.llava import open_checkpoint
+from export.checkpoint.weights import Part
 
 Make = Callable[..., Path]
 
@@ -214,6 +219,29 @@ def test_tells_damage_from_a_git_lfs_pointer(make_checkpoint: Make) -> None:
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(CheckpointError, match="git lfs pull"):
         open_checkpoint(root)
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_read_that_is_interrupted_is_not_called_damaged(
+    make_checkpoint: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    raised: type[BaseException],
+) -> None:
+    """safetensors turns whatever Python code raises while it makes a tensor into its own error."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except BaseException as error:
+            raise SafetensorError("could not determine the shape of object type") from error
+
+    checkpoint = open_checkpoint(make_checkpoint())
+    monkeypatch.setattr(weights_module, "safe_open", interrupted)
+    with pytest.raises(raised), end_in_order():
+        checkpoint.weights.read(Part.PROJECTOR)
 
 
 def test_tells_all_problems_together(make_checkpoint: Make) -> None:
