@@ -3,7 +3,8 @@
     python models/pocket-llava/evaluate.py --checkpoint RUN --data DIR --json accuracy-seed-1.json
     python models/pocket-llava/seeds.py
 
-The reports that lie beside this file enter, `accuracy.json` as seed 0; a Markdown table leaves.
+The reports that lie beside this file enter, `accuracy.json` as that of the weights that are here; a
+Markdown table leaves.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+SHIPPED = 2
+"""The seed of the weights that lie beside this file."""
 Report = dict[str, Any]
 
 
 def read_reports(folder: Path = HERE) -> dict[int, Report]:
     """Return the report of each seed that was measured."""
-    files = {0: folder / "accuracy.json"}
-    for file in sorted(folder.glob("accuracy-seed-*.json")):
+    files = {SHIPPED: folder / "accuracy.json"}
+    for file in folder.glob("accuracy-seed-*.json"):
         files[int(file.stem.rpartition("-")[2])] = file
-    return {seed: json.loads(file.read_text("utf-8")) for seed, file in files.items()}
+    return {seed: json.loads(files[seed].read_text("utf-8")) for seed in sorted(files)}
 
 
 def _exact(report: Report) -> str:
