@@ -18,13 +18,13 @@ import torch
 from answering import answer_logits, right_answers
 from architecture import HIDDEN_SIZE, TOWER_HEADS, look, tiles_from_images, tower_of
 from layout import GRID_SIZE, objects_from_array
-from packing import choose_questions, pack
-from questions import ask_each_type
+from packing import pack
+from questions import TYPES, ask_each_type, choose_questions
 from reducers import REDUCERS, SeenBatch, all_patches
 from scene_store import SceneStore
 from torch import Tensor, nn
 from torch.nn import functional
-from tower_stage import learning_rate_at
+from training_loop import build_optimizer, learning_rate_at, take_step
 from training_state import ProgressLog, TrainingState
 from transformers import LlavaForConditionalGeneration
 
@@ -165,7 +165,7 @@ def _draw_batch(
         tokens = torch.cat([rows[:, :1], tokens], 1)
     questions = [
         choose_questions(
-            objects_from_array(row), options.questions_per_image, current.type_weights, rng
+            objects_from_array(row), options.questions_per_image, current.type_weights, rng, TYPES
         )
         for row in store.objects[chosen]
     ]
@@ -240,26 +240,17 @@ def train_language(
     modules = nn.ModuleDict(
         {"projector": model.model.multi_modal_projector, "llm": model.model.language_model}
     )
-    optimizer = torch.optim.AdamW(
-        modules.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay,
-        betas=(0.9, 0.98), foreach=True,
-    )  # fmt: skip
+    optimizer = build_optimizer(modules, options.learning_rate, options.weight_decay)
     step = state.resume(modules, optimizer)
     while not _is_over(options, step, lambda: validation.measure(model, 200)):
         current, index = place_of_step(options, step)
         progress = index / current.steps
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(
-                progress, index, options.learning_rate, options.warmup_steps
-            )
         tokens, rest = _draw_batch(features, store, options, current, progress, step)
         with torch.autocast("cpu", torch.bfloat16):
             logits, targets = answer_logits(model, tokens, **rest)  # type: ignore[arg-type]
         loss = functional.cross_entropy(logits, targets)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
+        rate = learning_rate_at(progress, index, options.learning_rate, options.warmup_steps)
+        take_step(modules, optimizer, loss, rate)
         step += 1
         log.record(step, len(tokens), {"answers": loss}, f"{progress:.1%}")
         if step % 500 == 0:

@@ -6,14 +6,13 @@ for once and read by every question.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
-from layout import SceneObject
-from questions import TYPES, Question, ask
+from questions import Question
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from vocabulary import BOS, EOS, SYSTEM_PROMPT, build_tokenizer
@@ -58,25 +57,6 @@ def encode_prefix(with_system_prompt: bool) -> tuple[int, ...]:
     """Return the ids in front of the picture."""
     system = f"{SYSTEM_PROMPT} " if with_system_prompt else ""
     return encode(f"{BOS}{system}USER: ")
-
-
-def choose_questions(
-    objects: Sequence[SceneObject],
-    count: int,
-    type_weights: Mapping[str, float],
-    rng: np.random.Generator,
-) -> list[Question]:
-    """Ask up to `count` different questions, types drawn by their weights (1 if not named)."""
-    weights = np.array([type_weights.get(name, 1.0) for name in TYPES])
-    names = rng.choice(list(TYPES), size=2 * count, p=weights / weights.sum())
-    chosen: dict[str, Question] = {}
-    for name in names:
-        question = ask(str(name), objects, rng)
-        if question is not None:
-            chosen.setdefault(question.text, question)
-        if len(chosen) == count:
-            break
-    return list(chosen.values())
 
 
 def pack(

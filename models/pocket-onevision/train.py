@@ -1,0 +1,74 @@
+"""Train pocket-onevision from nothing: render, teach the tower, then the language model.
+
+    python models/pocket-onevision/train.py             # both stages, seed 0, then the checkpoint
+
+A run that was interrupted continues where it stood. Image counts, not hours, decide when it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # do not burn a shared core while waiting
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import paths  # noqa: F401 - makes pocket-llava's modules importable
+
+import torch  # isort: skip
+from onevision import build_model, tower_of
+from pictures import TRAIN_SEED, VALIDATION_SEED
+from scenes import SEED_STRIDE
+from tile_stage import TileOptions, train_tower
+from training_state import ProgressLog, TrainingState, load_weights, save_weights
+from transformers import LlavaOnevisionForConditionalGeneration
+from view_store import open_pictures
+
+HERE = Path(__file__).resolve().parent
+DENSE_PICTURES = 8_000
+PLAIN_PICTURES = 8_000
+CLIPS = 4_000
+VALIDATION_PICTURES = 300
+VALIDATION_CLIPS = 200
+
+
+def run_tower_stage(
+    model: LlavaOnevisionForConditionalGeneration, scenes: Path, run: Path, seed: int
+) -> None:
+    """Train the tower of `model`, or load it where this run has finished it before."""
+    finished = run / "tower.safetensors"
+    tower = tower_of(model)
+    if not finished.exists():
+        first = TRAIN_SEED + SEED_STRIDE * seed
+        store = open_pictures(scenes, "dense", first, DENSE_PICTURES, dense=True)
+        validation = open_pictures(scenes, "validation", VALIDATION_SEED, VALIDATION_PICTURES)
+        state = TrainingState(run / "tower-state.safetensors")
+        log = ProgressLog(run / "log.jsonl", "tower")
+        train_tower(tower, store, validation, replace(TileOptions(), seed=seed), state, log)
+        save_weights(tower, finished)
+    load_weights(tower, finished)
+
+
+def main() -> int:
+    """Read the command line and train what is not trained yet."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--stage", choices=("all", "scenes", "tower", "language"), default="all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run", type=Path, help="where state and logs go (run-SEED beside this)")
+    parser.add_argument("--scenes", type=Path, help="where rendered scenes are kept")
+    parser.add_argument("--out", type=Path, help="where the checkpoint goes (the run by default)")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    run = options.run or HERE / f"run-{options.seed}"
+    run.mkdir(parents=True, exist_ok=True)
+    scenes = options.scenes or HERE / "run-scenes"
+    model = build_model(options.seed)
+    run_tower_stage(model, scenes, run, options.seed)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
