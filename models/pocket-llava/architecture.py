@@ -43,6 +43,9 @@ def attend_plainly(
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention as two matmuls: trains 1.3 to 2 times faster than the fused one on a CPU."""
+    shared = query.shape[1] // key.shape[1]  # query heads that share a key head
+    if shared > 1:
+        key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
     scores = torch.matmul(query * scaling, key.transpose(-1, -2))
     if attention_mask is not None:
         scores = scores + attention_mask

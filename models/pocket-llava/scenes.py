@@ -211,9 +211,7 @@ def render(
     return add_grain(image, backdrop, rng), owner
 
 
-def label_patches(
-    owner: np.ndarray, patch_size: int = PATCH_SIZE, part: int = 4
-) -> np.ndarray:
+def label_patches(owner: np.ndarray, patch_size: int = PATCH_SIZE, part: int = 4) -> np.ndarray:
     """Say which object each patch shows.
 
     Args:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +20,14 @@ import paths  # noqa: F401 - makes pocket-llava's modules importable
 
 import torch  # isort: skip
 from onevision import build_model, tower_of
+from onevision_checkpoint import write_checkpoint
 from pictures import TRAIN_SEED, VALIDATION_SEED
+from reading_stage import ReadingOptions, open_seen, train_reading
 from scenes import SEED_STRIDE
 from tile_stage import TileOptions, train_tower
 from training_state import ProgressLog, TrainingState, load_weights, save_weights
 from transformers import LlavaOnevisionForConditionalGeneration
-from view_store import open_pictures
+from view_store import open_clips, open_pictures
 
 HERE = Path(__file__).resolve().parent
 DENSE_PICTURES = 8_000
@@ -51,10 +54,34 @@ def run_tower_stage(
     load_weights(tower, finished)
 
 
+def run_language_stage(
+    model: LlavaOnevisionForConditionalGeneration, scenes: Path, run: Path, seed: int
+) -> None:
+    """Train what reads the frozen tower of `model`, or load it where this run has finished it."""
+    finished = run / "model.safetensors"
+    if not finished.exists():
+        first = TRAIN_SEED + SEED_STRIDE * seed + 1
+        stores = (
+            open_pictures(scenes, "plain", first, PLAIN_PICTURES),
+            open_clips(scenes, "clips", first, CLIPS),
+        )
+        kept_out = (
+            open_pictures(scenes, "validation", VALIDATION_SEED, VALIDATION_PICTURES),
+            open_clips(scenes, "validation-clips", VALIDATION_SEED, VALIDATION_CLIPS),
+        )
+        seen = open_seen(model, stores, run, "features")
+        validation = open_seen(model, kept_out, run, "validation")
+        state = TrainingState(run / "language-state.safetensors")
+        log = ProgressLog(run / "log.jsonl", "language")
+        train_reading(model, *seen, validation, replace(ReadingOptions(), seed=seed), state, log)
+        save_weights(model, finished)
+    load_weights(model, finished)
+
+
 def main() -> int:
     """Read the command line and train what is not trained yet."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--stage", choices=("all", "scenes", "tower", "language"), default="all")
+    parser.add_argument("--stage", choices=("all", "tower"), default="all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", type=Path, help="where state and logs go (run-SEED beside this)")
     parser.add_argument("--scenes", type=Path, help="where rendered scenes are kept")
@@ -67,6 +94,12 @@ def main() -> int:
     scenes = options.scenes or HERE / "run-scenes"
     model = build_model(options.seed)
     run_tower_stage(model, scenes, run, options.seed)
+    if options.stage == "tower":
+        return 0
+    run_language_stage(model, scenes, run, options.seed)
+    out = options.out or run / "checkpoint"
+    write_checkpoint(model, out)
+    print(f"{out}: checkpoint written", file=sys.stderr)
     return 0
 
 
