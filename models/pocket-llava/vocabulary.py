@@ -21,7 +21,9 @@ _WORDS = (
     "yes no nothing left center right"
 )
 # What pocket-onevision is asked besides; pocket-llava's tokenizer has reserved places here.
-_MORE_WORDS = "sign signs with on have stripes bars checks dots moved entered happened in this clip"
+_MORE_WORDS = (
+    "sign signs with on have stripes bars checks dots moved entered happened first in this clip"
+)
 
 # The template joins turns as LLaVA-1.5 does. The image's position in a message is kept.
 CHAT_TEMPLATE = (

@@ -62,7 +62,7 @@ class ReadingOptions:
         clip_share: share of the steps that are about clips.
     """
 
-    learning: Learning = field(default_factory=lambda: Learning(3_600, 2e-3, 0.02, 200))
+    learning: Learning = field(default_factory=lambda: Learning(6_000, 2e-3, 0.02, 200))
     tokens_per_batch: int = 8_192  # fewer pictures a batch when each of them has more tokens
     largest_batch: int = 40
     questions_per_picture: int = 12
