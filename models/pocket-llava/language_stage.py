@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from answering import answer_logits, right_answers
 from architecture import HIDDEN_SIZE, TOWER_HEADS, look, tiles_from_images, tower_of
+from feature_cache import cache_features
 from layout import GRID_SIZE, objects_from_array
 from packing import pack
 from questions import TYPES, ask_each_type, choose_questions
@@ -94,20 +94,6 @@ def see(tower: nn.Module, images: np.ndarray) -> SeenBatch:
         seen = look(tower, tiles, places)
     keys = seen.keys.unflatten(-1, (TOWER_HEADS, -1)).mean(2)
     return SeenBatch(seen.features, seen.attention.sum(1).float(), keys.float())
-
-
-def cache_features(tower: nn.Module, store: SceneStore, path: Path) -> Tensor:
-    """Return bfloat16[N, 1 + P, D] of a store, kept in a file that is continued if interrupted."""
-    shape = (len(store), 1 + PATCHES, HIDDEN_SIZE)
-    counter = path.with_suffix(".count")
-    mode = "r+" if path.exists() else "w+"
-    kept = np.memmap(path, np.int16, mode, shape=shape)
-    done = int(counter.read_text()) if mode == "r+" and counter.exists() else 0
-    for start in range(done, len(store), 40):
-        features = see(tower, store.images[start : start + 40]).features.to(torch.bfloat16)
-        kept[start : start + 40] = features.view(torch.int16).numpy()
-        counter.write_text(str(min(start + 40, len(store))))
-    return torch.from_numpy(kept).view(torch.bfloat16)
 
 
 def choose_patches(labels: Tensor, count: int) -> Tensor:
@@ -235,7 +221,13 @@ def train_language(
     """Train projector and language model in place; the tower stays as it is."""
     tower = tower_of(model)
     store = store.first(options.scenes)
-    features = cache_features(tower, store, state.path.with_name("features.bin"))
+    features = cache_features(
+        state.path.with_name("features.bin"),
+        len(store),
+        (1 + PATCHES, HIDDEN_SIZE),
+        lambda part: see(tower, store.images[part]).features.to(torch.bfloat16),
+        batch=40,
+    )
     validation = open_validation(tower, validation_store, 200)
     modules = nn.ModuleDict(
         {"projector": model.model.multi_modal_projector, "llm": model.model.language_model}

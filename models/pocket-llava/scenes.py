@@ -10,9 +10,7 @@ writes `DIR/*.png` and `DIR/questions.jsonl` (one object a line: image, question
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from layout import (
 )
 from PIL import Image
 from questions import ask_each_type
+from written_dataset import run_writer
 
 # Seeds of the splits. Training seeds add their own number times SEED_STRIDE to the first.
 TRAIN_SEED = 1_000_000
@@ -278,17 +277,5 @@ def write_dataset(seed: int, count: int, out: Path) -> int:
     return asked
 
 
-def main() -> int:
-    """Read the command line and write pictures and questions."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    asked = write_dataset(options.seed, options.count, options.out)
-    print(f"{options.out}: {options.count} pictures, {asked} questions", file=sys.stderr)
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_writer(__doc__, write_dataset, "pictures"))

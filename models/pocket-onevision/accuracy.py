@@ -21,6 +21,7 @@ import paths  # noqa: F401 - makes pocket-llava's modules importable
 
 import numpy as np  # isort: skip
 import torch
+from architecture import tower_of
 from clips import FRAMES
 from evaluate import describe, format_types, paired_interval, read_held_out, report_types
 from events import CLIP_TYPES
@@ -35,7 +36,6 @@ from onevision import (
     order_views,
     picture_tokens,
     place_newlines,
-    tower_of,
 )
 from onevision_checkpoint import open_processor
 from pictures import PICTURE_TYPES, TILE_TYPES

@@ -9,9 +9,7 @@ writes `DIR/00000/00.png ...` and `DIR/questions.jsonl`. Frames are as large as 
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from pictures import shrink
 from PIL import Image
 from questions import Answered, Question, Types, ask_of_each, phrase
 from scenes import draw_backdrop, label_patches, render
+from written_dataset import run_writer
 
 LANES = (188.0, 156.0)  # where actors stand, in pixels from the top: near and farther
 POOLED_GRID = 6  # tokens a frame is wide
@@ -198,17 +197,5 @@ def write_clips(seed: int, count: int, out: Path) -> int:
     return len(rows)
 
 
-def main() -> int:
-    """Read the command line and write clips and questions."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--count", type=int, default=20)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    asked = write_clips(options.seed, options.count, options.out)
-    print(f"{options.out}: {options.count} clips, {asked} questions", file=sys.stderr)
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_writer(__doc__, write_clips, "clips", count=500))

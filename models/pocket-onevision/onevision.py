@@ -13,7 +13,7 @@ from typing import Any
 import paths  # noqa: F401 - makes pocket-llava's modules importable
 
 import torch  # isort: skip
-from architecture import HIDDEN_SIZE, LLM_HEADS, LLM_LAYERS, TOWER_HEADS, TOWER_LAYERS
+from architecture import HIDDEN_SIZE, LLM_SETTINGS, TOWER_HEADS, TOWER_LAYERS
 from layout import PATCH_SIZE
 from signs import TILE_SIZE
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from transformers import (
     Qwen2Config,
     SiglipVisionConfig,
 )
-from vocabulary import IMAGE, VIDEO, VOCABULARY_SIZE, list_words
+from vocabulary import IMAGE, VIDEO, list_words
 
 TILE_GRID = TILE_SIZE // PATCH_SIZE
 TILE_PATCHES = TILE_GRID**2
@@ -47,22 +47,7 @@ def build_config() -> LlavaOnevisionConfig:
         patch_size=PATCH_SIZE,
         vision_use_head=False,
     )
-    # A large rope_theta leaves many slow rotary pairs, by which tokens are found wherever they are.
-    llm = Qwen2Config(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=3 * HIDDEN_SIZE,
-        num_hidden_layers=LLM_LAYERS,
-        num_attention_heads=LLM_HEADS,
-        num_key_value_heads=KEY_VALUE_HEADS,
-        max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-        initializer_range=0.06,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    llm = Qwen2Config(**LLM_SETTINGS, num_key_value_heads=KEY_VALUE_HEADS)
     return LlavaOnevisionConfig(
         vision_config=tower,
         text_config=llm,
@@ -83,12 +68,6 @@ def build_model(seed: int) -> LlavaOnevisionForConditionalGeneration:
     model = LlavaOnevisionForConditionalGeneration(build_config())
     model.set_attn_implementation("plain")
     return model
-
-
-def tower_of(model: LlavaOnevisionForConditionalGeneration) -> Any:
-    """Return the module inside the vision tower, whatever transformers wraps it in."""
-    tower = model.model.vision_tower
-    return getattr(tower, "vision_model", tower)
 
 
 @dataclass(frozen=True)

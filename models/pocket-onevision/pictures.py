@@ -9,9 +9,7 @@ writes `DIR/*.png` and `DIR/questions.jsonl` (one object a line: image, question
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +23,7 @@ from PIL import Image
 from questions import NUMBERS, TYPES, Answered, Question, Types, ask_of_each, phrase
 from scenes import add_grain, draw_backdrop, label_patches, paint_scene
 from signs import PATTERNS, TILE_SIZE, Sign, draw_signs, paint_sign
+from written_dataset import run_writer
 
 # Seeds of the splits. Training seeds add their own number times SEED_STRIDE of pocket-llava.
 TRAIN_SEED = 5_000_000
@@ -170,17 +169,5 @@ def write_pictures(seed: int, count: int, out: Path) -> int:
     return len(rows)
 
 
-def main() -> int:
-    """Read the command line and write pictures and questions."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    asked = write_pictures(options.seed, options.count, options.out)
-    print(f"{options.out}: {options.count} pictures, {asked} questions", file=sys.stderr)
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_writer(__doc__, write_pictures, "pictures"))

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from answering import read_visual, whole_answers
-from architecture import HIDDEN_SIZE
+from architecture import HIDDEN_SIZE, tower_of
 from clips import FRAMES
 from events import CLIP_TYPES, POOLED_GRID
+from feature_cache import cache_features
 from language_stage import choose_patches
 from onevision import (
     TILE_PATCHES,
@@ -29,7 +30,6 @@ from onevision import (
     order_views,
     picture_tokens,
     place_newlines,
-    tower_of,
     trained_by_language,
 )
 from packing import PackedText, pack
@@ -94,21 +94,6 @@ def see_clips(tower: nn.Module, frames: np.ndarray) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         features = look(tower, normalise(flat)).features
     return features.to(torch.bfloat16).unflatten(0, (-1, FRAMES))
-
-
-def cache_features(
-    path: Path, count: int, shape: tuple[int, ...], see: Callable[[slice], Tensor]
-) -> Tensor:
-    """Return bfloat16[count, *shape] kept in a file, which is continued if it was interrupted."""
-    counter = path.with_suffix(".count")
-    mode = "r+" if path.exists() else "w+"
-    kept = np.memmap(path, np.int16, mode, shape=(count, *shape))
-    done = int(counter.read_text()) if mode == "r+" and counter.exists() else 0
-    for start in range(done, count, 20):
-        part = slice(start, min(start + 20, count))
-        kept[part] = see(part).view(torch.int16).numpy()
-        counter.write_text(str(part.stop))
-    return torch.from_numpy(kept).view(torch.bfloat16)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ import reading_stage  # noqa: E402
 import signs  # noqa: E402
 import tile_stage  # noqa: E402
 from answering import read_visual  # noqa: E402
+from architecture import tower_of  # noqa: E402
+from feature_cache import cache_features  # noqa: E402
 from layout import Layout, array_from_layout  # noqa: E402
 from onevision_checkpoint import open_processor, write_checkpoint  # noqa: E402
 from packing import encode, pack  # noqa: E402
@@ -222,7 +224,7 @@ def test_picture_path_is_the_one_of_transformers(checkpoint):
     inputs = processor(text=prompt, images=Image.fromarray(picture.image), return_tensors="pt")
     assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 744
     pixels = inputs["pixel_values"][0]
-    features = onevision.look(onevision.tower_of(model), pixels).features
+    features = onevision.look(tower_of(model), pixels).features
     tokens = onevision.picture_tokens(model, onevision.order_views(features[None]))
     theirs = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
     torch.testing.assert_close(tokens[0], theirs.pooler_output[0], rtol=1e-4, atol=1e-4)
@@ -237,7 +239,7 @@ def test_clip_path_is_the_one_of_transformers(checkpoint):
     clip = events.generate_event_clip(3, 1)
     question = events.ask_about_clip(clip.events, 3, 1)[-1]
     pixels = onevision.normalise(torch.from_numpy(clip.frames))
-    features = onevision.look(onevision.tower_of(model), pixels).features
+    features = onevision.look(tower_of(model), pixels).features
     tokens = onevision.clip_tokens(model, features[None])
     theirs = model.model.get_video_features(pixels[None]).pooler_output
     torch.testing.assert_close(tokens, theirs, rtol=1e-4, atol=1e-4)
@@ -257,7 +259,7 @@ def test_attention_received_is_that_of_the_last_layer(checkpoint):
     )
     pixels = torch.randn(2, 3, 96, 96)
     theirs = eager.model.vision_tower(pixels, output_attentions=True).attentions[-1]
-    seen = onevision.look(onevision.tower_of(model), pixels)
+    seen = onevision.look(tower_of(model), pixels)
     torch.testing.assert_close(seen.received, theirs.mean((1, 2)), rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(seen.received.sum(1), torch.ones(2))
 
@@ -339,8 +341,8 @@ def test_interrupted_feature_cache_is_continued(tmp_path):
         return torch.arange(part.start, part.stop, dtype=torch.bfloat16)[:, None]
 
     with pytest.raises(KeyboardInterrupt):
-        reading_stage.cache_features(tmp_path / "kept.bin", 50, (1,), see)
-    kept = reading_stage.cache_features(tmp_path / "kept.bin", 50, (1,), see)
+        cache_features(tmp_path / "kept.bin", 50, (1,), see)
+    kept = cache_features(tmp_path / "kept.bin", 50, (1,), see)
     assert calls == [0, 20, 20, 40]
     assert kept[:, 0].tolist() == list(range(50))
 
