@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ def cache_features(
         batch: rows of a part.
     """
     counter = path.with_suffix(".count")
-    mode = "r+" if path.exists() else "w+"
+    mode: Literal["r+", "w+"] = "r+" if path.exists() else "w+"
     kept = np.memmap(path, np.int16, mode, shape=(count, *shape))
     done = int(counter.read_text()) if mode == "r+" and counter.exists() else 0
     for start in range(done, count, batch):

@@ -92,7 +92,7 @@ def pack(
     length = max(len(row) for row in rows)
     table = np.full((len(rows), length, 5), (0, IGNORED, 0, -1, 0), np.int64)
     for index, row in enumerate(rows):
-        table[index, : len(row)] = row
+        table[index, : len(row)] = np.array(row, np.int64).reshape(-1, 5)
     columns = [column.contiguous() for column in torch.from_numpy(table).unbind(-1)]
     return PackedText(columns[0], columns[1], columns[2], columns[3], columns[4], asked)
 

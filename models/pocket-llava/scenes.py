@@ -194,7 +194,8 @@ def paint_scene(
 def add_grain(image: np.ndarray, backdrop: Backdrop, rng: np.random.Generator) -> np.ndarray:
     """Return a painted picture with sensor noise, uint8 of the same shape."""
     grain = rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 1), np.float32)
-    return np.clip(image + grain * backdrop.noise, 0, 255).astype(np.uint8)
+    noisy: np.ndarray = np.clip(image + grain * backdrop.noise, 0, 255).astype(np.uint8)
+    return noisy
 
 
 def render(

@@ -385,6 +385,14 @@ def test_all_tokens_kept_are_all_tokens(checkpoint):
     torch.testing.assert_close(chosen[0, 2], clip[0, 288])
 
 
+def test_clip_without_questions_is_packed_beside_others():
+    asked = ask_of_each((events.Event(0, 1, False),), np.random.default_rng(0), events.CLIP_TYPES)
+    text = pack([[], asked, []])
+    assert text.asked == asked
+    assert (text.blocks[0] == -1).all()
+    assert (text.targets[[0, 2]] == -100).all()
+
+
 # ---------------------------------------------------------------- measuring
 
 
