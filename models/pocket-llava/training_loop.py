@@ -68,7 +68,8 @@ def run_steps(
     state: TrainingState,
     log: ProgressLog,
     measure: Callable[[], dict[str, object]],
-    every: int = 250,
+    save_every: int = 50,
+    measure_every: int = 500,
 ) -> None:
     """Train in place, from where `state` stands.
 
@@ -79,7 +80,8 @@ def run_steps(
         state: where to resume from, and to save to.
         log: where losses go, and what is measured.
         measure: measures the modules on validation data.
-        every: steps between two saves, each with a measurement.
+        save_every: steps between two saves.
+        measure_every: steps between two measurements.
     """
     optimizer = build_optimizer(modules, learning.learning_rate, learning.weight_decay)
     step = state.resume(modules, optimizer)
@@ -91,6 +93,8 @@ def run_steps(
         take_step(modules, optimizer, loss, rate)
         step += 1
         log.record(step, outcome.images, outcome.losses, f"{outcome.note} {progress:.1%}")
-        if step % every == 0 or step == learning.steps:
+        is_last = step == learning.steps
+        if step % save_every == 0 or is_last:
             state.save(modules, optimizer, step)
+        if step % measure_every == 0 or is_last:
             log.write({"step": step, "validation": measure()})

@@ -72,7 +72,7 @@ class ReadingOptions:
     fewest_clip_tokens: int = 64
     whole_share: float = 0.35
     whole_clip_share: float = 0.5
-    clip_share: float = 0.4
+    clip_share: float = 0.5
     chained_share: float = 0.2
     system_prompt_share: float = 0.15
     seed: int = 0

@@ -173,4 +173,4 @@ def train_tower(
     measure: Callable[[], dict[str, object]] = lambda: dict(  # noqa: E731
         measure_tower(tower, heads, validation)
     )
-    run_steps(modules, options.learning, losses_at, state, log, measure, every=100)
+    run_steps(modules, options.learning, losses_at, state, log, measure, measure_every=100)

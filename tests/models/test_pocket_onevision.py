@@ -360,7 +360,7 @@ def test_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path):
             torch.manual_seed(step)
             return StepOutcome({"square": module(torch.randn(8, 4)).square().mean()}, 8, "")
 
-        run_steps(module, Learning(8, 1e-2, 0.0, 2), losses_at, state, log, dict, every=2)
+        run_steps(module, Learning(8, 1e-2, 0.0, 2), losses_at, state, log, dict, save_every=2)
         return module.weight.detach()
 
     with pytest.raises(KeyboardInterrupt):
