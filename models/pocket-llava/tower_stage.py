@@ -69,7 +69,8 @@ class PatchHeads(nn.Module):
         """Return logits of colour, shape, own x, own y, object x, object base y per patch."""
         directions = functional.normalize(features, dim=-1)
         weights = functional.normalize(self.patch.weight, dim=-1)
-        return (self.scale * directions @ weights.T).split(self.sizes, dim=-1)
+        logits = (self.scale * directions @ weights.T).split(self.sizes, dim=-1)
+        return tuple(logits)
 
 
 class TowerHeads(PatchHeads):

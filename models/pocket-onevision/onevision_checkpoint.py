@@ -27,14 +27,16 @@ from vocabulary import IMAGE, VIDEO, VIDEO_CHAT_TEMPLATE, build_tokenizer
 PIXEL_MEAN = PIXEL_STD = (0.5, 0.5, 0.5)
 
 
-class PictureProcessor(LlavaOnevisionProcessor):  # type: ignore[misc]
+class PictureProcessor(LlavaOnevisionProcessor):
     """transformers' processor without its half for clips, which needs torchvision."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: object) -> object:
         """Let the video processor be missing."""
         if argument_name == "video_processor" and argument is None:
             return None
-        return super().check_argument_for_proper_class(argument_name, argument)
+        return super().check_argument_for_proper_class(  # type: ignore[no-untyped-call]
+            argument_name, argument
+        )
 
 
 def build_image_processor() -> LlavaOnevisionImageProcessorPil:
@@ -61,7 +63,7 @@ def open_processor(folder: Path) -> PictureProcessor:
     """Open the processor of a checkpoint where there is no torchvision."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     images = LlavaOnevisionImageProcessorPil.from_pretrained(folder)
-    return PictureProcessor(
+    return PictureProcessor(  # type: ignore[no-untyped-call]
         image_processor=images, tokenizer=tokenizer, chat_template=VIDEO_CHAT_TEMPLATE, **_SETTINGS
     )
 
