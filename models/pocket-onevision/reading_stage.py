@@ -92,8 +92,8 @@ def see_clips(tower: nn.Module, frames: np.ndarray) -> Tensor:
     """Return the tower's features of clips, bfloat16[B, F, P, D]."""
     flat = torch.from_numpy(np.array(frames)).flatten(0, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        features = look(tower, normalise(flat)).features
-    return features.to(torch.bfloat16).unflatten(0, (-1, FRAMES))
+        features = look(tower, normalise(flat)).features.to(torch.bfloat16)
+    return features.view(-1, FRAMES, *features.shape[1:])
 
 
 @dataclass(frozen=True)
