@@ -11,10 +11,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-trt test-faults test-gpu test-llamacpp test-vllm \
   test-edgellm test-triton test-ray test-serve-fuzz test-page test-real-size test-install train-pocket \
+  train-pocket-onevision \
   lint format bench clean
 
 help:  ## List the targets.
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
 
 install: $(VENV)/.installed  ## Create .venv and install everything `make demo` and `make test` need.
 
@@ -136,6 +137,9 @@ test-real-size: install  ## Build and ask a LLaVA-1.5-7B of random weights (60 G
 
 train-pocket: install  ## Train the bundled checkpoint from nothing (about two hours on two cores).
 	$(BIN)/python models/pocket-llava/train.py
+
+train-pocket-onevision: install  ## The same for the one that sees tiles and clips.
+	$(BIN)/python models/pocket-onevision/train.py
 
 lint: install  ## Check style and types.
 	$(BIN)/ruff check .

@@ -7,6 +7,8 @@ before it: exactly when greedy decoding gives it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from packing import IGNORED, PackedText, block_mask, encode_prefix
 from torch import Tensor
@@ -32,11 +34,18 @@ def answer_logits(
     Returns:
         logits: float32[A, V] at the answers' tokens, and their targets int64[A].
     """
+    visual = model.model.multi_modal_projector(tokens)
+    return read_visual(model, visual, text, gap, with_system_prompt)
+
+
+def read_visual(
+    model: Any, visual: Tensor, text: PackedText, gap: int = 0, with_system_prompt: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Run the language model alone, on visual tokens float32[B, N, D]; see `answer_logits`."""
     llm = model.model.language_model
     embed = llm.get_input_embeddings()
     prefix = torch.tensor(encode_prefix(with_system_prompt))
-    batch, before = len(tokens), len(prefix) + tokens.shape[1]
-    visual = model.model.multi_modal_projector(tokens)
+    batch, before = len(visual), len(prefix) + visual.shape[1]
     inputs = torch.cat(
         [embed(prefix).expand(batch, -1, -1), visual.to(torch.float32), embed(text.ids)], 1
     )
@@ -55,7 +64,11 @@ def answer_logits(
 @torch.no_grad()
 def right_answers(model: LlavaForConditionalGeneration, tokens: Tensor, text: PackedText) -> Tensor:
     """Return bool[number of questions asked], which of them are answered exactly."""
-    logits, targets = answer_logits(model, tokens, text)
+    return whole_answers(*answer_logits(model, tokens, text), text)
+
+
+def whole_answers(logits: Tensor, targets: Tensor, text: PackedText) -> Tensor:
+    """Return bool[number of questions asked], from what `read_visual` returned."""
     question = text.questions[text.targets != IGNORED]
     wrong = torch.zeros(len(text.asked), dtype=torch.int64)
     wrong.index_add_(0, question, (logits.argmax(-1) != targets).long())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from architecture import PIXEL_MEAN, PIXEL_STD
 from layout import IMAGE_SIZE, PATCH_SIZE
@@ -41,6 +42,13 @@ def build_processor() -> LlavaProcessor:
 
 def write_checkpoint(model: LlavaForConditionalGeneration, out: Path) -> None:
     """Write everything `from_pretrained` needs under `out`."""
+    write_model(model, out)
+    build_processor().save_pretrained(out)
+    complete_json_files(out, build_processor().image_processor, "CLIPImageProcessor")
+
+
+def write_model(model: Any, out: Path) -> None:
+    """Write the weights in float16, and the configurations, under `out`."""
     out.mkdir(parents=True, exist_ok=True)
     model.set_attn_implementation("sdpa")
     model.generation_config = GenerationConfig(
@@ -48,25 +56,23 @@ def write_checkpoint(model: LlavaForConditionalGeneration, out: Path) -> None:
     )
     model.half().save_pretrained(out)
     model.float().set_attn_implementation("plain")
-    processor = build_processor()
-    processor.save_pretrained(out)
-    _complete_json_files(out, processor)
 
 
-def _complete_json_files(out: Path, processor: LlavaProcessor) -> None:
+def complete_json_files(out: Path, image_processor: Any, class_name: str) -> None:
     """Repeat a few settings under the names that older releases and other tools look for."""
-    settings = processor.image_processor.to_dict()
-    settings["image_processor_type"] = "CLIPImageProcessor"
-    _write_json(out / "preprocessor_config.json", settings)
+    settings = image_processor.to_dict()
+    settings["image_processor_type"] = class_name
+    write_json(out / "preprocessor_config.json", settings)
 
     config = json.loads((out / "config.json").read_text())
     config["text_config"]["rope_theta"] = config["text_config"]["rope_parameters"]["rope_theta"]
-    _write_json(out / "config.json", config)
+    write_json(out / "config.json", config)
 
     tokenizer = json.loads((out / "tokenizer_config.json").read_text())
     tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-    _write_json(out / "tokenizer_config.json", tokenizer)
+    write_json(out / "tokenizer_config.json", tokenizer)
 
 
-def _write_json(path: Path, content: dict[str, object]) -> None:
+def write_json(path: Path, content: dict[str, object]) -> None:
+    """Write an object as indented JSON."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -66,8 +66,8 @@ def generate_clip(seed: int, index: int, frames: int = FRAMES) -> Clip:
     layouts, pictures = [], []
     for time in np.linspace(0, 1, frames):
         moved = replace(actor, x=follow(float(time)))
-        objects = [_pan_object(item, still.horizon, pan * time) for item in still.objects]
-        objects.append(_pan_object(moved, still.horizon, pan * time))
+        objects = [pan_object(item, still.horizon, pan * time) for item in still.objects]
+        objects.append(pan_object(moved, still.horizon, pan * time))
         visible = tuple(item for item in objects if -15 < item.x < IMAGE_SIZE + 15)
         layouts.append(Layout(still.horizon, visible))
         # The same tints in every frame, and noise that depends on them alone: enough for a test.
@@ -76,7 +76,7 @@ def generate_clip(seed: int, index: int, frames: int = FRAMES) -> Clip:
     return Clip(np.stack(pictures), tuple(layouts), event, _ask(event, actor.name))
 
 
-def _pan_object(item: SceneObject, horizon: float, pan: float) -> SceneObject:
+def pan_object(item: SceneObject, horizon: float, pan: float) -> SceneObject:
     """Displace an object as the camera pans; near ones more."""
     nearness = (item.base_y - horizon) / (IMAGE_SIZE - horizon)
     return replace(item, x=item.x + pan * (0.5 + 0.5 * nearness))

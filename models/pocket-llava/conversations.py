@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from packing import choose_questions
 from PIL import Image
+from questions import TYPES, choose_questions
 from scenes import generate_scene
 
 
@@ -32,7 +32,7 @@ def write_conversations(seed: int, count: int, questions: int, out: Path) -> int
         name = f"{index:05d}.png"
         Image.fromarray(image).save(out / "images" / name, compress_level=1)
         rng = np.random.default_rng((seed, index, 1))
-        for number, asked in enumerate(choose_questions(layout.objects, questions, {}, rng)):
+        for number, asked in enumerate(choose_questions(layout.objects, questions, {}, rng, TYPES)):
             turns = [
                 {"from": "human", "value": f"<image>\n{asked.text}"},
                 {"from": "gpt", "value": asked.answer},

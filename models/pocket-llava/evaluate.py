@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,12 @@ class HeldOut:
     questions: list[list[Question]]
 
 
-def read_held_out(folder: Path) -> HeldOut:
-    """Read a folder that `scenes.py` wrote."""
+def read_held_out(folder: Path, about: str = "image") -> HeldOut:
+    """Read a folder that `scenes.py` wrote; `about` is the name of a row's file or folder."""
     per_image: dict[str, list[Question]] = defaultdict(list)
     for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        per_image[row["image"]].append(Question(row["type"], row["question"], row["answer"]))
+        per_image[row[about]].append(Question(row["type"], row["question"], row["answer"]))
     return HeldOut([folder / name for name in per_image], list(per_image.values()))
 
 
@@ -134,13 +134,20 @@ def paired_interval(
     return [round(float(value), 4) for value in np.quantile(values, [0.025, 0.975])]
 
 
-def _report_types(
-    held_out: HeldOut, right: np.ndarray, wrong_image: np.ndarray
+def report_types(
+    names: Iterable[str], asked: Sequence[Question], right: np.ndarray, wrong_image: np.ndarray
 ) -> dict[str, dict[str, Any]]:
-    asked = [question for questions in held_out.questions for question in questions]
+    """Return exact match, interval and baselines of each type.
+
+    Args:
+        names: the types.
+        asked: every question.
+        right: bool[questions], which were answered exactly.
+        wrong_image: the same where another picture was shown.
+    """
     types = np.array([question.type for question in asked])
     report = {}
-    for name in TYPES:
+    for name in names:
         mask = types == name
         answers = Counter(question.answer for question in asked if question.type == name)
         report[name] = {
@@ -160,11 +167,12 @@ def evaluate(checkpoint: Path, data: Path, generate: int) -> dict[str, Any]:
     picture = np.repeat(np.arange(len(lengths)), lengths)
     everything = judge(model, seen, held_out)
     blind = judge(model, seen, held_out, wrong_image=True)
+    asked = [question for questions in held_out.questions for question in questions]
     report: dict[str, Any] = {
         "pictures": len(lengths),
         "all": describe(everything),
         "wrong_image": describe(blind),
-        "types": _report_types(held_out, everything, blind),
+        "types": report_types(TYPES, asked, everything, blind),
         "reducers": {},
     }
     for budget in BUDGETS:
@@ -176,7 +184,7 @@ def evaluate(checkpoint: Path, data: Path, generate: int) -> dict[str, Any]:
             "visionzip_over_random": paired_interval(zipped, right["random"], picture),
         }
         if budget == 64:
-            report["types_visionzip_64"] = _report_types(held_out, zipped, blind)
+            report["types_visionzip_64"] = report_types(TYPES, asked, zipped, blind)
     if generate:
         report["generate"] = compare_generate(model, processor, held_out, everything, generate)
     return report
@@ -213,18 +221,26 @@ def compare_generate(
     }
 
 
-def format_report(report: dict[str, Any]) -> str:
-    """Format a report as the tables of the card, in Markdown."""
+def format_types(
+    types: dict[str, dict[str, Any]], whole: dict[str, Any], wrong_image: float
+) -> list[str]:
+    """Format the accuracy of each type, and of all, as lines of a Markdown table."""
     lines = ["| type | exact match | 95 % interval | majority | wrong image | questions |"]
     lines.append("|---|---|---|---|---|---|")
-    for name, row in {**report["types"], "**all**": report["all"]}.items():
+    for name, row in {**types, "**all**": whole}.items():
         low, high = row["interval"]
-        blind = row.get("wrong_image", report["wrong_image"]["exact"])
+        blind = row.get("wrong_image", wrong_image)
         majority = f"{row['majority']:.1%}" if "majority" in row else ""
         lines.append(
             f"| {name} | {row['exact']:.1%} | {low:.1%} to {high:.1%} | {majority} "
             f"| {blind:.1%} | {row['count']} |"
         )
+    return lines
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """Format a report as the tables of the card, in Markdown."""
+    lines = format_types(report["types"], report["all"], report["wrong_image"]["exact"])
     lines += ["", "| tokens | " + " | ".join(REDUCERS) + " |", "|---" * (len(REDUCERS) + 1) + "|"]
     for budget, cells in report["reducers"].items():
         row = " | ".join(f"{cells[name]['exact']:.1%}" for name in REDUCERS)

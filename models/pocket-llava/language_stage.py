@@ -10,21 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from answering import answer_logits, right_answers
 from architecture import HIDDEN_SIZE, TOWER_HEADS, look, tiles_from_images, tower_of
+from feature_cache import cache_features
 from layout import GRID_SIZE, objects_from_array
-from packing import choose_questions, pack
-from questions import ask_each_type
+from packing import pack
+from questions import TYPES, ask_each_type, choose_questions
 from reducers import REDUCERS, SeenBatch, all_patches
 from scene_store import SceneStore
 from torch import Tensor, nn
 from torch.nn import functional
-from tower_stage import learning_rate_at
+from training_loop import build_optimizer, learning_rate_at, take_step
 from training_state import ProgressLog, TrainingState
 from transformers import LlavaForConditionalGeneration
 
@@ -96,20 +96,6 @@ def see(tower: nn.Module, images: np.ndarray) -> SeenBatch:
     return SeenBatch(seen.features, seen.attention.sum(1).float(), keys.float())
 
 
-def cache_features(tower: nn.Module, store: SceneStore, path: Path) -> Tensor:
-    """Return bfloat16[N, 1 + P, D] of a store, kept in a file that is continued if interrupted."""
-    shape = (len(store), 1 + PATCHES, HIDDEN_SIZE)
-    counter = path.with_suffix(".count")
-    mode = "r+" if path.exists() else "w+"
-    kept = np.memmap(path, np.int16, mode, shape=shape)
-    done = int(counter.read_text()) if mode == "r+" and counter.exists() else 0
-    for start in range(done, len(store), 40):
-        features = see(tower, store.images[start : start + 40]).features.to(torch.bfloat16)
-        kept[start : start + 40] = features.view(torch.int16).numpy()
-        counter.write_text(str(min(start + 40, len(store))))
-    return torch.from_numpy(kept).view(torch.bfloat16)
-
-
 def choose_patches(labels: Tensor, count: int) -> Tensor:
     """Choose `count` patches of each picture, in random order, at least one of every object.
 
@@ -165,7 +151,7 @@ def _draw_batch(
         tokens = torch.cat([rows[:, :1], tokens], 1)
     questions = [
         choose_questions(
-            objects_from_array(row), options.questions_per_image, current.type_weights, rng
+            objects_from_array(row), options.questions_per_image, current.type_weights, rng, TYPES
         )
         for row in store.objects[chosen]
     ]
@@ -235,31 +221,28 @@ def train_language(
     """Train projector and language model in place; the tower stays as it is."""
     tower = tower_of(model)
     store = store.first(options.scenes)
-    features = cache_features(tower, store, state.path.with_name("features.bin"))
+    features = cache_features(
+        state.path.with_name("features.bin"),
+        len(store),
+        (1 + PATCHES, HIDDEN_SIZE),
+        lambda part: see(tower, store.images[part]).features.to(torch.bfloat16),
+        batch=40,
+    )
     validation = open_validation(tower, validation_store, 200)
     modules = nn.ModuleDict(
         {"projector": model.model.multi_modal_projector, "llm": model.model.language_model}
     )
-    optimizer = torch.optim.AdamW(
-        modules.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay,
-        betas=(0.9, 0.98), foreach=True,
-    )  # fmt: skip
+    optimizer = build_optimizer(modules, options.learning_rate, options.weight_decay)
     step = state.resume(modules, optimizer)
     while not _is_over(options, step, lambda: validation.measure(model, 200)):
         current, index = place_of_step(options, step)
         progress = index / current.steps
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(
-                progress, index, options.learning_rate, options.warmup_steps
-            )
         tokens, rest = _draw_batch(features, store, options, current, progress, step)
         with torch.autocast("cpu", torch.bfloat16):
             logits, targets = answer_logits(model, tokens, **rest)  # type: ignore[arg-type]
         loss = functional.cross_entropy(logits, targets)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
+        rate = learning_rate_at(progress, index, options.learning_rate, options.warmup_steps)
+        take_step(modules, optimizer, loss, rate)
         step += 1
         log.record(step, len(tokens), {"answers": loss}, f"{progress:.1%}")
         if step % 500 == 0:

@@ -6,14 +6,13 @@ for once and read by every question.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 import torch
-from layout import SceneObject
-from questions import TYPES, Question, ask
+from questions import Question
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from vocabulary import BOS, EOS, SYSTEM_PROMPT, build_tokenizer
@@ -60,25 +59,6 @@ def encode_prefix(with_system_prompt: bool) -> tuple[int, ...]:
     return encode(f"{BOS}{system}USER: ")
 
 
-def choose_questions(
-    objects: Sequence[SceneObject],
-    count: int,
-    type_weights: Mapping[str, float],
-    rng: np.random.Generator,
-) -> list[Question]:
-    """Ask up to `count` different questions, types drawn by their weights (1 if not named)."""
-    weights = np.array([type_weights.get(name, 1.0) for name in TYPES])
-    names = rng.choice(list(TYPES), size=2 * count, p=weights / weights.sum())
-    chosen: dict[str, Question] = {}
-    for name in names:
-        question = ask(str(name), objects, rng)
-        if question is not None:
-            chosen.setdefault(question.text, question)
-        if len(chosen) == count:
-            break
-    return list(chosen.values())
-
-
 def pack(
     questions_per_picture: Sequence[Sequence[Question]],
     rng: np.random.Generator | None = None,
@@ -112,7 +92,7 @@ def pack(
     length = max(len(row) for row in rows)
     table = np.full((len(rows), length, 5), (0, IGNORED, 0, -1, 0), np.int64)
     for index, row in enumerate(rows):
-        table[index, : len(row)] = row
+        table[index, : len(row)] = np.array(row, np.int64).reshape(-1, 5)
     columns = [column.contiguous() for column in torch.from_numpy(table).unbind(-1)]
     return PackedText(columns[0], columns[1], columns[2], columns[3], columns[4], asked)
 

@@ -6,9 +6,10 @@ are weighted so that no type can be answered by always saying the same thing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 from layout import (
@@ -39,9 +40,11 @@ class Question:
 
 
 Answered = tuple[str, str] | None
+Scene = TypeVar("Scene")  # what questions of a kind are about
+Types = Mapping[str, Callable[[Scene, np.random.Generator], Answered]]
 
 
-def _phrase(rng: np.random.Generator, *wordings: str) -> str:
+def phrase(rng: np.random.Generator, *wordings: str) -> str:
     """Take the first wording mostly, and another one now and then."""
     if len(wordings) == 1 or rng.random() < 0.6:
         return wordings[0]
@@ -80,7 +83,7 @@ def _ask_shape(objects: Objects, rng: np.random.Generator) -> Answered:
 
 
 def _ask_count(objects: Objects, rng: np.random.Generator) -> Answered:
-    text = _phrase(rng, "How many objects are there?", "How many objects do you see?")
+    text = phrase(rng, "How many objects are there?", "How many objects do you see?")
     return text, NUMBERS[len(objects)]
 
 
@@ -97,7 +100,7 @@ def _ask_exists(objects: Objects, rng: np.random.Generator) -> Answered:
         choices = near if near and rng.random() < 0.8 else far
         answer, kind = "no", choices[int(rng.integers(len(choices)))]
     name = SceneObject(kind, 0, 0, 0).name
-    return _phrase(rng, f"Is there a {name}?", f"Do you see a {name}?"), answer
+    return phrase(rng, f"Is there a {name}?", f"Do you see a {name}?"), answer
 
 
 def _ask_where(objects: Objects, rng: np.random.Generator) -> Answered:
@@ -128,7 +131,7 @@ def _ask_nearest(objects: Objects, rng: np.random.Generator) -> Answered:
     near_first = sorted(objects, key=lambda item: -item.base_y)
     if len(near_first) < 2 or near_first[0].base_y - near_first[1].base_y < MIN_GAP_Y:
         return None
-    text = _phrase(rng, "What is the nearest object?", "What object is nearest?")
+    text = phrase(rng, "What is the nearest object?", "What object is nearest?")
     return text, near_first[0].name
 
 
@@ -137,7 +140,7 @@ def _ask_count_shape(objects: Objects, rng: np.random.Generator) -> Answered:
     counts = [sum(item.shape == shape for item in objects) for shape in range(len(SHAPES))]
     weights = np.array([(0.25, 0.5, 1.6, 4.0, 6.0)[count] for count in counts])
     shape = int(rng.choice(len(SHAPES), p=weights / weights.sum()))
-    text = _phrase(
+    text = phrase(
         rng, f"How many {PLURALS[shape]} are there?", f"How many {PLURALS[shape]} do you see?"
     )
     return text, NUMBERS[counts[shape]]
@@ -145,7 +148,7 @@ def _ask_count_shape(objects: Objects, rng: np.random.Generator) -> Answered:
 
 def _ask_path(objects: Objects, rng: np.random.Generator) -> Answered:
     offsets = [abs(item.x / IMAGE_SIZE - 0.5) for item in objects]
-    text = _phrase(rng, "Is the path clear?", "Is the path ahead clear?")
+    text = phrase(rng, "Is the path clear?", "Is the path ahead clear?")
     if min(offsets) < CORRIDOR_BLOCKED:
         return text, "no"
     return (text, "yes") if min(offsets) > CORRIDOR_CLEAR else None
@@ -155,13 +158,13 @@ def _ask_list(objects: Objects, rng: np.random.Generator) -> Answered:
     row = sorted(objects, key=lambda item: item.x)
     if any(right.x - left.x < MIN_GAP_X for left, right in pairwise(row)):
         return None
-    text = _phrase(
+    text = phrase(
         rng, "What do you see from left to right?", "What do you see?", "List the objects."
     )
     return text, ", ".join(item.name for item in row)
 
 
-TYPES: dict[str, Callable[[Objects, np.random.Generator], Answered]] = {
+TYPES: Types[Objects] = {
     "color": _ask_color,
     "shape": _ask_shape,
     "count": _ask_count,
@@ -175,13 +178,40 @@ TYPES: dict[str, Callable[[Objects, np.random.Generator], Answered]] = {
 }
 
 
-def ask(type_name: str, objects: Objects, rng: np.random.Generator) -> Question | None:
-    """Ask one question of a type, or return None where the layout would make it ambiguous."""
-    answered = TYPES[type_name](objects, rng)
+def ask(
+    type_name: str, scene: Scene, rng: np.random.Generator, types: Types[Scene]
+) -> Question | None:
+    """Ask one question of a type, or return None where the scene would make it ambiguous."""
+    answered = types[type_name](scene, rng)
     return None if answered is None else Question(type_name, *answered)
+
+
+def ask_of_each(scene: Scene, rng: np.random.Generator, types: Types[Scene]) -> list[Question]:
+    """Ask one question of every one of `types` that this scene allows."""
+    asked = (ask(type_name, scene, rng, types) for type_name in types)
+    return [question for question in asked if question is not None]
 
 
 def ask_each_type(objects: Objects, rng: np.random.Generator) -> list[Question]:
     """Ask one question of every type that this layout allows."""
-    asked = (ask(type_name, objects, rng) for type_name in TYPES)
-    return [question for question in asked if question is not None]
+    return ask_of_each(objects, rng, TYPES)
+
+
+def choose_questions(
+    scene: Scene,
+    count: int,
+    type_weights: Mapping[str, float],
+    rng: np.random.Generator,
+    types: Types[Scene],
+) -> list[Question]:
+    """Ask up to `count` different questions, types drawn by their weights (1 if not named)."""
+    weights = np.array([type_weights.get(name, 1.0) for name in types])
+    names = rng.choice(list(types), size=2 * count, p=weights / weights.sum())
+    chosen: dict[str, Question] = {}
+    for name in names:
+        question = ask(str(name), scene, rng, types)
+        if question is not None:
+            chosen.setdefault(question.text, question)
+        if len(chosen) == count:
+            break
+    return list(chosen.values())

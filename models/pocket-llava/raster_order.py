@@ -26,13 +26,14 @@ from checkpoint import write_checkpoint
 from evaluate import load_checkpoint
 from language_stage import LanguageOptions, open_validation, see
 from layout import objects_from_array
-from packing import choose_questions, pack
+from packing import pack
+from questions import TYPES, choose_questions
 from scene_store import SceneStore, open_store
 from scenes import SEED_STRIDE, TRAIN_SEED, VALIDATION_SEED
 from torch import nn
 from torch.nn import functional
-from tower_stage import learning_rate_at
 from train import PLAIN_SCENES, VALIDATION_SCENES
+from training_loop import build_optimizer, learning_rate_at, take_step
 from training_state import ProgressLog
 from transformers import LlavaForConditionalGeneration
 
@@ -69,21 +70,17 @@ def train_in_raster_order(
     modules = nn.ModuleDict(
         {"projector": model.model.multi_modal_projector, "llm": model.model.language_model}
     )
-    optimizer = torch.optim.AdamW(
-        modules.parameters(), lr=options.learning_rate, weight_decay=asking.weight_decay,
-        betas=(0.9, 0.98), foreach=True,
-    )  # fmt: skip
+    optimizer = build_optimizer(modules, options.learning_rate, asking.weight_decay)
     weights = asking.rounds[0].type_weights
     for step in range(options.steps):
         rng = np.random.default_rng((options.seed, 30, step))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(
-                step / options.steps, step, options.learning_rate, options.warmup_steps
-            )
+        progress = step / options.steps
         part = slice(step * options.batch, (step + 1) * options.batch)
         tokens = see(tower_of(model), store.images[part]).features[:, 1:]
         questions = [
-            choose_questions(objects_from_array(row), asking.questions_per_image, weights, rng)
+            choose_questions(
+                objects_from_array(row), asking.questions_per_image, weights, rng, TYPES
+            )
             for row in store.objects[part]
         ]
         text = pack(questions, rng, asking.chained_share)
@@ -91,10 +88,8 @@ def train_in_raster_order(
         with torch.autocast("cpu", torch.bfloat16):
             logits, targets = answer_logits(model, tokens, text, with_system_prompt=system)
         loss = functional.cross_entropy(logits, targets)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-        optimizer.step()
+        rate = learning_rate_at(progress, step, options.learning_rate, options.warmup_steps)
+        take_step(modules, optimizer, loss, rate)
         log.record(step + 1, len(tokens), {"answers": loss}, f"{(step + 1) / options.steps:.1%}")
 
 

@@ -6,7 +6,9 @@ A seed and a count enter; memory-mapped arrays leave. A finished store is found 
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,9 @@ from layout import GRID_SIZE, IMAGE_SIZE, MAX_OBJECTS_DENSE, array_from_layout
 from scenes import generate_scene
 
 _CHUNK = 500
+
+Columns = Mapping[str, tuple[type[np.generic], tuple[int, ...]]]
+Row = tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True)
@@ -40,33 +45,50 @@ class SceneStore:
 
 def open_store(folder: Path, name: str, seed: int, count: int, dense: bool = False) -> SceneStore:
     """Open the store `name`, rendering it first if it is not there yet."""
+    columns: Columns = {
+        "images": (np.uint8, (IMAGE_SIZE, IMAGE_SIZE, 3)),
+        "labels": (np.int8, (GRID_SIZE**2,)),
+        "objects": (np.float32, (MAX_OBJECTS_DENSE, 4)),
+    }
     place = folder / f"{name}-{seed}-{count}"
-    files = [place / f"{part}.npy" for part in ("images", "labels", "objects")]
+    return SceneStore(*open_arrays(place, columns, count, partial(_draw_row, seed, dense)))
+
+
+def _draw_row(seed: int, dense: bool, index: int) -> Row:
+    layout, image, label = generate_scene(seed, index, dense)
+    return image, label, array_from_layout(layout)
+
+
+def open_arrays(
+    place: Path, columns: Columns, count: int, draw: Callable[[int], Row]
+) -> list[np.ndarray]:
+    """Open the arrays kept under `place`, drawing them in two processes if they are not there.
+
+    Args:
+        place: a folder; a file in it says that it is complete.
+        columns: type and shape of a row of each array, by name.
+        count: rows.
+        draw: returns row `index` of every array; it is sent to other processes.
+
+    Returns:
+        For each column, an array [count, ...] that is read from disk as it is used.
+    """
+    files = [place / f"{name}.npy" for name in columns]
     if not (place / "complete").exists():
-        _render_store(files, seed, count, dense)
+        place.mkdir(parents=True, exist_ok=True)
+        for file, (dtype, shape) in zip(files, columns.values(), strict=True):
+            np.lib.format.open_memmap(file, "w+", dtype, (count, *shape)).flush()
+        chunks = [
+            (files, draw, start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)
+        ]
+        with multiprocessing.get_context("spawn").Pool(2) as pool:
+            pool.starmap(_draw_chunk, chunks)
         (place / "complete").touch()
-    return SceneStore(*(np.load(file, mmap_mode="r") for file in files))
+    return [np.load(file, mmap_mode="r") for file in files]
 
 
-def _render_store(files: list[Path], seed: int, count: int, dense: bool) -> None:
-    shapes = [
-        (np.uint8, (count, IMAGE_SIZE, IMAGE_SIZE, 3)),
-        (np.int8, (count, GRID_SIZE**2)),
-        (np.float32, (count, MAX_OBJECTS_DENSE, 4)),
-    ]
-    files[0].parent.mkdir(parents=True, exist_ok=True)
-    for file, (dtype, shape) in zip(files, shapes, strict=True):
-        np.lib.format.open_memmap(file, "w+", dtype, shape).flush()
-    chunks = [
-        (files, seed, start, min(start + _CHUNK, count), dense) for start in range(0, count, _CHUNK)
-    ]
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        pool.starmap(_render_chunk, chunks)
-
-
-def _render_chunk(files: list[Path], seed: int, start: int, stop: int, dense: bool) -> None:
-    images, labels, objects = (np.load(file, mmap_mode="r+") for file in files)
+def _draw_chunk(files: list[Path], draw: Callable[[int], Row], start: int, stop: int) -> None:
+    arrays = [np.load(file, mmap_mode="r+") for file in files]
     for index in range(start, stop):
-        layout, image, label = generate_scene(seed, index, dense)
-        images[index], labels[index] = image, label
-        objects[index] = array_from_layout(layout)
+        for array, value in zip(arrays, draw(index), strict=True):
+            array[index] = value

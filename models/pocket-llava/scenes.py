@@ -10,9 +10,7 @@ writes `DIR/*.png` and `DIR/questions.jsonl` (one object a line: image, question
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from layout import (
 )
 from PIL import Image
 from questions import ask_each_type
+from written_dataset import run_writer
 
 # Seeds of the splits. Training seeds add their own number times SEED_STRIDE to the first.
 TRAIN_SEED = 1_000_000
@@ -34,7 +33,7 @@ VALIDATION_SEED = 77
 TEST_SEED = 20_260_711
 SEED_STRIDE = 100_000
 
-_RGB = np.array(
+OBJECT_RGB = np.array(
     [[200, 35, 35], [35, 150, 50], [40, 70, 205], [220, 200, 40], [140, 45, 170]], np.float32
 )
 _ROWS, _COLUMNS = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE].astype(np.float32)
@@ -169,48 +168,72 @@ def paint_object(
     owner[top:bottom, left:right][mask] = number
 
 
-def render(
+def paint_scene(
     layout: Layout, backdrop: Backdrop, rng: np.random.Generator, shift: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Render a layout.
+    """Paint a layout without sensor noise.
 
     Args:
         layout: the objects, far to near.
         backdrop: what is behind them.
-        rng: draws the objects' tints and the sensor noise.
+        rng: draws the objects' tints.
         shift: how far the far wall's view is displaced, for clips; objects are already displaced.
 
     Returns:
-        image: uint8[IMAGE_SIZE, IMAGE_SIZE, 3] RGB.
+        image: float32[IMAGE_SIZE, IMAGE_SIZE, 3] RGB, 0 to 255 and a little beyond.
         owner: int16[IMAGE_SIZE, IMAGE_SIZE], 1 + the object's index in the layout, or 0.
     """
     image = paint_backdrop(backdrop, layout.horizon, shift)
     owner = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.int16)
     for number, item in enumerate(layout.objects, start=1):
-        tint = (_RGB[item.color] + rng.uniform(-18, 18, 3)) * rng.uniform(0.75, 1.15)
+        tint = (OBJECT_RGB[item.color] + rng.uniform(-18, 18, 3)) * rng.uniform(0.75, 1.15)
         paint_object(image, owner, item, tint.astype(np.float32), number)
+    return image, owner
+
+
+def add_grain(image: np.ndarray, backdrop: Backdrop, rng: np.random.Generator) -> np.ndarray:
+    """Return a painted picture with sensor noise, uint8 of the same shape."""
     grain = rng.standard_normal((IMAGE_SIZE, IMAGE_SIZE, 1), np.float32)
-    image += grain * backdrop.noise
-    return np.clip(image, 0, 255).astype(np.uint8), owner
+    noisy: np.ndarray = np.clip(image + grain * backdrop.noise, 0, 255).astype(np.uint8)
+    return noisy
 
 
-def label_patches(owner: np.ndarray) -> np.ndarray:
-    """Say which object each patch shows.
+def render(
+    layout: Layout, backdrop: Backdrop, rng: np.random.Generator, shift: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Render a layout, see `paint_scene`.
 
     Returns:
-        int8[GRID_SIZE ** 2]: 1 + the object's index where it covers a quarter of the patch,
-        0 where there is floor or wall, -100 in between.
+        image: uint8[IMAGE_SIZE, IMAGE_SIZE, 3] RGB.
+        owner: int16[IMAGE_SIZE, IMAGE_SIZE], 1 + the object's index in the layout, or 0.
     """
-    split = owner.reshape(GRID_SIZE, PATCH_SIZE, GRID_SIZE, PATCH_SIZE)
-    tiles = split.swapaxes(1, 2).reshape(GRID_SIZE**2, PATCH_SIZE**2)
-    label = np.zeros(GRID_SIZE**2, np.int8)
-    best = np.zeros(GRID_SIZE**2, np.int64)
+    image, owner = paint_scene(layout, backdrop, rng, shift)
+    return add_grain(image, backdrop, rng), owner
+
+
+def label_patches(owner: np.ndarray, patch_size: int = PATCH_SIZE, part: int = 4) -> np.ndarray:
+    """Say which object each patch shows.
+
+    Args:
+        owner: int16[IMAGE_SIZE, IMAGE_SIZE], see `render`.
+        patch_size: pixels of the picture that a patch is wide; more where it is seen smaller.
+        part: an object has to cover one in so many pixels of a patch to be what it shows.
+
+    Returns:
+        int8[G ** 2] with G = IMAGE_SIZE // patch_size: 1 + the object's index where it covers a
+        quarter of the patch (see `part`), 0 where there is floor or wall, -100 in between.
+    """
+    grid, area = IMAGE_SIZE // patch_size, patch_size**2
+    split = owner.reshape(grid, patch_size, grid, patch_size)
+    tiles = split.swapaxes(1, 2).reshape(grid**2, area)
+    label = np.zeros(grid**2, np.int8)
+    best = np.zeros(grid**2, np.int64)
     for number in range(1, int(owner.max()) + 1):
         covered = (tiles == number).sum(1)
         larger = covered > best
         label[larger], best[larger] = number, covered[larger]
-    quarter, trace = PATCH_SIZE**2 // 4, PATCH_SIZE**2 // 12
-    return np.where(best >= quarter, label, np.where(best >= trace, _UNSURE, 0)).astype(np.int8)
+    enough, trace = area // part, area // (3 * part)
+    return np.where(best >= enough, label, np.where(best >= trace, _UNSURE, 0)).astype(np.int8)
 
 
 def generate_scene(
@@ -255,17 +278,5 @@ def write_dataset(seed: int, count: int, out: Path) -> int:
     return asked
 
 
-def main() -> int:
-    """Read the command line and write pictures and questions."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    asked = write_dataset(options.seed, options.count, options.out)
-    print(f"{options.out}: {options.count} pictures, {asked} questions", file=sys.stderr)
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_writer(__doc__, write_dataset, "pictures"))

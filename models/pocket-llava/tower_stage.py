@@ -7,7 +7,6 @@ place it was cut from. The whole grid comes last, because the class token has to
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +17,8 @@ from layout import COLORS, GRID_SIZE, KIND_COUNT, MAX_OBJECTS_DENSE, SHAPES
 from scene_store import SceneStore
 from torch import Tensor, nn
 from torch.nn import functional
-from tower_targets import PLACE_BINS, TowerTargets, make_targets, soft_bins
+from tower_targets import PLACE_BINS, PatchTargets, TowerTargets, make_targets, soft_bins
+from training_loop import build_optimizer, learning_rate_at, take_step
 from training_state import ProgressLog, TrainingState
 
 
@@ -51,19 +51,33 @@ class TowerOptions:
     seed: int = 0
 
 
-class TowerHeads(nn.Module):
-    """What the losses read; thrown away after training.
+class PatchHeads(nn.Module):
+    """What the losses of patches read; thrown away after training.
 
-    The per-patch heads compare directions: features and weights are normalised, and the scale is
-    fixed. So no attribute can be kept at a small amplitude that only a large weight could read,
-    which is what an LLM behind a projector would then miss.
+    They compare directions: features and weights are normalised, and the scale is fixed. So no
+    attribute can be kept at a small amplitude that only a large weight could read, which is what
+    an LLM behind a projector would then miss.
     """
+
+    def __init__(self, shapes: int = len(SHAPES)) -> None:
+        super().__init__()
+        self.sizes = [len(COLORS) + 1, shapes + 1, *[PLACE_BINS] * 4]
+        self.patch = nn.Linear(HIDDEN_SIZE, sum(self.sizes), bias=False)
+        self.scale = 20.0
+
+    def read_patches(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Return logits of colour, shape, own x, own y, object x, object base y per patch."""
+        directions = functional.normalize(features, dim=-1)
+        weights = functional.normalize(self.patch.weight, dim=-1)
+        logits = (self.scale * directions @ weights.T).split(self.sizes, dim=-1)
+        return tuple(logits)
+
+
+class TowerHeads(PatchHeads):
+    """What the losses of patches and of the class token read."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes = [len(COLORS) + 1, len(SHAPES) + 1, *[PLACE_BINS] * 4]
-        self.patch = nn.Linear(HIDDEN_SIZE, sum(self.sizes), bias=False)
-        self.scale = 20.0
         self.norm = nn.LayerNorm(HIDDEN_SIZE)
         per_class = KIND_COUNT * 4 + MAX_OBJECTS_DENSE + 1
         self.inner_class = nn.Linear(HIDDEN_SIZE, per_class)
@@ -71,12 +85,6 @@ class TowerHeads(nn.Module):
         for head in (self.inner_class, self.last_class):
             nn.init.constant_(head.bias, 0.0)
             nn.init.constant_(head.bias[:KIND_COUNT], -2.5)
-
-    def read_patches(self, features: Tensor) -> tuple[Tensor, ...]:
-        """Return logits of colour, shape, own x, own y, object x, object base y per patch."""
-        directions = functional.normalize(features, dim=-1)
-        weights = functional.normalize(self.patch.weight, dim=-1)
-        return (self.scale * directions @ weights.T).split(self.sizes, dim=-1)
 
     def read_class_token(self, token: Tensor, last: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return presence [B, K], side [B, K, 3] and count logits of a class token."""
@@ -91,15 +99,15 @@ def _bin_loss(logits: Tensor, value: Tensor) -> Tensor:
     return -(soft_bins(value) * logits.log_softmax(-1)).sum(-1)
 
 
-def tower_losses(
-    seen: TowerLook, heads: TowerHeads, targets: TowerTargets, options: TowerOptions
+def patch_losses(
+    features: Tensor, heads: PatchHeads, targets: PatchTargets, background_weight: float
 ) -> dict[str, Tensor]:
-    """Return every loss by name, already weighted."""
-    color, shape, own_x, own_y, object_x, object_y = heads.read_patches(seen.features[:, 1:])
+    """Return the losses of what patches show and where, float32[B, P, D] features given."""
+    color, shape, own_x, own_y, object_x, object_y = heads.read_patches(features)
     losses: dict[str, Tensor] = {}
     for name, logits, target in (("color", color, targets.color), ("shape", shape, targets.shape)):
         weights = torch.ones(logits.shape[-1])
-        weights[0] = options.background_weight
+        weights[0] = background_weight
         losses[name] = functional.cross_entropy(
             logits.flatten(0, 1), target.flatten(), weight=weights, ignore_index=-100
         )
@@ -111,17 +119,36 @@ def tower_losses(
         at_x = _bin_loss(object_x[known], place[:, 0])
         at_y = _bin_loss(object_y[known], place[:, 1])
         losses["object_place"] = 0.5 * (at_x + at_y).mean()
+    return losses
+
+
+def attention_loss(focus: Tensor, wanted: Tensor, floor: float) -> Tensor:
+    """Return how far attention is from what is wanted, both float32[B, P].
+
+    Args:
+        focus: attention to each patch; it need not sum to one.
+        wanted: see `PatchTargets.attention`.
+        floor: share of it that is spread over all patches.
+    """
+    focus = focus / focus.sum(1, keepdim=True)
+    in_view = wanted.sum(1, keepdim=True)
+    wanted = (1 - floor) * wanted + floor / focus.shape[1] * in_view
+    return -(wanted * (focus + 1e-6).log()).sum(1).mean()
+
+
+def tower_losses(
+    seen: TowerLook, heads: TowerHeads, targets: TowerTargets, options: TowerOptions
+) -> dict[str, Tensor]:
+    """Return every loss by name, already weighted."""
+    losses = patch_losses(seen.features[:, 1:], heads, targets, options.background_weight)
     for name, token, last in (
         ("class", seen.features[:, 0], False),
         ("class_last", seen.class_token, True),
     ):
         losses[name] = _class_token_loss(heads.read_class_token(token, last), targets)
-    focus = seen.attention.mean(1)
-    focus = focus / focus.sum(1, keepdim=True)
-    in_view = targets.attention.sum(1, keepdim=True)
-    floor = options.attention_floor / focus.shape[1]
-    wanted = (1 - options.attention_floor) * targets.attention + floor * in_view
-    losses["attention"] = -options.attention_weight * (wanted * (focus + 1e-6).log()).sum(1).mean()
+    losses["attention"] = options.attention_weight * attention_loss(
+        seen.attention.mean(1), targets.attention, options.attention_floor
+    )
     return losses
 
 
@@ -165,12 +192,6 @@ def cut_windows(
     return tiles, places_tensor, make_targets(labels, objects, places)
 
 
-def learning_rate_at(progress: float, step: int, peak: float, warmup_steps: int) -> float:
-    """Warm up linearly, then follow a cosine to 1 % of the peak."""
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return peak * min(1.0, (step + 1) / warmup_steps) * (0.01 + 0.99 * cosine)
-
-
 def train_tower(
     tower: nn.Module,
     stores: dict[int, SceneStore],
@@ -191,10 +212,7 @@ def train_tower(
     """
     heads = TowerHeads()
     modules = nn.ModuleDict({"tower": tower, "heads": heads})
-    optimizer = torch.optim.AdamW(
-        modules.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay,
-        betas=(0.9, 0.98), foreach=True,
-    )  # fmt: skip
+    optimizer = build_optimizer(modules, options.learning_rate, options.weight_decay)
     step = state.resume(modules, optimizer)
     total = sum(phase.cost for phase in options.phases)
     first_step, done = 0, 0.0
@@ -202,10 +220,6 @@ def train_tower(
         steps = phase.images // phase.batch
         for index in range(max(0, step - first_step), steps):
             progress = (done + phase.cost * index / steps) / total
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(
-                    progress, step, options.learning_rate, options.warmup_steps
-                )
             rng = np.random.default_rng((options.seed, 10, step))
             store = stores[phase.window]
             chosen = rng.choice(len(store), phase.batch, replace=False)
@@ -214,10 +228,8 @@ def train_tower(
                 seen = look(tower, tiles, places)
             losses = tower_losses(seen, heads, targets, options)
             loss = torch.stack(list(losses.values())).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-            optimizer.step()
+            rate = learning_rate_at(progress, step, options.learning_rate, options.warmup_steps)
+            take_step(modules, optimizer, loss, rate)
             step += 1
             log.record(step, phase.batch, losses, f"window {phase.window} {progress:.1%}")
             if step % 500 == 0:

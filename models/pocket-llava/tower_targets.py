@@ -18,19 +18,15 @@ MIN_VISIBLE_PATCHES = 3
 
 
 @dataclass(frozen=True)
-class TowerTargets:
-    """Targets of a batch; B windows of P patches.
+class PatchTargets:
+    """Targets of patches; B views of P patches.
 
     Attributes:
         color: int64[B, P], 0 background, 1 + colour, or -100.
         shape: int64[B, P], 0 background, 1 + shape, or -100.
         own_place: float32[B, P, 2], the patch's centre in the picture, 0 to 1.
         object_place: float32[B, P, 2], x and base_y of the object it shows.
-        object_known: bool[B, P], where `object_place` means something and is in the window.
-        presence: float32[B, KIND_COUNT], 1 where the kind is visible.
-        presence_known: float32[B, KIND_COUNT], 0 where only a trace of it is visible.
-        side: int64[B, KIND_COUNT], third of the picture the kind stands in, or -100.
-        count: int64[B], visible objects.
+        object_known: bool[B, P], where `object_place` means something and is in the view.
         attention: float32[B, P], an equal share for each visible object; all 0 if there is none.
     """
 
@@ -39,11 +35,24 @@ class TowerTargets:
     own_place: Tensor
     object_place: Tensor
     object_known: Tensor
+    attention: Tensor
+
+
+@dataclass(frozen=True)
+class TowerTargets(PatchTargets):
+    """Targets of patches and of the class token.
+
+    Attributes:
+        presence: float32[B, KIND_COUNT], 1 where the kind is visible.
+        presence_known: float32[B, KIND_COUNT], 0 where only a trace of it is visible.
+        side: int64[B, KIND_COUNT], third of the picture the kind stands in, or -100.
+        count: int64[B], visible objects.
+    """
+
     presence: Tensor
     presence_known: Tensor
     side: Tensor
     count: Tensor
-    attention: Tensor
 
 
 def make_targets(labels: np.ndarray, objects: np.ndarray, places: np.ndarray) -> TowerTargets:
@@ -65,12 +74,7 @@ def make_targets(labels: np.ndarray, objects: np.ndarray, places: np.ndarray) ->
     object_place = objects[batch, numbers, 1:3] / IMAGE_SIZE
     inside = _objects_inside(objects, rows, columns)  # [B, 8]
 
-    one_hot = (labels[..., None] == np.arange(1, MAX_OBJECTS_DENSE + 1)).astype(np.float32)
-    visible = one_hot.sum(1)  # [B, 8] patches per object
-    share = one_hot / np.maximum(visible, 1)[:, None]
-    objects_in_view = (visible > 0).sum(1)
-    attention = share.sum(-1) / np.maximum(objects_in_view, 1)[:, None]
-
+    attention, visible = share_attention(labels, MAX_OBJECTS_DENSE)
     presence, known, side = _describe_kinds(objects, visible)
     own_place = np.stack([(columns + 0.5) / GRID_SIZE, (rows + 0.5) / GRID_SIZE], -1)
     return TowerTargets(
@@ -83,8 +87,27 @@ def make_targets(labels: np.ndarray, objects: np.ndarray, places: np.ndarray) ->
         presence_known=torch.from_numpy(known),
         side=torch.from_numpy(side),
         count=torch.from_numpy((visible >= MIN_VISIBLE_PATCHES).sum(1)),
-        attention=torch.from_numpy(attention.astype(np.float32)),
+        attention=torch.from_numpy(attention),
     )
+
+
+def share_attention(labels: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Give each visible object an equal share of the attention, spread over its patches.
+
+    Args:
+        labels: int8[B, P], see `scenes.label_patches`.
+        most: the highest number of an object.
+
+    Returns:
+        attention: float32[B, P].
+        visible: float32[B, most], how many patches show each object.
+    """
+    one_hot = (labels[..., None] == np.arange(1, most + 1)).astype(np.float32)
+    visible = one_hot.sum(1)
+    share = one_hot / np.maximum(visible, 1)[:, None]
+    objects_in_view = (visible > 0).sum(1)
+    attention = share.sum(-1) / np.maximum(objects_in_view, 1)[:, None]
+    return attention.astype(np.float32), visible
 
 
 def _objects_inside(objects: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -8,7 +8,6 @@ A run that was interrupted continues where it stood. Image counts, not hours, de
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from dataclasses import replace
@@ -25,6 +24,7 @@ from scene_store import SceneStore, open_store
 from scenes import SEED_STRIDE, TRAIN_SEED, VALIDATION_SEED
 from tower_check import class_attention, measure_attention
 from tower_stage import TowerOptions, train_tower
+from training_command import read_training_command
 from training_state import ProgressLog, TrainingState, load_weights, save_weights
 from transformers import LlavaForConditionalGeneration
 
@@ -82,26 +82,16 @@ def run_language_stage(
 
 def main() -> int:
     """Read the command line and train what is not trained yet."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--stage", choices=("all", "tower", "language"), default="all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--run", type=Path, help="where state and logs go (run-SEED beside this)")
-    parser.add_argument("--scenes", type=Path, help="where rendered scenes are kept")
-    parser.add_argument("--out", type=Path, help="where the checkpoint goes (the run by default)")
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    run = options.run or HERE / f"run-{options.seed}"
-    run.mkdir(parents=True, exist_ok=True)
-    scenes = open_scenes(options.scenes or HERE / "run-scenes", options.seed)
-    model = build_model(options.seed)
-    run_tower_stage(model, scenes, run, options.seed)
-    if options.stage == "tower":
+    asked = read_training_command(__doc__, HERE)
+    torch.set_num_threads(asked.threads)
+    scenes = open_scenes(asked.scenes, asked.seed)
+    model = build_model(asked.seed)
+    run_tower_stage(model, scenes, asked.run, asked.seed)
+    if asked.tower_only:
         return 0
-    run_language_stage(model, scenes, run, options.seed)
-    out = options.out or run / "checkpoint"
-    write_checkpoint(model, out)
-    print(f"{out}: checkpoint written", file=sys.stderr)
+    run_language_stage(model, scenes, asked.run, asked.seed)
+    write_checkpoint(model, asked.out)
+    print(f"{asked.out}: checkpoint written", file=sys.stderr)
     return 0
 
 
