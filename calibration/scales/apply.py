@@ -26,14 +26,14 @@ def apply_calibration(model: ir.Model, calibration: Calibration, form: NumberFor
 
     Layers it excludes stay as they are. A norm whose layers are all excluded is not smoothed.
 
-    Returns:
-        How many attentions were quantized.
-
     Args:
         model: a float32 graph of the checkpoint the calibration was made on, such as
             `export.vision.to_onnx.trace_graph` gives; convert to float16 afterwards.
         calibration: from `calibrate` or `load_calibration`.
         form: what the layers become; its ``one_scale`` is for graphs that become float16.
+
+    Returns:
+        How many attentions were quantized.
 
     Raises:
         CalibrationError: the graph is not float32, or the calibration is of other weights.

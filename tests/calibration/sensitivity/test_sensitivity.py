@@ -19,6 +19,7 @@ from calibration.agreement.token_metrics import Agreement, Gate
 from calibration.scales.apply import apply_calibration
 from calibration.scales.calibrate import CalibrationOptions, calibrate
 from calibration.scales.calibration_file import Calibration, load_calibration
+from calibration.scales.number_format import NumberFormat
 from calibration.sensitivity.report import json_from_report, svg_from_report, table_from_report
 from calibration.sensitivity.search import SensitivityReport, search_exclusions
 from engines.errors import CalibrationError, FoveateError
@@ -93,9 +94,9 @@ def measured(monkeypatch) -> list[tuple[str, ...]]:
     """What each trial that is really measured leaves in floating point."""
     found: list[tuple[str, ...]] = []
 
-    def apply(model: ir.Model, calibration: Calibration) -> None:
+    def apply(model: ir.Model, calibration: Calibration, form: NumberFormat) -> None:
         found.append(calibration.excluded)
-        apply_calibration(model, calibration)
+        apply_calibration(model, calibration, form)
 
     monkeypatch.setattr("calibration.sensitivity.trials.apply_calibration", apply)
     return found
