@@ -55,5 +55,5 @@ def clip_large_graph(
     model: CLIPVisionModel, projector: nn.Module, reducer: Reducer
 ) -> VisionModule:
     """Return the whole graph around a reducer."""
-    tower = clip_tower(model, FEATURE_LAYER, reducer.scoring)
+    tower = clip_tower(model, (FEATURE_LAYER,), reducer.scoring)
     return VisionModule(tower, reducer, projector, IMAGE_SIZE, PATCHES).eval()

@@ -82,7 +82,7 @@ def make_graph(reducer: str, config: Config) -> VisionModule:
     tokens = None if reducer == "none" else 64 if patches > 64 else 16
     chosen = reducer_for_budget(reducer, tokens, patches)
     projector = make_projector(config)
-    tower = make_tower(model, config.num_hidden_layers - 1, chosen.scoring)
+    tower = make_tower(model, (config.num_hidden_layers - 1,), chosen.scoring)
     graph = VisionModule(tower, chosen, projector, image_size, patches)
     return graph.eval().requires_grad_(False)
 

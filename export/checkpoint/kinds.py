@@ -15,9 +15,12 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
+from transformers.models.vipllava.modeling_vipllava import VipLlavaMultiModalProjector
 
 from export.checkpoint.weights import LLAVA_PARTS, Part
 
@@ -32,6 +35,7 @@ class CheckpointKind:
         projector: its projector, made from the configuration.
         parts: what its weights are made of.
         tiled: whether a picture becomes several squares.
+        select_strategy: its `vision_feature_select_strategy` where the configuration does not say.
     """
 
     config: Any
@@ -39,6 +43,11 @@ class CheckpointKind:
     projector: type[nn.Module]
     parts: tuple[Part, ...] = LLAVA_PARTS
     tiled: bool = False
+    select_strategy: str | None = None
+
+    def select_strategy_of(self, config: Any) -> str:
+        """Return what becomes of the class token: "default" drops it, "full" keeps it."""
+        return self.select_strategy or str(config.vision_feature_select_strategy)
 
 
 KINDS = {
@@ -49,6 +58,12 @@ KINDS = {
         LlavaNextMultiModalProjector,
         parts=(*LLAVA_PARTS, Part.NEWLINE),
         tiled=True,
+    ),
+    "vipllava": CheckpointKind(
+        VipLlavaConfig,
+        VipLlavaForConditionalGeneration,
+        VipLlavaMultiModalProjector,
+        select_strategy="default",
     ),
 }
 """`model_type` of `config.json` -> its kind."""

@@ -17,11 +17,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from engines.errors import CheckpointError
 from engines.manifest import Preprocessing, Prompt
@@ -65,8 +61,8 @@ class Checkpoint:
         config: its whole configuration.
         vision_config: configuration of the vision tower.
         text_config: configuration of the language model.
-        feature_layer: how many encoder layers run before the features are taken, 1 to all of them
-            (LLaVA-1.5: 23 of 24, which its configuration calls -2).
+        feature_layers: how many encoder layers run before features are taken, each 1 to all of them
+            (LLaVA-1.5: 23 of 24, which its configuration calls -2; ViP-LLaVA: five layers).
         weights: where its tensors lie.
         preprocessing: how a picture becomes `pixel_values`.
         resolutions: height and width in pixels of what is cut into tiles; None where a picture is
@@ -80,7 +76,7 @@ class Checkpoint:
     config: Any
     vision_config: PretrainedConfig
     text_config: PretrainedConfig
-    feature_layer: int
+    feature_layers: tuple[int, ...]
     weights: LlavaWeights
     preprocessing: Preprocessing
     resolutions: tuple[Resolution, ...] | None = None
@@ -99,6 +95,17 @@ class Checkpoint:
         return self.image_size // int(config.patch_size)
 
     @property
+    def feature_width(self) -> int:
+        """Width of a token that the projector reads: the tower's, once for each feature layer."""
+        config: Any = self.vision_config
+        return int(config.hidden_size) * len(self.feature_layers)
+
+    @property
+    def select_strategy(self) -> str:
+        """`vision_feature_select_strategy`, "default" or "full"."""
+        return self.kind.select_strategy_of(self.config)
+
+    @property
     def keeps_class_token(self) -> bool:
         """Whether the language model was trained with the class token among the visual tokens.
 
@@ -106,8 +113,7 @@ class Checkpoint:
         follow their released code, which gives the class token to the language model (VisionZip)
         or does not (PruMerge) whatever the checkpoint says.
         """
-        strategy = self.config.vision_feature_select_strategy
-        return bool(strategy == "full") and has_class_token(self.vision_config)
+        return self.select_strategy == "full" and has_class_token(self.vision_config)
 
     def vision_model(self) -> PreTrainedModel:
         """Return the vision tower in float32.
@@ -275,7 +281,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
     if not root.is_dir():
         root = download_checkpoint(str(source), revision)
     kind, config = _read_config(root)
-    vision, text, layer = _read_parts(root / "config.json", kind, config)
+    vision, text, layers = _read_parts(root / "config.json", kind, config)
     problems: list[str] = []
     weights = _collect(problems, lambda: find_weights(root, kind.parts))
     side: Any = vision.image_size
@@ -287,7 +293,7 @@ def open_checkpoint(source: str | Path, revision: str | None = None) -> Checkpoi
         raise CheckpointError(" ".join(problems))
     name = root.resolve().name if root == Path(source) else str(source)
     return Checkpoint(
-        root, name, kind, config, vision, text, layer, weights, preprocessing, resolutions
+        root, name, kind, config, vision, text, layers, weights, preprocessing, resolutions
     )
 
 
@@ -334,42 +340,39 @@ def _read_config(root: Path) -> tuple[CheckpointKind, Any]:
 
 def _read_parts(
     file: Path, kind: CheckpointKind, config: Any
-) -> tuple[PretrainedConfig, PretrainedConfig, int]:
+) -> tuple[PretrainedConfig, PretrainedConfig, tuple[int, ...]]:
     problems = []
     vision: Any = config.vision_config
     text: Any = config.text_config
-    layer = config.vision_feature_layer
+    strategy = kind.select_strategy_of(config)
+    layers: tuple[int, ...] = ()
     if vision.model_type not in TOWERS:
         known = ", ".join(map(repr, TOWERS))
         problems.append(f"the vision tower is {vision.model_type!r}, expected one of {known}")
-    elif config.vision_feature_select_strategy == "default" and not has_class_token(vision):
+    elif strategy == "default" and not has_class_token(vision):
         problems.append(
             'vision_feature_select_strategy is "default", which drops the first token, and the '
             'tower has no class token: expected "full"'
         )
-    elif kind.tiled and config.vision_feature_select_strategy == "full" and has_class_token(vision):
+    elif kind.tiled and strategy == "full" and has_class_token(vision):
         problems.append(
             'vision_feature_select_strategy is "full", and a class token has no place among the '
             'rows of tiles: expected "default"'
         )
-    elif not isinstance(layer, int):
-        problems.append(
-            f"vision_feature_layer is {layer!r}; features of several layers cannot be reduced by "
-            "one layer's attention, so give a single layer, for example -2"
-        )
     else:
-        layers = vision.num_hidden_layers
-        layer = layer + layers + 1 if layer < 0 else layer
-        if not 1 <= layer <= layers:
+        given, most = config.vision_feature_layer, int(vision.num_hidden_layers)
+        listed = [given] if isinstance(given, int) else given
+        layers = tuple(one + most + 1 if one < 0 else one for one in listed)
+        if not layers or not all(1 <= one <= most for one in layers):
             problems.append(
-                f"vision_feature_layer is {config.vision_feature_layer} and the tower has {layers} "
-                f"layers, expected {-layers} to -1 or 1 to {layers}"
+                f"vision_feature_layer is {given} and the tower has {most} layers, expected one or "
+                f"several of {-most} to -1 or 1 to {most}"
             )
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         problems.append(f"the language model {text.model_type!r} is not a causal language model")
-    if problems or not isinstance(layer, int):
+    if problems:
         raise CheckpointError(f"{file}: {'; '.join(problems)}. Foveate cannot export this model.")
-    return vision, text, layer
+    return vision, text, layers
 
 
 def _expected_tensors(

@@ -54,16 +54,10 @@ def write_llava_next(checkpoint: Checkpoint, directory: Path) -> None:
         directory: where to write; it exists.
 
     Raises:
-        CheckpointError: its tower is no CLIP, or a tensor is missing, too many, has another shape
-            or is not finite.
+        CheckpointError: its tower is no CLIP, its projector is not LLaVA's, or a tensor is missing,
+            too many, has another shape or is not finite.
     """
-    kind = checkpoint.vision_config.model_type
-    if kind != "clip_vision_model":
-        raise CheckpointError(
-            f"{checkpoint.root}: the vision tower is {kind!r}, and TensorRT-LLM loads a LLaVA-NeXT "
-            "with 'clip_vision_model' only, although the tower stays on the robot. Serve the "
-            "language model with vLLM: --server vllm."
-        )
+    _refuse_other_vision(checkpoint)
     for part in checkpoint.kind.parts:
         checkpoint.check(part)
     _config(checkpoint).save_pretrained(directory)
@@ -81,6 +75,26 @@ def write_llava_next(checkpoint: Checkpoint, directory: Path) -> None:
         weight_map |= dict.fromkeys(shard, name)
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=1), "utf-8")
+
+
+def _refuse_other_vision(checkpoint: Checkpoint) -> None:
+    """Refuse a tower or a projector that the server's LLaVA-NeXT has no place for."""
+    problems = []
+    kind = checkpoint.vision_config.model_type
+    if kind != "clip_vision_model":
+        problems.append(f"the vision tower is {kind!r}, expected 'clip_vision_model'")
+    made_of = {name.split(".")[0] for name in checkpoint.weights.names(Part.PROJECTOR)}
+    if len(checkpoint.feature_layers) > 1 or not made_of <= {"linear_1", "linear_2"}:
+        problems.append(
+            f"the projector is made of {', '.join(sorted(made_of))} and reads features of "
+            f"{len(checkpoint.feature_layers)} layers, expected linear_1 and linear_2 over one"
+        )
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint.root}: TensorRT-LLM cannot load it as a LLaVA-NeXT, although tower and "
+            f"projector stay on the robot: {'; '.join(problems)}. Serve the language model with "
+            "vLLM: --server vllm."
+        )
 
 
 def _config(checkpoint: Checkpoint) -> LlavaNextConfig:

@@ -14,7 +14,8 @@ class Scoring(Enum):
     NONE = "none"
     """Features only; `TowerOutput.scores` and `.keys` are empty along their last axis."""
     SELECTED_LAYER = "selected_layer"
-    """VisionZip: per-head softmax of the selected layer, summed over heads; head-mean keys."""
+    """VisionZip: per-head softmax of the deepest layer that features are of, summed over heads, and
+    the mean of its heads' keys."""
     LAST_LAYER = "last_layer"
     """PruMerge: one full-width softmax of the last layer over all positions; full-width keys."""
 
@@ -24,7 +25,7 @@ class TowerOutput:
     """Features of a batch of pictures and how much attention each patch received.
 
     Attributes:
-        features: float[B, P, D]; patches in raster order.
+        features: float[B, P, D]; patches in raster order, those of several layers in one width.
         scores: float32[B, P]; attention each patch received: from the class token, or, of a tower
             without one, on the mean from all patches.
         keys: float32[B, P, Dk]; what a reducer measures similarity by.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
@@ -11,17 +13,19 @@ from export.towers import Scoring
 from export.towers.encoder import EncoderTower
 
 
-def clip_tower(model: CLIPVisionModel, feature_layer: int, scoring: Scoring) -> EncoderTower:
+def clip_tower(
+    model: CLIPVisionModel, feature_layers: Sequence[int], scoring: Scoring
+) -> EncoderTower:
     """Make the tower of a CLIP that transformers loaded; see `EncoderTower`.
 
     Raises:
-        OptionError: the feature layer is not one of the tower's.
+        OptionError: a feature layer is not one of the tower's, or there is none.
     """
     # Older releases of transformers wrap the transformer once more.
     inner = getattr(model, "vision_model", model)
     embeddings = PatchEmbeddings(inner.embeddings, inner.pre_layrnorm)
     return EncoderTower(
-        embeddings, list(inner.encoder.layers), feature_layer, scoring, class_token=True
+        embeddings, list(inner.encoder.layers), feature_layers, scoring, class_token=True
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,44 +19,48 @@ from export.towers.scores import LastLayerScores, SelectedLayerScores
 
 
 class EncoderTower(nn.Module):
-    """An encoder up to the feature layer, with the scores and keys one reducer wants.
+    """An encoder up to the deepest feature layer, with the scores and keys one reducer wants.
+
+    The features of several layers lie side by side in the width of a token, in the order given.
+    Scores and keys are of one layer: the deepest of them, where LLaVA reads its features.
 
     Args:
         embeddings: pixels -> float[B, S, D].
         layers: the encoder layers of transformers' model; weights are shared, not copied.
-        feature_layer: how many of them run before the features are taken.
+        feature_layers: how many of them run before features are taken, once or several times.
         scoring: whose attention row and keys to compute.
         class_token: whether the first of the S positions is one.
 
     Raises:
-        OptionError: the feature layer is not one of the tower's.
+        OptionError: a feature layer is not one of the tower's, or there is none.
     """
 
     def __init__(
         self,
         embeddings: nn.Module,
         layers: Sequence[Any],
-        feature_layer: int,
+        feature_layers: Sequence[int],
         scoring: Scoring,
         class_token: bool,
     ) -> None:
         super().__init__()
-        if not 1 <= feature_layer <= len(layers):
+        if not feature_layers or not all(1 <= one <= len(layers) for one in feature_layers):
             raise OptionError(
-                f"feature layer {feature_layer} of a tower with {len(layers)} layers: "
-                f"expected 1 to {len(layers)}."
+                f"feature layers {list(feature_layers)} of a tower with {len(layers)} layers: "
+                f"expected one or several of 1 to {len(layers)}."
             )
-        self.feature_layer = feature_layer
+        self.feature_layers = tuple(feature_layers)
+        self.deepest = max(feature_layers)
         self.scoring = scoring
         self.class_token = class_token
         self.before_last = len(layers) - 1
-        depth = feature_layer
+        depth = self.deepest
         if scoring is Scoring.LAST_LAYER:
             depth = max(depth, self.before_last)
         self.embeddings = embeddings
         self.layers = nn.ModuleList(EncoderLayer(layer) for layer in layers[:depth])
         if scoring is Scoring.SELECTED_LAYER:
-            scored = layers[feature_layer - 1].self_attn
+            scored = layers[self.deepest - 1].self_attn
             self.scores: nn.Module = SelectedLayerScores(scored, class_token)
         elif scoring is Scoring.LAST_LAYER:
             self.scores = LastLayerScores(layers[-1], class_token)
@@ -68,12 +73,12 @@ class EncoderTower(nn.Module):
             hidden, queries, keys = layer(states[-1])
             states.append(hidden)
             projections.append((queries, keys))
-        read = states[self.feature_layer]
+        read = torch.cat([states[one] for one in self.feature_layers], dim=-1)  # [B, S, D x L]
         features, class_token = (read[:, 1:], read[:, :1]) if self.class_token else (read, None)
         if self.scoring is Scoring.NONE:
             return without_scores(features, class_token)
         if self.scoring is Scoring.SELECTED_LAYER:
-            scores, keys = self.scores(*projections[self.feature_layer - 1])
+            scores, keys = self.scores(*projections[self.deepest - 1])
         else:
             scores, keys = self.scores(states[self.before_last])
         return TowerOutput(features, scores, keys, class_token)

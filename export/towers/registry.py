@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,11 @@ class TowerKind:
     """One architecture of vision towers.
 
     Attributes:
-        make: makes the tower from (model, feature layer, scoring).
+        make: makes the tower from (model, feature layers, scoring).
         class_token: whether its first position is a class token rather than a patch.
     """
 
-    make: Callable[[Any, int, Scoring], nn.Module]
+    make: Callable[[Any, Sequence[int], Scoring], nn.Module]
     class_token: bool
 
 
@@ -40,7 +40,7 @@ def has_class_token(config: PretrainedConfig) -> bool:
     return TOWERS[config.model_type].class_token
 
 
-def make_tower(model: Any, feature_layer: int, scoring: Scoring) -> nn.Module:
+def make_tower(model: Any, feature_layers: Sequence[int], scoring: Scoring) -> nn.Module:
     """Make the tower of a model that transformers loaded.
 
     Raises:
@@ -52,4 +52,4 @@ def make_tower(model: Any, feature_layer: int, scoring: Scoring) -> nn.Module:
             f"vision tower {kind!r} is not one of {', '.join(TOWERS)}. Adding one is one file in "
             "export/towers and one line in its registry."
         )
-    return TOWERS[kind].make(model, feature_layer, scoring)
+    return TOWERS[kind].make(model, feature_layers, scoring)

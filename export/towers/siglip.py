@@ -5,6 +5,8 @@ It has no class token. Its attention-pooling head describes a whole picture, so 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from transformers import SiglipVisionModel
 from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
@@ -13,16 +15,18 @@ from export.towers import Scoring
 from export.towers.encoder import EncoderTower
 
 
-def siglip_tower(model: SiglipVisionModel, feature_layer: int, scoring: Scoring) -> EncoderTower:
+def siglip_tower(
+    model: SiglipVisionModel, feature_layers: Sequence[int], scoring: Scoring
+) -> EncoderTower:
     """Make the tower of a SigLIP that transformers loaded; see `EncoderTower`.
 
     Raises:
-        OptionError: the feature layer is not one of the tower's.
+        OptionError: a feature layer is not one of the tower's, or there is none.
     """
     inner = getattr(model, "vision_model", model)
     embeddings = PatchEmbeddings(inner.embeddings)
     return EncoderTower(
-        embeddings, list(inner.encoder.layers), feature_layer, scoring, class_token=False
+        embeddings, list(inner.encoder.layers), feature_layers, scoring, class_token=False
     )
 
 

@@ -75,10 +75,10 @@ def reduce_pictures(
         device: where the tower runs.
     """
     tower: Any = make_tower(
-        checkpoint.vision_model(), checkpoint.feature_layer, reducer.scoring
+        checkpoint.vision_model(), checkpoint.feature_layers, reducer.scoring
     ).eval()
-    width = int(checkpoint.vision_config.hidden_size)
-    shape = (len(names), reducer.token_count(checkpoint.patch_side**2), width)
+    count = reducer.token_count(checkpoint.patch_side**2)
+    shape = (len(names), count, checkpoint.feature_width)
     folder = cache / _digest(tower, checkpoint, reducer, images, names)
     tokens, valid = _open_arrays(folder, shape)
     tower.to(device)
@@ -131,7 +131,7 @@ def _digest(
     for name, tensor in tower.state_dict().items():
         digest.update(name.encode() + tensor.numpy().tobytes())
     said = {
-        "feature_layer": checkpoint.feature_layer,
+        "feature_layers": checkpoint.feature_layers,
         "preprocessing": checkpoint.preprocessing.model_dump(),
         "reducer": [reducer.name, reducer.options],
         "pictures": [[name, *_stamp(images / name)] for name in names],

@@ -54,7 +54,7 @@ class VisionReference:
 
     def __init__(self, checkpoint: Checkpoint, reducer: Reducer) -> None:
         self.reducer = reducer
-        self.feature_layer = checkpoint.feature_layer
+        self.feature_layers = checkpoint.feature_layers
         self.model: Any = checkpoint.vision_model()
         self.model.set_attn_implementation("eager")
         self.projector = checkpoint.projector()
@@ -68,7 +68,7 @@ class VisionReference:
         """
         started = time.perf_counter()
         pixels = torch.from_numpy(pixel_values)
-        tower, states = observe_tower(self.model, self.feature_layer, self.reducer.scoring, pixels)
+        tower, states = observe_tower(self.model, self.feature_layers, self.reducer.scoring, pixels)
         reduced = self.reducer(tower)
         tokens: Tensor = self.projector(reduced.tokens)
         seen = VisualTokens(
@@ -91,13 +91,14 @@ class VisionReference:
 
 
 def observe_tower(
-    model: Any, feature_layer: int, scoring: Scoring, pixel_values: Tensor
+    model: Any, feature_layers: Sequence[int], scoring: Scoring, pixel_values: Tensor
 ) -> tuple[TowerOutput, tuple[Tensor, ...]]:
     """Run transformers' tower and read off what a reducer wants, as the papers' code does.
 
     Args:
         model: `CLIPVisionModel` or its kin, with eager attention.
-        feature_layer: how many encoder layers run before the features are taken.
+        feature_layers: how many encoder layers run before features are taken; the scores are of the
+            deepest.
         scoring: whose attention row and keys to read.
         pixel_values: float32[B, 3, H, W].
 
@@ -105,7 +106,8 @@ def observe_tower(
         What a reducer wants; and the embeddings and what each layer put out, float32[B, S, D] each.
     """
     layers = getattr(model, "vision_model", model).encoder.layers
-    scored = layers[-1 if scoring is Scoring.LAST_LAYER else feature_layer - 1].self_attn
+    deepest = max(feature_layers)
+    scored = layers[-1 if scoring is Scoring.LAST_LAYER else deepest - 1].self_attn
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -124,13 +126,14 @@ def observe_tower(
             handle.remove()
     states: tuple[Tensor, ...] = outputs.hidden_states
     first = int(has_class_token(model.config))
-    features = states[feature_layer][:, first:]  # [B, P, D]
-    class_token = states[feature_layer][:, :1] if first else None
+    read = torch.cat([states[layer] for layer in feature_layers], dim=-1)  # [B, S, D x layers]
+    features = read[:, first:]
+    class_token = read[:, :1] if first else None
     if scoring is Scoring.NONE:
         return without_scores(features, class_token), states
     keys = seen["k_proj"]  # [B, S, D]
     if scoring is Scoring.SELECTED_LAYER:
-        attention = outputs.attentions[feature_layer - 1]  # [B, H, S, S]
+        attention = outputs.attentions[deepest - 1]  # [B, H, S, S]
         heads = attention.shape[1]
         attention = attention.sum(dim=1)  # [B, S, S]
         keys = keys.view(*keys.shape[:2], heads, -1).mean(dim=2)  # [B, S, d]

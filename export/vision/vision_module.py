@@ -98,7 +98,7 @@ def build_vision_module(checkpoint: Checkpoint, reducer: Reducer) -> VisionModul
     """
     _check_class_token(checkpoint, reducer)
     model: Any = checkpoint.vision_model()
-    tower = make_tower(model, checkpoint.feature_layer, reducer.scoring)
+    tower = make_tower(model, checkpoint.feature_layers, reducer.scoring)
     graph = VisionModule(
         tower,
         reducer,
@@ -113,7 +113,7 @@ def _check_class_token(checkpoint: Checkpoint, reducer: Reducer) -> None:
     given = reducer.options.get("class_token")
     if reducer.name == "none" and given != checkpoint.keeps_class_token:
         raise OptionError(
-            f"reducer none: class_token is {given}, but vision_feature_select_strategy in the "
-            f"checkpoint's config.json is {checkpoint.config.vision_feature_select_strategy!r}. "
+            f"reducer none: class_token is {given}, but vision_feature_select_strategy of the "
+            f"checkpoint is {checkpoint.select_strategy!r}. "
             f"Make the reducer with class_token={checkpoint.keeps_class_token}."
         )

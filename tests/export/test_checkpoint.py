@@ -50,7 +50,7 @@ def test_every_naming_gives_the_same_weights(
 def test_describes_itself(tiny_checkpoint: Path) -> None:
     checkpoint = open_checkpoint(tiny_checkpoint)
     assert checkpoint.name == "tiny-llava"
-    assert checkpoint.feature_layer == 3  # -2 of four layers
+    assert checkpoint.feature_layers == (3,)  # -2 of four layers
     assert not checkpoint.keeps_class_token
     picture = checkpoint.preprocessing
     assert (picture.resize, picture.resize_height, picture.resample) == (
@@ -163,7 +163,8 @@ def test_image_processor_inside_processor_config(make_checkpoint: Make) -> None:
             {"model_type": "llava_onevision"},
             r"model_type is 'llava_onevision'.*llava-hf/llava-1\.5-7b-hf",
         ),
-        ({"vision_feature_layer": [-2, -5]}, "features of several layers"),
+        ({"vision_feature_layer": [-2, -5]}, r"layer is \[-2, -5\] and the tower has 4 layers"),
+        ({"vision_feature_layer": []}, r"vision_feature_layer is \[\] and the tower has 4 layers"),
         ({"vision_feature_layer": 9}, "vision_feature_layer is 9 and the tower has 4 layers"),
         ({"vision_feature_layer": 0}, "vision_feature_layer is 0 and the tower has 4 layers"),
         (

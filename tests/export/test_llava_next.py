@@ -145,9 +145,12 @@ def test_the_manifest_says_how_pictures_are_cut(bundle) -> None:
     assert bundle.manifest.files[tiles.newline].bytes < 1000
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2"])
-def test_other_language_models_behind_it(tmp_path, family) -> None:
-    model = tiny_llava_next(family)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("mistral", {}), ("qwen2", {}), ("llama", {"vision_feature_layer": [-2, 1]})],
+)
+def test_other_language_models_and_several_feature_layers(tmp_path, family, changes) -> None:
+    model = tiny_llava_next(family, **changes)
     root = write_llava_next(tmp_path / "next", model)
     out = tmp_path / "bundle"
     build_bundle(
@@ -195,7 +198,7 @@ def changed(checkpoint: Path, root: Path, file: str, **fields: Any) -> Path:
             {"vision_feature_select_strategy": "full"},
             "a class token has no place among the rows",
         ),
-        ("config.json", {"vision_feature_layer": [-2, -3]}, "features of several layers"),
+        ("config.json", {"vision_feature_layer": [-2, -4]}, "the tower has 3 layers"),
         (
             "preprocessor_config.json",
             {"image_processor_type": "CLIPImageProcessor"},

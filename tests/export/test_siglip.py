@@ -124,9 +124,9 @@ def test_scores_are_the_mean_attention_received(checkpoint, pixels, layer) -> No
     images = torch.from_numpy(pixels)
     with torch.no_grad():
         attention = model(images, output_attentions=True).attentions
-        seen = make_tower(model, layer, Scoring.SELECTED_LAYER)(images)
-        last = make_tower(model, layer, Scoring.LAST_LAYER)(images)
-        expected, _ = observe_tower(model, layer, Scoring.LAST_LAYER, images)
+        seen = make_tower(model, (layer,), Scoring.SELECTED_LAYER)(images)
+        last = make_tower(model, (layer,), Scoring.LAST_LAYER)(images)
+        expected, _ = observe_tower(model, (layer,), Scoring.LAST_LAYER, images)
     received = attention[layer - 1].mean(dim=2).sum(dim=1)  # [B, P]
     torch.testing.assert_close(seen.scores, received)
     assert received.std() > 0.01, "attention is as good as uniform: the case is too plain"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,9 +31,9 @@ from tests.photographs import clip_pixels
 
 
 # What a contributor writes: export/towers/vit.py ...
-def vit_tower(model: ViTModel, feature_layer: int, scoring: Scoring) -> EncoderTower:
+def vit_tower(model: ViTModel, feature_layers: Sequence[int], scoring: Scoring) -> EncoderTower:
     layers = [with_clip_names(layer) for layer in model.layers]
-    return EncoderTower(Embeddings(model.embeddings), layers, feature_layer, scoring, True)
+    return EncoderTower(Embeddings(model.embeddings), layers, feature_layers, scoring, True)
 
 
 def with_clip_names(layer: Any) -> SimpleNamespace:
@@ -96,7 +97,7 @@ def test_reducers_take_a_third_tower(checkpoint, tmp_path, name) -> None:
     model.set_attn_implementation("eager")
     with torch.no_grad():
         attention = model(torch.from_numpy(pixels), output_attentions=True).attentions
-        seen = make_tower(model, 3, Scoring.SELECTED_LAYER)(torch.from_numpy(pixels))
+        seen = make_tower(model, (3,), Scoring.SELECTED_LAYER)(torch.from_numpy(pixels))
     torch.testing.assert_close(seen.scores, attention[2][:, :, 0, 1:].sum(dim=1))
     options = {"dominant": 14, "contextual": 2} if name == "visionzip" else {"budget": 16}
     graph = build_vision_module(checkpoint, make_reducer(name, **options))

@@ -280,8 +280,8 @@ def test_any_layer_can_be_selected(checkpoint, pixels, layer):
     images = torch.from_numpy(pixels[:2])
     papers = run_tower(model, images, layer)
     with torch.no_grad():
-        selected = clip_tower(model, layer, Scoring.SELECTED_LAYER)(images)
-        last = clip_tower(model, layer, Scoring.LAST_LAYER)(images)
+        selected = clip_tower(model, (layer,), Scoring.SELECTED_LAYER)(images)
+        last = clip_tower(model, (layer,), Scoring.LAST_LAYER)(images)
     torch.testing.assert_close(whole(selected), papers.features)
     torch.testing.assert_close(selected.scores, papers.attention[:, :, 0, 1:].sum(dim=1))
     torch.testing.assert_close(whole(last), papers.features)
@@ -291,8 +291,8 @@ def test_any_layer_can_be_selected(checkpoint, pixels, layer):
 
 def test_tower_errors_name_what_is_expected(checkpoint: Checkpoint) -> None:
     model = checkpoint.vision_model()
-    with pytest.raises(OptionError, match="feature layer 5 of a tower with 4 layers"):
-        clip_tower(model, 5, Scoring.NONE)
+    with pytest.raises(OptionError, match=r"feature layers \[5\] of a tower with 4 layers"):
+        clip_tower(model, (5,), Scoring.NONE)
     model.config.model_type = "vit"
     with pytest.raises(CheckpointError, match="'vit' is not one of clip_vision"):
-        make_tower(model, 3, Scoring.NONE)
+        make_tower(model, (3,), Scoring.NONE)
