@@ -72,10 +72,9 @@ def resize_bilinearly(grid: Floats, shape: tuple[int, int]) -> Floats:
     """
     for axis, new in enumerate(shape):
         old = grid.shape[axis]
-        middles = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0)
-        before = middles.astype(np.int64)
-        share = (middles - before).astype(np.float32)
-        share = share.reshape(-1, *[1] * (2 - axis))
+        middles = (np.arange(new, dtype=np.float32) + 0.5) * np.float32(old / new) - 0.5
+        before = middles.clip(0).astype(np.int64)
+        share = (middles.clip(0) - before).astype(np.float32).reshape(-1, *[1] * (2 - axis))
         behind = np.minimum(before + 1, old - 1)
         grid = grid.take(before, axis) * (1 - share) + grid.take(behind, axis) * share
     return grid

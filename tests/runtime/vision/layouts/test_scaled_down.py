@@ -29,7 +29,7 @@ def test_a_grid_is_resized_as_pytorch_does(shape) -> None:
     expected = torch.nn.functional.interpolate(channels_first, list(shape), mode="bilinear")
     resized = resize_bilinearly(grid, shape)
     assert resized.dtype == np.float32
-    np.testing.assert_allclose(resized, expected[0].permute(1, 2, 0).numpy(), atol=1e-5)
+    np.testing.assert_allclose(resized, expected[0].permute(1, 2, 0).numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,8 @@ def test_a_grid_is_resized_as_pytorch_does(shape) -> None:
         ((384, 384), 2, False),
         ((480, 640), 5, False),
         ((1152, 1152), 10, False),
-        ((1080, 1920), 16, False),  # 15 tiles, whose padding leaves fewer
+        ((1000, 1500), 13, False),  # 12 tiles, whose padding leaves fewer
+        ((1080, 1920), 16, True),
         ((1200, 1920), 21, True),
         ((2000, 1500), 25, True),
         ((2304, 2304), 37, True),
@@ -65,5 +66,5 @@ def test_at_true_shapes_all_tokens_are_transformers(size, squares, scaled) -> No
     )
     laid = cut.assemble(seen, [size])
     assert (laid.origin[0, PATCHES:] < 0).all() == scaled
-    np.testing.assert_allclose(laid.tokens_of(0), packed[0].numpy(), atol=1e-5)
+    np.testing.assert_allclose(laid.tokens_of(0), packed[0].numpy(), atol=1e-4)
     assert len(packed[0]) <= tiles.most_tokens(PATCHES, 27, "none")
