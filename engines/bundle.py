@@ -96,12 +96,14 @@ class Bundle:
 
     def largest_vision(self) -> VisionGraph:
         """Return the graph with the most visual tokens."""
-        return max(self.manifest.vision, key=lambda graph: graph.reducer.tokens)
+        return max(self.manifest.vision, key=self.most_visual_tokens)
 
     def most_visual_tokens(self, graph: VisionGraph) -> int:
         """Return how many visual tokens a picture has at most, newlines included."""
-        tiles, budget = self.manifest.tiles, graph.reducer.tokens
-        return budget if tiles is None else tiles.most_tokens(budget, graph.patch_rows)
+        tiles, reducer = self.manifest.tiles, graph.reducer
+        if tiles is None:
+            return reducer.tokens
+        return tiles.most_tokens(reducer.tokens, graph.patch_rows, reducer.name)
 
     @property
     def most_squares(self) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from math import ceil, sqrt
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,8 +12,12 @@ from engines.manifest_fields import Record, RelativePath, Side
 
 NEWLINE = "image_newline"
 """Name of the one tensor in `PictureTiles.newline`."""
+ALL_TOKENS = "none"
+"""The reducer that leaves every token."""
 
 _MOST_SQUARES = 65
+_SCALED_DOWN_FROM = 1.1
+"""How many times too long a side may be before tokens are scaled down; transformers' number."""
 
 Newlines = Literal["rows", "none"]
 Resolution = tuple[Side, Side]
@@ -40,6 +45,7 @@ class PictureTiles(Record):
     """LLaVA-NeXT's layout ("anyres"): one view of the whole picture, and tiles of a larger one.
 
     The picture is scaled into the best of ``resolutions``, centred on black, and cut into squares.
+    LLaVA-OneVision's ("anyres_max_9") is the same, with a bound on all tokens.
     """
 
     kind: Literal["llava_next"] = "llava_next"
@@ -52,6 +58,9 @@ class PictureTiles(Record):
     newlines: Newlines = "rows"
     """Where a reducer left tokens out: end every row that has a token, or none. All tokens always
     have them."""
+    most_tiles: Annotated[int, Field(ge=1)] | None = None
+    """How many tiles' worth of tokens a picture has at most where no reducer leaves any out: more
+    are scaled down. None: no limit."""
 
     @model_validator(mode="after")
     def _check_resolutions(self) -> PictureTiles:
@@ -73,12 +82,33 @@ class PictureTiles(Record):
         """Squares of the picture that has most of them."""
         return max(self.grid_of(*one).squares for one in self.resolutions)
 
-    def most_tokens(self, of_a_square: int, patch_rows: int) -> int:
+    def scaled_down(self, rows: int, columns: int, patch_rows: int) -> tuple[int, int]:
+        """Return to how many rows and columns all tokens of the tiles are scaled down.
+
+        Args:
+            rows: of patches that are not padding, over all tiles.
+            columns: of them.
+            patch_rows: of a square.
+        """
+        if self.most_tiles is None:
+            return rows, columns
+        ratio = sqrt(rows * columns / (self.most_tiles * patch_rows**2))
+        if ratio <= _SCALED_DOWN_FROM:
+            return rows, columns
+        return int(rows // ratio), int(columns // ratio)
+
+    def most_tokens(self, of_a_square: int, patch_rows: int, reducer: str) -> int:
         """Return how many visual tokens a picture has at most, newlines included.
 
         Args:
             of_a_square: what the graph leaves of each.
             patch_rows: of a square.
+            reducer: its name.
         """
         grids = [self.grid_of(*one) for one in self.resolutions]
-        return max(grid.squares * of_a_square + grid.rows * patch_rows for grid in grids)
+        most = max(grid.squares * of_a_square + grid.rows * patch_rows for grid in grids)
+        if self.most_tiles is None or reducer != ALL_TOKENS:
+            return most
+        tiles = ceil(self.most_tiles * _SCALED_DOWN_FROM**2 * of_a_square)
+        rows = max(grid.rows for grid in grids) * patch_rows
+        return min(most, of_a_square + tiles + rows)

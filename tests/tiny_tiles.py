@@ -1,4 +1,4 @@
-"""A LLaVA-NeXT checkpoint of a few thousand random weights, and what transformers makes of it."""
+"""Checkpoints of a few thousand random weights that cut pictures into tiles, and their answers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ from transformers import (
     CLIPVisionConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    SiglipVisionConfig,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
 )
 
 from tests.photographs import load_photographs
@@ -24,6 +30,9 @@ from tests.tiny_language import SPECIAL, write_checkpoint_words
 
 SIDE, PATCH = 28, 7  # 16 patches
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+MANY_PINPOINTS = [
+    [SIDE * rows, SIDE * columns] for rows in (1, 2, 3, 4) for columns in (1, 2, 3, 4)
+]
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 SIZES = ((30, 60), (61, 29), (60, 60), (100, 30), (30, 100), (45, 100), (100, 52), (47, 61))
 
@@ -31,7 +40,51 @@ SIZES = ((30, 60), (61, 29), (60, 60), (100, 30), (30, 100), (45, 100), (100, 52
 def tiny_llava_next(family: str = "llama", **changes: Any) -> LlavaNextForConditionalGeneration:
     """A LLaVA-NeXT over a tiny tower, in numbers that float16 holds exactly."""
     torch.manual_seed(0)
-    text = AutoConfig.for_model(
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=SIDE,
+        patch_size=PATCH,
+        projection_dim=32,
+        initializer_factor=3.0,
+    )
+    fields = {"image_grid_pinpoints": PINPOINTS, **_WORDS}
+    config = LlavaNextConfig(vision_config=vision, text_config=_text(family), **fields | changes)
+    return _rounded(LlavaNextForConditionalGeneration(config))
+
+
+def tiny_llava_onevision(**changes: Any) -> LlavaOnevisionForConditionalGeneration:
+    """A LLaVA-OneVision of up to 16 tiles over a tiny SigLIP and Qwen2, as `tiny_llava_next`."""
+    torch.manual_seed(0)
+    vision = SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=SIDE,
+        patch_size=PATCH,
+        vision_use_head=False,
+    )
+    fields = {"image_grid_pinpoints": MANY_PINPOINTS, **_WORDS}
+    config = LlavaOnevisionConfig(
+        vision_config=vision, text_config=_text("qwen2"), **fields | changes
+    )
+    model = LlavaOnevisionForConditionalGeneration(config)
+    for layer in model.model.vision_tower.encoder.layers:
+        layer.self_attn.q_proj.weight.data *= 6  # attention far from uniform, as a trained one's
+    return _rounded(model)
+
+
+_WORDS: dict[str, Any] = {
+    "image_token_index": SPECIAL.index("<image>"),
+    "tie_word_embeddings": False,
+}
+
+
+def _text(family: str) -> Any:
+    return AutoConfig.for_model(
         family,
         vocab_size=304,
         hidden_size=64,
@@ -46,45 +99,41 @@ def tiny_llava_next(family: str = "llama", **changes: Any) -> LlavaNextForCondit
         tie_word_embeddings=False,
         **({"sliding_window": None} if family == "mistral" else {}),
     )
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=SIDE,
-        patch_size=PATCH,
-        projection_dim=32,
-        initializer_factor=3.0,
-    )
-    fields: dict[str, Any] = {
-        "image_token_index": SPECIAL.index("<image>"),
-        "image_grid_pinpoints": PINPOINTS,
-        "tie_word_embeddings": False,
-    }
-    config = LlavaNextConfig(vision_config=vision, text_config=text, **fields | changes)
-    model = LlavaNextForConditionalGeneration(config).eval()
+
+
+def _rounded(model: Any) -> Any:
     for parameter in model.parameters():
         parameter.data = parameter.data.half().float()
-    return model
+    return model.eval()
 
 
-def write_llava_next(root: Path, model: LlavaNextForConditionalGeneration) -> Path:
+def write_tiled(root: Path, model: Any) -> Path:
     """Write a checkpoint as save_pretrained does, with tokenizer, template and processor."""
     half = {name: tensor.half() for name, tensor in model.state_dict().items()}
     model.save_pretrained(root, state_dict=half)
     write_checkpoint_words(root, model.config)
-    processor = {
-        "image_processor_type": "LlavaNextImageProcessor",
-        "aspect_ratio_setting": "anyres",
-        "size": {"shortest_edge": SIDE},
-        "crop_size": {"height": SIDE, "width": SIDE},
-        "do_pad": True,
-        "image_grid_pinpoints": PINPOINTS,
-        "image_mean": MEAN,
-        "image_std": STD,
-    }
-    (root / "preprocessor_config.json").write_text(json.dumps(processor))
+    processor = _PROCESSORS[model.config.model_type]
+    name = type(processor).__name__.removesuffix("Pil")
+    fields = json.loads(processor.to_json_string()) | {"image_processor_type": name}
+    (root / "preprocessor_config.json").write_text(json.dumps(fields))
     return root
+
+
+_PROCESSORS: dict[str, Any] = {
+    "llava_next": LlavaNextImageProcessorPil(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_grid_pinpoints=PINPOINTS,
+        image_mean=MEAN,
+        image_std=STD,
+    ),
+    "llava_onevision": LlavaOnevisionImageProcessorPil(
+        size={"height": SIDE, "width": SIDE},
+        image_grid_pinpoints=MANY_PINPOINTS,
+        image_mean=MEAN,
+        image_std=STD,
+    ),
+}
 
 
 def picture_of(height: int, width: int) -> np.ndarray[Any, Any]:
@@ -93,21 +142,40 @@ def picture_of(height: int, width: int) -> np.ndarray[Any, Any]:
     return np.asarray(photograph.resize((width, height)))
 
 
-def processed(picture: np.ndarray[Any, Any]) -> Any:
+def processed(model: Any, picture: np.ndarray[Any, Any]) -> Any:
     """What transformers' image processor makes of a picture."""
-    processor = LlavaNextImageProcessorPil(
-        size={"shortest_edge": SIDE},
-        crop_size={"height": SIDE, "width": SIDE},
-        image_grid_pinpoints=PINPOINTS,
-        image_mean=MEAN,
-        image_std=STD,
-    )
+    processor = _PROCESSORS[model.config.model_type]
     return processor(images=Image.fromarray(picture), return_tensors="pt")
 
 
 @torch.no_grad()
-def tokens_of(model: LlavaNextForConditionalGeneration, picture: np.ndarray[Any, Any]) -> Any:
+def tokens_of(model: Any, picture: np.ndarray[Any, Any]) -> Any:
     """What transformers gives the language model of a picture, float32[N, D]."""
-    given = processed(picture)
+    given = processed(model, picture)
     seen = model.get_image_features(given["pixel_values"], given["image_sizes"])
     return seen.pooler_output[0].numpy()
+
+
+@torch.no_grad()
+def written_by(model: Any, picture: np.ndarray[Any, Any], ids: list[int], most: int) -> list[int]:
+    """What transformers writes greedily, without the end token.
+
+    Args:
+        model: the reference.
+        picture: uint8[H, W, 3].
+        ids: of the prompt, one for the picture.
+        most: tokens, at most.
+    """
+    config = model.config
+    given, at = processed(model, picture), ids.index(config.image_token_id)
+    ids = [*ids[:at], *ids[at : at + 1] * len(tokens_of(model, picture)), *ids[at + 1 :]]
+    written = model.generate(
+        input_ids=torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        pixel_values=given["pixel_values"],
+        image_sizes=given["image_sizes"],
+        max_new_tokens=most,
+        do_sample=False,
+    )
+    said = written[0, len(ids) :].tolist()
+    return [one for one in said if one != config.text_config.eos_token_id]

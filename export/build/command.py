@@ -115,7 +115,9 @@ def _told_tiles(plan: BuildPlan) -> str:
     tiles, side = plan.tiles, plan.checkpoint.patch_side
     if tiles is None:
         return "one square"
-    most = max(tiles.most_tokens(one.token_count(plan.patches), side) for one in plan.reducers)
+    most = max(
+        tiles.most_tokens(one.token_count(plan.patches), side, one.name) for one in plan.reducers
+    )
     return (
         f"a view of it all and up to {tiles.most_squares - 1} tiles, at most {most} visual tokens "
         "with newlines"

@@ -10,6 +10,7 @@ from engines.errors import OptionError
 from engines.manifest import Precision
 from engines.picture_tiles import NEWLINE, Newlines, PictureTiles
 from export.checkpoint.llava import Checkpoint
+from export.checkpoint.schema import ASPECT_RATIO
 
 _FILE = "vision/image_newline.safetensors"
 
@@ -23,7 +24,15 @@ def tiles_of(checkpoint: Checkpoint, newlines: Newlines) -> PictureTiles | None:
         resolutions=checkpoint.resolutions,
         newline=_FILE,
         newlines=newlines,
+        most_tiles=_most_tiles(checkpoint),
     )
+
+
+def _most_tiles(checkpoint: Checkpoint) -> int | None:
+    """Return how many tiles' worth of tokens there are at most; None: no limit."""
+    if not checkpoint.kind.scales_down:
+        return None
+    return int(checkpoint.config.vision_aspect_ratio.removeprefix(ASPECT_RATIO))
 
 
 def write_newline(checkpoint: Checkpoint, tiles: PictureTiles, draft: BundleDraft) -> None:

@@ -15,11 +15,16 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
+from transformers.models.llava_onevision.modeling_llava_onevision import (
+    LlavaOnevisionMultiModalProjector,
+)
 from transformers.models.vipllava.modeling_vipllava import VipLlavaMultiModalProjector
 
 from export.checkpoint.weights import LLAVA_PARTS, Part
@@ -35,6 +40,7 @@ class CheckpointKind:
         projector: its projector, made from the configuration.
         parts: what its weights are made of.
         tiled: whether a picture becomes several squares.
+        scales_down: whether all tokens of many tiles are scaled down.
         select_strategy: its `vision_feature_select_strategy` where the configuration does not say.
     """
 
@@ -43,6 +49,7 @@ class CheckpointKind:
     projector: type[nn.Module]
     parts: tuple[Part, ...] = LLAVA_PARTS
     tiled: bool = False
+    scales_down: bool = False
     select_strategy: str | None = None
 
     def select_strategy_of(self, config: Any) -> str:
@@ -58,6 +65,14 @@ KINDS = {
         LlavaNextMultiModalProjector,
         parts=(*LLAVA_PARTS, Part.NEWLINE),
         tiled=True,
+    ),
+    "llava_onevision": CheckpointKind(
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        LlavaOnevisionMultiModalProjector,
+        parts=(*LLAVA_PARTS, Part.NEWLINE),
+        tiled=True,
+        scales_down=True,
     ),
     "vipllava": CheckpointKind(
         VipLlavaConfig,

@@ -40,7 +40,7 @@ _KNOWN_PROCESSORS = (
     "SiglipImageProcessor",
 )
 # Those whose tiles the layout `llava_next` cuts.
-_TILE_PROCESSORS = ("LlavaNextImageProcessor",)
+_TILE_PROCESSORS = ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")
 # PIL.Image.Resampling, by number.
 _RESAMPLING: tuple[Resample, ...] = (
     "nearest",

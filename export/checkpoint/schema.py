@@ -8,6 +8,7 @@ and of a size that a model can have, because layers and tables are made as these
 from __future__ import annotations
 
 import json
+import re
 import stat
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -28,6 +29,9 @@ from engines.manifest_fields import Deviation, Mean, Side, TokenId
 
 Json = dict[str, Any]
 FileT = TypeVar("FileT", bound="CheckpointFile")
+
+ASPECT_RATIO = "anyres_max_"
+"""LLaVA-OneVision's way with pictures, before the number of tiles."""
 
 _MOST_BYTES = 64 << 20
 
@@ -97,6 +101,12 @@ class TextSizes(CheckpointFile):
     eos_token_id: TokenIds = []
 
 
+def _checked_aspect_ratio(value: str) -> str:
+    if not re.fullmatch(f"{ASPECT_RATIO}[1-9][0-9]{{0,3}}", value):
+        raise ValueError(f"is not {ASPECT_RATIO} and a number of tiles, for example anyres_max_9")
+    return value
+
+
 Resolutions = Annotated[list[tuple[Side, Side]], Field(min_length=1, max_length=256)]
 """Height and width of each, in pixels."""
 
@@ -109,6 +119,7 @@ class ConfigFile(CheckpointFile):
     image_token_index: TokenId = 0
     image_token_id: TokenId = 0
     image_grid_pinpoints: Resolutions | None = None
+    vision_aspect_ratio: Annotated[str, AfterValidator(_checked_aspect_ratio)] | None = None
 
 
 class GenerationFile(CheckpointFile):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engines.bundle import open_bundle
+from engines.bundle import Bundle, open_bundle
 from engines.errors import BundleError
 from engines.inspect import describe_bundle
 from engines.picture_tiles import PictureTiles
@@ -25,8 +25,36 @@ def tiles_of(**changes: Any) -> dict[str, Any]:
 def test_llava_next_has_2880_tokens_and_48_newlines() -> None:
     tiles = PictureTiles(side=336, resolutions=NEXT, newline="newline.safetensors")
     assert tiles.most_squares == 5
-    assert tiles.most_tokens(576, 24) == 2880 + 48
-    assert tiles.most_tokens(64, 24) == 5 * 64 + 48
+    assert tiles.most_tokens(576, 24, "none") == 2880 + 48
+    assert tiles.most_tokens(64, 24, "visionzip") == 5 * 64 + 48
+
+
+def test_a_bound_on_all_tokens_counts_for_all_tokens_alone() -> None:
+    resolutions = tuple((384 * rows, 384 * columns) for rows in (1, 6) for columns in (1, 6))
+    bounded = PictureTiles(
+        side=384, resolutions=resolutions, newline="newline.safetensors", most_tiles=9
+    )
+    assert bounded.scaled_down(81, 81, 27) == (81, 81)
+    assert bounded.scaled_down(81, 98, 27) == (81, 98)  # 1.09995 times too long
+    assert bounded.scaled_down(81, 99, 27) == (73, 89)
+    assert bounded.scaled_down(162, 162, 27) == (81, 81)
+    assert bounded.most_tokens(729, 27, "none") == 729 + 7939 + 162
+    assert bounded.most_tokens(729, 27, "uniform") == 37 * 729 + 162
+    unbounded = bounded.model_copy(update={"most_tiles": None})
+    assert unbounded.scaled_down(162, 162, 27) == (162, 162)
+    assert unbounded.most_tokens(729, 27, "none") == 37 * 729 + 162
+
+
+def test_the_graph_with_most_tokens_need_not_be_that_of_all(tmp_path: Path) -> None:
+    root = write_tiny_bundle(tmp_path / "tiled", tiles=tiles_of(most_tiles=1))
+    bundle = open_bundle(root)
+    (one, *_), tiles = bundle.manifest.vision, bundle.manifest.tiles
+    assert tiles is not None
+    few = one.reducer.model_copy(update={"tokens": 3, "name": "visionzip"})
+    every = one.reducer.model_copy(update={"tokens": 4, "name": "none"})
+    graphs = tuple(one.model_copy(update={"reducer": each}) for each in (every, few))
+    other = Bundle(root, bundle.manifest.model_copy(update={"vision": graphs}))
+    assert other.largest_vision() is graphs[1]
 
 
 def test_a_plan_takes_the_squares_of_one_picture_at_once() -> None:
@@ -61,6 +89,7 @@ def test_a_bundle_from_before_tiles_still_opens(tmp_path: Path) -> None:
         ({"resolutions": []}, "tiles.resolutions is empty"),
         ({"newline": "absent.safetensors"}, 'tiles.newline is "absent.safetensors"'),
         ({"newlines": "columns"}, "tiles.newlines is"),
+        ({"most_tiles": 0}, "tiles.most_tiles is 0"),
         ({"kind": "frames"}, "tiles.kind is"),
     ],
 )

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from transformers import LlavaNextForConditionalGeneration
 
@@ -41,7 +40,8 @@ from tests.tiny_tiles import (
     processed,
     tiny_llava_next,
     tokens_of,
-    write_llava_next,
+    write_tiled,
+    written_by,
 )
 
 QUESTION = "What is in the picture?"
@@ -49,7 +49,7 @@ QUESTION = "What is in the picture?"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llava_next(tmp_path_factory.mktemp("next") / "tiny-next", tiny_llava_next())
+    return write_tiled(tmp_path_factory.mktemp("next") / "tiny-next", tiny_llava_next())
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,9 @@ def test_all_tokens_are_those_of_transformers_in_their_order(reference, bundle, 
     picture = picture_of(*size)
     with VisionEncoder(bundle, threads=1) as encoder:
         pixels = encoder.layout.pixel_values([picture], encoder._bands)
-        np.testing.assert_allclose(pixels, processed(picture)["pixel_values"][0], atol=1e-5)
+        np.testing.assert_allclose(
+            pixels, processed(reference, picture)["pixel_values"][0], atol=1e-5
+        )
         seen = encoder.encode([picture])
     expected = tokens_of(reference, picture)
     assert seen.tokens_of(0).shape == expected.shape
@@ -116,32 +118,16 @@ def test_the_greedy_answer_is_that_of_transformers(reference, model, size) -> No
     picture = picture_of(*size)
     answer = model.ask(picture, QUESTION, GenerationOptions(max_tokens=16))
     ids = model.writer.ids([Turn("user", QUESTION, images=1)]).tolist()
-    given = processed(picture)
-    count = len(tokens_of(reference, picture))
-    image = reference.config.image_token_id
-    at = ids.index(image)
-    ids = [*ids[:at], *[image] * count, *ids[at + 1 :]]
-    with torch.no_grad():
-        written = reference.generate(
-            input_ids=torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            pixel_values=given["pixel_values"],
-            image_sizes=given["image_sizes"],
-            max_new_tokens=len(answer.token_ids),
-            do_sample=False,
-        )
-    said = written[0, len(ids) :].tolist()
+    said = written_by(reference, picture, ids, len(answer.token_ids))
     assert len(answer.token_ids) > 4
-    assert [one for one in said if one != reference.config.text_config.eos_token_id] == list(
-        answer.token_ids
-    )
+    assert said == list(answer.token_ids)
 
 
 def test_the_manifest_says_how_pictures_are_cut(bundle) -> None:
     tiles = bundle.manifest.tiles
     assert tiles is not None
     assert (tiles.side, tiles.most_squares, tiles.newlines) == (28, 5, "rows")
-    assert tiles.most_tokens(16, 4) == 16 * 5 + 8
+    assert tiles.most_tokens(16, 4, "none") == 16 * 5 + 8
     assert bundle.manifest.files[tiles.newline].bytes < 1000
 
 
@@ -151,7 +137,7 @@ def test_the_manifest_says_how_pictures_are_cut(bundle) -> None:
 )
 def test_other_language_models_and_several_feature_layers(tmp_path, family, changes) -> None:
     model = tiny_llava_next(family, **changes)
-    root = write_llava_next(tmp_path / "next", model)
+    root = write_tiled(tmp_path / "next", model)
     out = tmp_path / "bundle"
     build_bundle(
         BuildOptions(str(root), out, reducer="none", decoders=DecoderOptions(precision="fp32"))

@@ -14,15 +14,12 @@ from safetensors.numpy import load_file
 from engines.bundle import Bundle
 from engines.errors import BundleError
 from engines.manifest import VisionGraph
-from engines.picture_tiles import NEWLINE, PictureTiles
+from engines.picture_tiles import ALL_TOKENS, NEWLINE, PictureTiles
 from runtime.vision.layouts.layout import Layout, Size, View
 from runtime.vision.layouts.llava_next import LlavaNext
 from runtime.vision.layouts.square import Square
 
 __all__ = ["Layout", "View", "layout_of", "views_of"]
-
-_ALL_TOKENS = "none"
-"""The reducer that leaves every token."""
 
 
 def layout_of(bundle: Bundle, graph: VisionGraph) -> Layout:
@@ -37,7 +34,7 @@ def layout_of(bundle: Bundle, graph: VisionGraph) -> Layout:
     """
     tiles = bundle.manifest.tiles
     newline = None
-    if tiles is not None and (tiles.newlines == "rows" or graph.reducer.name == _ALL_TOKENS):
+    if tiles is not None and (tiles.newlines == "rows" or graph.reducer.name == ALL_TOKENS):
         newline = _read_newline(bundle, tiles)
     return _layout(bundle, graph, newline)
 
@@ -57,7 +54,8 @@ def _layout(bundle: Bundle, graph: VisionGraph, newline: NDArray[np.float32] | N
     tiles, patches = bundle.manifest.tiles, (graph.patch_rows, graph.patch_columns)
     if tiles is None:
         return Square(bundle.preprocessing, *patches)
-    return LlavaNext(bundle.preprocessing, tiles, *patches, newline)
+    all_tokens = graph.reducer.name == ALL_TOKENS
+    return LlavaNext(bundle.preprocessing, tiles, *patches, newline, all_tokens)
 
 
 def _read_newline(bundle: Bundle, tiles: PictureTiles) -> NDArray[np.float32]:

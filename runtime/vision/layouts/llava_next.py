@@ -2,7 +2,8 @@
 
 The picture is scaled into the resolution that keeps most of its pixels, centred on black, and cut
 into squares of the tower's size. Sizes, padding and the order of the tokens are those of
-transformers' `LlavaNextImageProcessor` (in its Pillow form) and `pack_image_features`.
+transformers' `LlavaNextImageProcessor` (in its Pillow form) and `pack_image_features`. Those of
+LLaVA-OneVision are the same, but for all tokens of many tiles: see `scaled_down`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from engines.manifest import Preprocessing
 from engines.picture_tiles import PictureTiles, Resolution, TileGrid
 from runtime.vision.layouts.layout import Size, View
+from runtime.vision.layouts.scaled_down import assemble_scaled_down
 from runtime.vision.layouts.sequence import PatchGrid, assemble_tiles
 from runtime.vision.parallel_resize import Bands
 from runtime.vision.preprocess import PixelValues, check_picture, normalise, resize_picture
@@ -86,6 +88,8 @@ class LlavaNext:
         patch_rows: of a square.
         patch_columns: of a square.
         newline: float32[D], what ends a row of patches; None: nothing does.
+        all_tokens: no reducer leaves any out, so those of many tiles are scaled down where the
+            checkpoint does that.
     """
 
     preprocessing: Preprocessing
@@ -93,6 +97,7 @@ class LlavaNext:
     patch_rows: int
     patch_columns: int
     newline: NDArray[np.float32] | None
+    all_tokens: bool = False
 
     @property
     def most_squares(self) -> int:
@@ -142,14 +147,21 @@ class LlavaNext:
         ]
 
     def assemble(self, squares: VisualTokens, sizes: Sequence[Size]) -> VisualTokens:
-        """Return the tokens of each picture in one sequence; see `sequence`."""
+        """Return the tokens of each picture in one sequence; see `sequence` and `scaled_down`."""
         pictures, start = [], 0
         for size in sizes:
             stop = start + self.grid(size).squares
-            mine = squares.part(slice(start, stop))
-            pictures.append(assemble_tiles(mine, self._patches(size), self.newline))
+            pictures.append(self._assemble_one(squares.part(slice(start, stop)), size))
             start = stop
         return VisualTokens.stacked(pictures, squares.milliseconds)
+
+    def _assemble_one(self, squares: VisualTokens, size: Size) -> VisualTokens:
+        """Return the tokens of one picture."""
+        grid = self._patches(size)
+        shape = self.tiles.scaled_down(*grid.shape, self.patch_rows)
+        if self.all_tokens and shape != grid.shape:
+            return assemble_scaled_down(squares, grid, shape, self.newline)
+        return assemble_tiles(squares, grid, self.newline)
 
     def _patches(self, size: Size) -> PatchGrid:
         """Return the tiles' patches as one grid, without the rows or columns that are padding.

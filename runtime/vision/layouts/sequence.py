@@ -44,13 +44,22 @@ class PatchGrid:
     left: int
     right: int
 
+    @property
+    def box(self) -> tuple[slice, slice]:
+        """The rows and columns inside the picture."""
+        return slice(self.top, self.bottom), slice(self.left, self.right)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many rows and columns are inside the picture."""
+        return self.bottom - self.top, self.right - self.left
+
     def places(self) -> Indices:
         """Return the place of each patch in reading order, int64[tiles * P]; -1 in the padding."""
         rows, columns = self.patches.shape
         inside = np.full((rows, columns), _NOWHERE, np.int64)
         numbers = np.arange(rows * columns).reshape(rows, columns)
-        box = slice(self.top, self.bottom), slice(self.left, self.right)
-        inside[box] = numbers[box]
+        inside[self.box] = numbers[self.box]
         places = np.empty(rows * columns, np.int64)
         places[self.patches.ravel()] = inside.ravel()
         return places
