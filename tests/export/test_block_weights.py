@@ -13,6 +13,7 @@ from onnx import helper, numpy_helper
 
 from export.checkpoint.llava import open_checkpoint
 from export.language.onnx_decoder import GRAPH_FILE, write_decoder
+from export.language.position_input import add_bias_input, add_position_input
 from tests.tiny_language import tiny_llava, write_checkpoint
 
 
@@ -60,6 +61,9 @@ def test_graph_and_bytes_are_the_builders(
     write_decoder(open_checkpoint(root), tmp_path, "int4", device=device)
     ours = onnx.load(str(tmp_path / GRAPH_FILE))
     theirs = build_whole(root, tmp_path / "whole", device)
+    add_position_input(theirs)
+    if device == "cpu":
+        add_bias_input(theirs)
     assert nodes_of(ours) == nodes_of(theirs)
     assert tensors_of(ours) == tensors_of(theirs)
     assert [(o.domain, o.version) for o in ours.opset_import] == [

@@ -160,8 +160,8 @@ def test_image_processor_inside_processor_config(make_checkpoint: Make) -> None:
     ("fields", "message"),
     [
         (
-            {"model_type": "llava_onevision"},
-            r"model_type is 'llava_onevision'.*llava-hf/llava-1\.5-7b-hf",
+            {"model_type": "video_llava"},
+            r"model_type is 'video_llava'.*llava-hf/llava-1\.5-7b-hf",
         ),
         ({"vision_feature_layer": [-2, -5]}, r"layer is \[-2, -5\] and the tower has 4 layers"),
         ({"vision_feature_layer": []}, r"vision_feature_layer is \[\] and the tower has 4 layers"),

@@ -201,9 +201,14 @@ def test_a_record_with_attentions_comes_back(calibration: Calibration, tmp_path:
 
 def test_a_record_made_before_attentions_keeps_its_digest() -> None:
     """The digest is in the graphs and the manifests that were made with it."""
-    file = Path("models/pocket-llava/calibration.json")
-    content = json.loads(file.read_text("utf-8"))
-    assert "attentions" not in content
-    kept = {name: value for name, value in content.items() if name not in ("checksum", "agreement")}
+    made = load_calibration(Path("models/pocket-llava/calibration.json"))
+    assert made.attentions
+    before = made.model_copy(update={"attentions": {}})
+    content = json.loads(before.model_dump_json())
+    kept = {
+        name: value
+        for name, value in content.items()
+        if name not in ("checksum", "agreement", "attentions")
+    }
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
-    assert load_calibration(file).digest() == hashlib.sha256(text.encode()).hexdigest()
+    assert before.digest() == hashlib.sha256(text.encode()).hexdigest()

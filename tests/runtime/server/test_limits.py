@@ -21,7 +21,7 @@ from PIL import Image
 from engines.bundle import Bundle
 from engines.errors import OptionError
 from engines.secret import Secret
-from runtime.backends.ort import OrtBackend
+from runtime.backends.context import Context
 from runtime.server import connections
 from runtime.server.options import Listening
 from tests.runtime.server.conftest import Served, asking, picture, serving
@@ -34,13 +34,13 @@ PATIENCE_S = 30
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Answers stop before their second token until it is set."""
     opened = threading.Event()
-    decode = OrtBackend.decode
+    decode = Context.decode
 
-    def waiting(self: OrtBackend, token: int) -> Any:
+    def waiting(self: Context, token: int) -> Any:
         opened.wait(PATIENCE_S)
         return decode(self, token)
 
-    monkeypatch.setattr(OrtBackend, "decode", waiting)
+    monkeypatch.setattr(Context, "decode", waiting)
     yield opened
     opened.set()
 
