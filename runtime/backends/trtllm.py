@@ -13,102 +13,23 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Generator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic_core import from_json
 
 from engines.bundle import Bundle
 from engines.errors import BackendError
-from runtime.backends import Capabilities
 from runtime.backends.chat_events import Event, Usage
 from runtime.backends.chat_server import ChatServer, ServerOptions, choose_model
-from runtime.backends.rows import require_room
+from runtime.backends.served_backend import ServedBackend
 from runtime.backends.served_generation import ServedGeneration
 from runtime.backends.served_text import ServedText
-from runtime.backends.tensor_payload import payload_from_picture
-from runtime.language.answer_form import require_usable
 from runtime.language.generate import GenerationOptions
 from runtime.language.grammar import Grammar
-from runtime.language.parts import Picture
 from runtime.language.prompt import PromptWriter, Turn
 
 _SALT_BYTES = 16
 _WORDS = ("a", "a b")
-
-
-class TrtLlmBackend:
-    """A conversation partner behind `trtllm-serve`; see `TextBackend`.
-
-    Every question sends the whole conversation. The server gives all pictures the same token ids
-    (those after the vocabulary), and its cache of prefixes is looked up by ids: another picture
-    would be answered from the cache of the last one. So each question has a cache salt of its own.
-
-    Attributes:
-        hidden_size: D of the embeddings it takes.
-        context_length: positions of prompt and answer together; the server does not tell its own,
-            so it is the length that the checkpoint was trained for.
-        model: the server's name for the language model.
-    """
-
-    name = "trtllm"
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        logits=False, rewind=False, fork=False, apart=True, positions=False, bias=False
-    )
-
-    def __init__(
-        self, server: ChatServer, bundle: Bundle, model: str, writer: PromptWriter | None = None
-    ) -> None:
-        self.hidden_size = bundle.manifest.text.hidden_size
-        self.context_length = bundle.manifest.text.context_length
-        self.model = model
-        self._server = server
-        self._writer = writer or PromptWriter(bundle)
-        self._text = ServedText(self._writer, bundle.manifest.prompt)
-
-    def generate(
-        self, turns: Sequence[Turn], pictures: Sequence[Picture], options: GenerationOptions
-    ) -> TrtLlmGeneration:
-        """Start an answer to a conversation; nothing is sent until it is waited for.
-
-        Args:
-            turns: the conversation.
-            pictures: float32[N, D] of each picture, in the order of the turns.
-            options: how the answer is written.
-
-        Raises:
-            BackendError: a picture that must not be sent, or more positions than the context holds.
-            OptionError: a conversation that the server would read differently, or a form of the
-                answer that cannot be used.
-        """
-        if options.grammar is not None:
-            require_usable(options.grammar)
-        payloads = [payload_from_picture(picture, self.hidden_size) for picture in pictures]
-        prompt = sum(len(part) for part in self._writer.parts(turns, pictures))
-        require_room(0, prompt + 1, self.context_length)
-        content: list[dict[str, Any]] = [{"type": "text", "text": self._text.text(turns)}]
-        content += [{"type": "image_embeds", "image_embeds": {"data": data}} for data in payloads]
-        sampling = options.sampling
-        greedy = sampling.temperature == 0
-        request = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": options.most_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": 1 if greedy else sampling.top_k,
-            "repetition_penalty": sampling.repetition_penalty,
-            "seed": sampling.seed,
-            "stop": list(options.stop),
-            "stop_token_ids": list(self._writer.stop_token_ids),
-            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-            "cache_salt": secrets.token_hex(_SALT_BYTES),
-        }
-        if options.grammar is not None:
-            request["response_format"] = _format_from_grammar(options.grammar)
-        return TrtLlmGeneration(self._server.stream(request), self._writer, options, prompt)
-
-    def close(self) -> None:
-        """Let go of the server; there is nothing to free."""
 
 
 class TrtLlmGeneration(ServedGeneration):
@@ -154,6 +75,45 @@ class TrtLlmGeneration(ServedGeneration):
         return self._tokenizer.decode(two[len(one) :]).startswith(" ")
 
 
+class TrtLlmBackend(ServedBackend):
+    """A conversation partner behind `trtllm-serve`.
+
+    The server gives all pictures the same token ids (those after the vocabulary), and its cache of
+    prefixes is looked up by ids: another picture would be answered from the cache of the last one.
+    So each question has a cache salt of its own.
+    """
+
+    name = "trtllm"
+    generation = TrtLlmGeneration
+
+    def __init__(
+        self,
+        server: ChatServer,
+        bundle: Bundle,
+        model: str,
+        context_length: int,
+        writer: PromptWriter | None = None,
+    ) -> None:
+        super().__init__(server, bundle, model, context_length, writer)
+        self._text = ServedText(self._writer, bundle.manifest.prompt)
+
+    def _asked(
+        self, turns: Sequence[Turn], payloads: Sequence[str], options: GenerationOptions
+    ) -> dict[str, Any]:
+        content: list[dict[str, Any]] = [{"type": "text", "text": self._text.text(turns)}]
+        content += [{"type": "image_embeds", "image_embeds": {"data": data}} for data in payloads]
+        sampling = options.sampling
+        fields: dict[str, Any] = {
+            "messages": [{"role": "user", "content": content}],
+            "top_k": 1 if sampling.temperature == 0 else sampling.top_k,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+            "cache_salt": secrets.token_hex(_SALT_BYTES),
+        }
+        if options.grammar is not None:
+            fields["response_format"] = _format_from_grammar(options.grammar)
+        return fields
+
+
 def _format_from_grammar(grammar: Grammar) -> dict[str, Any]:
     """Return the form of an answer, known to be usable, as TensorRT-LLM takes it."""
     if grammar.json_schema is None:
@@ -175,4 +135,6 @@ def open_trtllm_backend(
         BackendError: no server, no such model, or several to choose from.
     """
     server = ChatServer(options)
-    return TrtLlmBackend(server, bundle, choose_model(server).id, writer)
+    # The server does not tell its own, so it is the length that the checkpoint was trained for.
+    length = bundle.manifest.text.context_length
+    return TrtLlmBackend(server, bundle, choose_model(server).id, length, writer)

@@ -8,40 +8,23 @@ precision. The server tokenizes the words and applies the chat template, which m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic_core import from_json
 
 from engines.bundle import Bundle
-from runtime.backends import Capabilities
 from runtime.backends.chat_server import ChatServer, ServerOptions, choose_model
-from runtime.backends.rows import require_room
-from runtime.backends.served_generation import ServedGeneration
+from runtime.backends.served_backend import ServedBackend
 from runtime.backends.served_prompt import ServedPrompt
-from runtime.backends.tensor_payload import payload_from_picture
-from runtime.language.answer_form import require_usable
 from runtime.language.generate import GenerationOptions
 from runtime.language.grammar import Grammar
-from runtime.language.parts import Picture
 from runtime.language.prompt import PromptWriter, Turn
 
 
-class VllmBackend:
-    """A conversation partner behind Chat Completions; see `TextBackend`.
-
-    The server keeps nothing of a conversation but its prefix cache: every question sends all of it,
-    and an answer that breaks off leaves it unchanged.
-
-    Attributes:
-        hidden_size: D of the embeddings it takes.
-        context_length: positions of prompt and answer together.
-        model: the server's name for the language model.
-    """
+class VllmBackend(ServedBackend):
+    """A conversation partner behind vLLM, which keeps nothing but its prefix cache."""
 
     name = "vllm"
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        logits=False, rewind=False, fork=False, apart=True, positions=False, bias=False
-    )
 
     def __init__(
         self,
@@ -51,55 +34,21 @@ class VllmBackend:
         context_length: int,
         writer: PromptWriter | None = None,
     ) -> None:
-        self.hidden_size = bundle.manifest.text.hidden_size
-        self.context_length = context_length
-        self.model = model
-        self._server = server
-        self._writer = writer or PromptWriter(bundle)
+        super().__init__(server, bundle, model, context_length, writer)
         self._prompt = ServedPrompt(self._writer, bundle.manifest.prompt)
 
-    def generate(
-        self, turns: Sequence[Turn], pictures: Sequence[Picture], options: GenerationOptions
-    ) -> ServedGeneration:
-        """Start an answer to a conversation; nothing is sent until it is waited for.
-
-        Args:
-            turns: the conversation.
-            pictures: the visual tokens of each, in the order of the turns.
-            options: how the answer is written.
-
-        Raises:
-            BackendError: a picture that must not be sent, or more positions than the context holds.
-            OptionError: a conversation that the server would read differently, or a form of the
-                answer that cannot be used.
-        """
-        if options.grammar is not None:
-            require_usable(options.grammar)
-        payloads = [payload_from_picture(picture, self.hidden_size) for picture in pictures]
-        prompt = sum(len(part) for part in self._writer.parts(turns, pictures))
-        require_room(0, prompt + 1, self.context_length)
-        sampling = options.sampling
-        request = {
-            "model": self.model,
+    def _asked(
+        self, turns: Sequence[Turn], payloads: Sequence[str], options: GenerationOptions
+    ) -> dict[str, Any]:
+        fields = {
             "messages": self._prompt.messages(turns, payloads),
             "add_special_tokens": self._prompt.adds_special_tokens(turns),
-            "max_tokens": options.most_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "repetition_penalty": sampling.repetition_penalty,
-            "seed": sampling.seed,
-            "stop": list(options.stop),
-            "stop_token_ids": list(self._writer.stop_token_ids),
             "return_token_ids": True,
             "stream_options": {"include_usage": True},
         }
         if options.grammar is not None:
-            request["structured_outputs"] = _structure_from_grammar(options.grammar)
-        return ServedGeneration(self._server.stream(request), self._writer, options, prompt)
-
-    def close(self) -> None:
-        """Let go of the server; there is nothing to free."""
+            fields["structured_outputs"] = _structure_from_grammar(options.grammar)
+        return fields
 
 
 def _structure_from_grammar(grammar: Grammar) -> dict[str, Any]:

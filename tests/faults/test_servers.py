@@ -69,7 +69,9 @@ def ask(
     chat = ChatServer(options(server))
     backend: TextBackend = VllmBackend(chat, bundle, "tiny-llama", 512, writer)
     if kind == "trtllm":
-        backend = TrtLlmBackend(chat, bundle, "tiny-llama", writer)
+        backend = TrtLlmBackend(
+            chat, bundle, "tiny-llama", bundle.manifest.text.context_length, writer
+        )
     generation = backend.generate(QUESTION, [PICTURE], GenerationOptions(MAX_TOKENS, grammar=form))
     try:
         with time_limit(LIMIT_S):
