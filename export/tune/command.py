@@ -15,10 +15,9 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress as RichProgress
-from rich.progress import track
 
 from engines import cli
-from export.tune.features import Track
+from export.tracks import show_tracks
 from export.tune.run import TuneOptions, TuneReport, json_from_report, tune_checkpoint
 from export.tune.student import Lora
 from export.tune.training import Progress
@@ -58,11 +57,6 @@ def main(
     else:
         _tell_report(report)
     return 0
-
-
-def show_tracks(console: Console) -> Track:
-    """Return a function that shows a progress bar for a list."""
-    return lambda items, line: track(items, line, console=console)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from engines.staging import staged_file
 from export.checkpoint.llava import Checkpoint
 from export.reducers import Reducer
 from export.towers.registry import make_tower
+from export.tracks import Track
 from runtime.vision import Pixels
 from runtime.vision.pictures import load_picture
 from runtime.vision.preprocess import preprocess_batch
@@ -29,9 +30,6 @@ from runtime.vision.preprocess import preprocess_batch
 _PICTURES_AT_ONCE = 8
 _TODO, _UNREADABLE = -1, 0
 """Values of `valid` beside the counts, which are 1 or more."""
-
-Track = Callable[[Sequence[int], str], Iterable[int]]
-"""Wraps a list to show how far it is; `rich.progress.track` is behind it."""
 
 
 @dataclass(frozen=True)

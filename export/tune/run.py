@@ -22,8 +22,9 @@ from export.line_chart import Axes, Line, line_chart
 from export.options import ModelOption, ReducerOption
 from export.reducers import reducer_for_budget
 from export.reducers.visionzip import VisionZip
+from export.tracks import Track, silently
 from export.tune.conversations import ConversationSet, read_conversations, refuse_unusable
-from export.tune.features import ReducedPictures, Track, reduce_pictures
+from export.tune.features import ReducedPictures, reduce_pictures
 from export.tune.student import Lora, Student, TrainingPrecision, lora_of_rank
 from export.tune.training import LOG_FILE, STATE_FILE, Progress, Recipe, TrainingLog, train
 from export.tune.training_text import Row, TrainingText, fit_text, group_rows, write_text
@@ -127,7 +128,7 @@ class TuneReport:
 
 def tune_checkpoint(
     options: TuneOptions,
-    show: Track = lambda items, line: items,
+    show: Track = silently,
     progress: Progress = lambda done, total, line: None,
 ) -> TuneReport:
     """Tune a checkpoint.

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import track
 
 from engines import cli
+from export.tracks import show_tracks
 from export.verify.comparison import VerifyOptions, verify_bundles
 from export.verify.golden_run import write_golden_run
 from export.verify.page import PageMaker
@@ -57,7 +57,7 @@ def main(
 def _compare(options: VerifyOptions, page: PageMaker | None, worst: int, as_json: bool) -> int:
     report = verify_bundles(
         options,
-        lambda files: track(files, "Comparing pictures", console=Console(stderr=True)),
+        show_tracks(Console(stderr=True)),
         note=_note,
         watch=page,
     )

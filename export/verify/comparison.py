@@ -1,15 +1,17 @@
 """Compare bundles with their checkpoint, picture by picture.
 
 Every candidate and PyTorch get the same pixels. PyTorch computes a picture once for all candidates
-with the same reducer.
+with the same reducer. All pictures are seen first and asked about afterwards, so that one model
+only is in memory: first the towers, then PyTorch's language model, then that of each bundle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Protocol
 
 import typer
@@ -22,9 +24,19 @@ from engines.errors import OptionError
 from engines.manifest import VisionGraph
 from engines.option_groups import Given, Typed
 from export.checkpoint.llava import Checkpoint, open_checkpoint
+from export.release_memory import release_memory
+from export.tracks import Track, silently
+from export.verify.answers import (
+    KeptTokens,
+    Question,
+    answer_with_torch,
+    check_language_models,
+    compare_answers,
+)
 from export.verify.candidates import Candidate, open_candidates
-from export.verify.reference import LanguageReference, Observation
+from export.verify.reference import Observation
 from export.verify.report import (
+    AnswerAgreement,
     CandidateReport,
     PictureAgreement,
     VerifyReport,
@@ -35,16 +47,13 @@ from export.verify.report import (
     summarize_stages,
 )
 from export.verify.sides import (
-    BundleLanguage,
-    GreedyAnswer,
-    Question,
-    TorchSide,
+    TorchVision,
     find_checkpoint,
     recipe_of,
     refuse_other_checkpoint,
 )
 from export.verify.tolerances import Tolerances, tolerances_for
-from runtime.vision import Pixels, VisualTokens
+from runtime.vision import VisualTokens
 from runtime.vision.pictures import load_picture
 from runtime.vision.preprocess import PixelValues
 
@@ -130,7 +139,7 @@ class VerifyOptions:
 
 def verify_bundles(
     options: VerifyOptions,
-    progress: Callable[[Sequence[Path]], Iterable[Path]] = iter,
+    show: Track = silently,
     *,
     note: Callable[[str], None] = lambda line: None,
     watch: Watch | None = None,
@@ -139,7 +148,7 @@ def verify_bundles(
 
     Args:
         options: what to compare.
-        progress: wraps the pictures as they are gone through.
+        show: shows how far it is.
         note: told what is left out, and why.
         watch: shown every picture.
 
@@ -154,84 +163,136 @@ def verify_bundles(
     checkpoint = open_checkpoint(options.model or find_checkpoint(bundles))
     for bundle in bundles:
         refuse_other_checkpoint(bundle, checkpoint)
-    with ExitStack() as stack:
-        candidates = open_candidates(
-            stack,
-            graphs,
-            options.engines,
-            threads=options.threads,
-            with_stages=options.stages,
-            note=note,
-        )
-        comparison = _Comparison(stack, checkpoint, candidates, options)
-        rows: list[list[PictureAgreement]] = [[] for _ in candidates]
-        for file in progress(files):
-            for place, row in enumerate(comparison.compare(file, watch)):
-                rows[place].append(row)
-        limits = dict(zip((bundle.root for bundle in bundles), tolerances, strict=True))
-        reports = tuple(
-            _report(candidate, row, limits[candidate.bundle.root], options)
-            for candidate, row in zip(candidates, rows, strict=True)
-        )
-    question = None if options.vision_only else options.question
-    return VerifyReport(checkpoint.name, question, reports)
+    question = Question(options.question, options.max_tokens, options.backend, options.threads)
+    if not options.vision_only:
+        check_language_models(bundles, question)
+    with TemporaryDirectory(prefix="foveate-verify-") as folder:
+        with ExitStack() as stack:
+            candidates = open_candidates(
+                stack,
+                graphs,
+                options.engines,
+                threads=options.threads,
+                with_stages=options.stages,
+                note=note,
+            )
+            kept = None if options.vision_only else _Kept(Path(folder), candidates)
+            rows = _see(files, checkpoint, candidates, kept, show, watch)
+            providers = [candidate.encoder.session.provider for candidate in candidates]
+        if kept is not None:
+            release_memory()
+            rows = _answer(rows, checkpoint, candidates, kept, question, show)
+    limits = dict(zip((bundle.root for bundle in bundles), tolerances, strict=True))
+    reports = tuple(
+        _report(candidate, provider, row, limits[candidate.bundle.root], options)
+        for candidate, provider, row in zip(candidates, providers, rows, strict=True)
+    )
+    asked = None if options.vision_only else options.question
+    return VerifyReport(checkpoint.name, asked, reports)
 
 
-class _Comparison:
-    """Everything that is open while pictures are compared."""
+class _Kept:
+    """The visual tokens of every side, on the disk until the language models are asked.
 
-    def __init__(
-        self,
-        stack: ExitStack,
-        checkpoint: Checkpoint,
-        candidates: Sequence[Candidate],
-        options: VerifyOptions,
-    ) -> None:
-        question = Question(options.question, options.max_tokens)
-        language = None if options.vision_only else LanguageReference(checkpoint)
-        self.candidates = candidates
-        self.torch_sides: dict[str, TorchSide] = {}
-        self.languages: dict[Path, BundleLanguage] = {}
-        for candidate in candidates:
-            bundle, recipe = candidate.bundle, recipe_of(candidate.bundle, candidate.graph)
-            if recipe not in self.torch_sides:
-                side = TorchSide(checkpoint, bundle, candidate.graph, language, question)
-                self.torch_sides[recipe] = side
-            if language is not None and bundle.root not in self.languages:
-                opened = BundleLanguage(bundle, options.backend, options.threads, question)
-                self.languages[bundle.root] = opened
-                stack.callback(opened.close)
+    Attributes:
+        ours: of each candidate, in their order.
+        theirs: of PyTorch, by recipe.
+    """
 
-    def compare(self, file: Path, watch: Watch | None) -> Iterable[PictureAgreement]:
-        """Compare every candidate on one picture, in their order."""
-        picture = load_picture(file)
-        seen = {recipe: _look(side, picture) for recipe, side in self.torch_sides.items()}
-        for candidate in self.candidates:
-            pixels, theirs, answer = seen[recipe_of(candidate.bundle, candidate.graph)]
+    def __init__(self, folder: Path, candidates: Sequence[Candidate]) -> None:
+        self.ours = [KeptTokens(folder / f"candidate-{at}") for at in range(len(candidates))]
+        recipes = dict.fromkeys(recipe_of(one.bundle, one.graph) for one in candidates)
+        self.theirs = {
+            recipe: KeptTokens(folder / f"pytorch-{at}") for at, recipe in enumerate(recipes)
+        }
+
+
+def _see(
+    files: Sequence[Path],
+    checkpoint: Checkpoint,
+    candidates: Sequence[Candidate],
+    kept: _Kept | None,
+    show: Track,
+    watch: Watch | None,
+) -> list[list[PictureAgreement]]:
+    """Compare the vision graphs with PyTorch, and keep the visual tokens of both.
+
+    Returns:
+        A row of pictures for each candidate; nobody has answered yet.
+    """
+    sides: dict[str, TorchVision] = {}
+    for candidate in candidates:
+        recipe = recipe_of(candidate.bundle, candidate.graph)
+        if recipe not in sides:
+            sides[recipe] = TorchVision(checkpoint, candidate.bundle, candidate.graph)
+    rows: list[list[PictureAgreement]] = [[] for _ in candidates]
+    for at in show(range(len(files)), "Comparing pictures"):
+        picture = load_picture(files[at])
+        seen = {recipe: side.look(picture) for recipe, side in sides.items()}
+        for place, candidate in enumerate(candidates):
+            pixels, theirs = seen[recipe_of(candidate.bundle, candidate.graph)]
             ours = candidate.encoder.encode([picture])
             if watch is not None:
-                watch(file, candidate, theirs.tokens, ours)
-            stages = candidate.stages.run(pixels) if candidate.stages is not None else {}
-            language = self.languages.get(candidate.bundle.root)
-            yield PictureAgreement(
-                file=file.name,
-                tokens=(int(theirs.tokens.valid[0]), int(ours.valid[0])),
-                visual_tokens=compare_visual_tokens(theirs.tokens, ours),
-                stages=tuple(measure_stages(theirs.stages, stages, theirs.tokens, ours)),
-                answer=language.compare(answer, ours.tokens_of(0))
-                if language is not None and answer is not None
-                else None,
-            )
+                watch(files[at], candidate, theirs.tokens, ours)
+            if kept is not None:
+                kept.ours[place].add(ours)
+            rows[place].append(_compare(files[at].name, candidate, pixels, theirs, ours))
+        if kept is not None:
+            for recipe, (_, theirs) in seen.items():
+                kept.theirs[recipe].add(theirs.tokens)
+    return rows
 
 
-def _look(side: TorchSide, picture: Pixels) -> tuple[PixelValues, Observation, GreedyAnswer | None]:
-    pixels = side.prepare(picture)
-    observation = side.observe(pixels)
-    return pixels, observation, side.answer(observation)
+def _compare(
+    file: str,
+    candidate: Candidate,
+    pixels: PixelValues,
+    theirs: Observation,
+    ours: VisualTokens,
+) -> PictureAgreement:
+    stages = candidate.stages.run(pixels) if candidate.stages is not None else {}
+    return PictureAgreement(
+        file=file,
+        tokens=(int(theirs.tokens.valid[0]), int(ours.valid[0])),
+        visual_tokens=compare_visual_tokens(theirs.tokens, ours),
+        stages=tuple(measure_stages(theirs.stages, stages, theirs.tokens, ours)),
+        answer=None,
+    )
+
+
+def _answer(
+    rows: Sequence[Sequence[PictureAgreement]],
+    checkpoint: Checkpoint,
+    candidates: Sequence[Candidate],
+    kept: _Kept,
+    question: Question,
+    show: Track,
+) -> list[list[PictureAgreement]]:
+    """Return the rows with what the language models answered, PyTorch's first."""
+    recipes = [recipe_of(one.bundle, one.graph) for one in candidates]
+    prompts = {recipe: one.bundle for recipe, one in zip(recipes, candidates, strict=True)}
+    sides = [(prompts[recipe], tokens) for recipe, tokens in kept.theirs.items()]
+    expected = dict(
+        zip(kept.theirs, answer_with_torch(checkpoint, sides, question, show), strict=True)
+    )
+    release_memory()
+    answered: dict[int, list[AnswerAgreement]] = {}
+    for bundle in {one.bundle.root: one.bundle for one in candidates}.values():
+        asked = {
+            place: (kept.ours[place], expected[recipes[place]])
+            for place, one in enumerate(candidates)
+            if one.bundle.root == bundle.root
+        }
+        answered |= compare_answers(bundle, asked, question, show)
+    return [
+        [replace(picture, answer=answer) for picture, answer in zip(row, answered[at], strict=True)]
+        for at, row in enumerate(rows)
+    ]
 
 
 def _report(
     candidate: Candidate,
+    provider: str,
     pictures: Sequence[PictureAgreement],
     tolerances: Tolerances,
     options: VerifyOptions,
@@ -246,7 +307,7 @@ def _report(
         name=candidate.name,
         bundle=str(candidate.bundle.root),
         engine=candidate.engine,
-        provider=candidate.encoder.session.provider,
+        provider=provider,
         reducer={"name": spec.name, "tokens": spec.tokens, **spec.options},
         precision=precision,
         pictures=tuple(pictures),
