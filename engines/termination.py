@@ -12,14 +12,21 @@ _asked: list[int] = []
 
 @contextmanager
 def end_in_order() -> Iterator[None]:
-    """Make SIGTERM raise `SystemExit` while the block runs; 143 is what a shell reports of it."""
+    """Raise what ends a process where SIGTERM or SIGINT comes while the block runs.
+
+    SIGTERM raises `SystemExit`, of which a shell reports 143; SIGINT raises `KeyboardInterrupt`.
+    A signal that the process ignores stays ignored, as SIGINT is in a script's background jobs.
+    """
 
     def leave(number: int, _: object) -> None:
         _asked.append(number)
         leave_if_asked()
 
     _asked.clear()
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: was for number, was in before.items() if was is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, leave)
     try:
         yield
     finally:
