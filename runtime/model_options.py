@@ -24,6 +24,7 @@ from engines.memory.context_length import ContextNeed
 from engines.secret import Secret
 
 if TYPE_CHECKING:
+    from engines.bundle import Bundle
     from runtime.backends.chat_server import ServerOptions
     from runtime.model import Model
 
@@ -102,23 +103,36 @@ class ModelOptions:
         ),
     ] = 600.0
 
-    def open(self, bundle: str | Path, batch: int = 1, need: ContextNeed = ContextNeed()) -> Model:
+    def open_bundle(self, path: str | Path) -> Bundle:
+        """Open a bundle and load nothing of it.
+
+        Raises:
+            FoveateError: anything the user can fix.
+        """
+        from engines.bundle import open_bundle
+
+        self.server()  # first: a wrong address is refused at once
+        return open_bundle(path, verify=self.verify)
+
+    def open(
+        self, bundle: str | Path | Bundle, batch: int = 1, need: ContextNeed = ContextNeed()
+    ) -> Model:
         """Open a bundle and load what answering takes.
 
         Args:
-            bundle: its directory.
+            bundle: its directory, or what `open_bundle` returned.
             batch: images that are usually encoded at once; see `engines.open_session`.
             need: what the KV cache has to hold, where no length is given.
 
         Raises:
             FoveateError: anything the user can fix.
         """
-        from engines.bundle import open_bundle
         from runtime.model import open_model
 
-        server = self.server()  # first: a wrong address is refused at once
+        if isinstance(bundle, (str, Path)):
+            bundle = self.open_bundle(bundle)
         return open_model(
-            open_bundle(bundle, verify=self.verify),
+            bundle,
             backend=self.backend,
             engine=self.engine,
             threads=self.threads,
@@ -129,7 +143,7 @@ class ModelOptions:
             positions=self.positions,
             visual_weights=self.visual_weights,
             device=self.device,
-            server=server,
+            server=self.server(),
             batch=batch,
         )
 

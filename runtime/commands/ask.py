@@ -63,25 +63,20 @@ def ask(
     Raises:
         FoveateError: anything the user can fix.
     """
-    from engines.bundle import open_bundle
     from runtime.clips.clip import ask_about_clip, read_clip, refuse_clip_of_tiles
     from runtime.vision.pictures import load_picture
 
     started = time.perf_counter()
-    if is_clip(image):
-        refuse_clip_of_tiles(open_bundle(bundle, verify=False))
     # Before the bundle: a wrong path is told at once.
-    frames = read_clip(str(image), clip) if is_clip(image) else None
-    picture = load_picture(image) if frames is None else frames[-1].image
-    need = ContextNeed(
-        visual_tokens=None if frames is None else clip.clip_tokens,
-        answer_tokens=generation.max_tokens,
-        exchanges=1,
-        clip_frames=0 if frames is None else len(frames),
-    )
-    with model.open(bundle, need=need.with_text(question, system)) as opened:
+    frames = read_clip(str(image), clip) if is_clip(image) else []
+    picture = frames[-1].image if frames else load_picture(image)
+    chosen = model.open_bundle(bundle)
+    if frames:
+        refuse_clip_of_tiles(chosen)
+    need = _context_need(len(frames), clip, generation).with_text(question, system)
+    with model.open(chosen, need=need) as opened:
         load_ms = (time.perf_counter() - started) * 1e3
-        if frames is None:
+        if not frames:
             answer = opened.ask(picture, question, generation, system=system, show=show)
         else:
             with _graphs_of(opened, model) as graphs:
@@ -99,10 +94,20 @@ def ask(
     if overlay is not None:
         from runtime.vision.overlay import save_overlay
 
-        save_overlay(overlay, picture, answer.seen[-1], opened.bundle)
+        save_overlay(overlay, picture, answer.seen[-1], chosen)
     spent = {"load": load_ms, **answer.milliseconds}
     spent["total"] += load_ms
     return replace(answer, milliseconds=spent)
+
+
+def _context_need(frames: int, clip: ClipOptions, generation: GenerationOptions) -> ContextNeed:
+    """Return what the KV cache has to hold for a clip of that many frames; 0: for a picture."""
+    return ContextNeed(
+        visual_tokens=clip.clip_tokens if frames else None,
+        answer_tokens=generation.max_tokens,
+        exchanges=1,
+        clip_frames=frames,
+    )
 
 
 def _graphs_of(model: Model, options: ModelOptions) -> GraphPool:
