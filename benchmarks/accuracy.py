@@ -73,7 +73,7 @@ REDUCERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """What the tables call a reducer -> its registry name and options."""
 PRECISIONS = ("fp32", "fp16", "int8")
-EIGHT_BITS = ("int8", "fp8")
+EIGHT_BITS = {"int8": INT8, "fp8": FP8}
 CALIBRATION_SEED, CALIBRATION_PICTURES = 4_000_000, 128
 _PICTURES_AT_ONCE = 10
 _CACHE = Path("build/accuracy")
@@ -257,7 +257,7 @@ class Bench:
         wanted = full.with_name(full.name.replace("fp32", precision))
         if not wanted.exists() and precision in EIGHT_BITS:
             model = ir.load(full)
-            form = FP8 if precision == "fp8" else INT8
+            form = EIGHT_BITS[precision]
             apply_calibration(model, self._calibrated_on(full), form)
             if form is FP8:
                 set_opset(model, HALF_OPSET)

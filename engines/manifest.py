@@ -34,6 +34,11 @@ MOST_MANIFEST_BYTES = 8 << 20
 
 Precision = Literal["fp32", "fp16", "int8", "mixed", "fp8"]
 LlmPrecision = Literal["fp32", "int8", "int4"]
+INTEGER_PRECISIONS: frozenset[str] = frozenset({"int8", "mixed"})
+QUANTIZED_PRECISIONS = INTEGER_PRECISIONS | {"fp8"}
+"""Those that a calibration makes: the layers that allow it are in 8 bits."""
+HALF_PRECISIONS: frozenset[str] = frozenset({"fp16", "mixed", "fp8"})
+"""Those whose other layers are counted as float16."""
 
 TOKENS_AXIS = "tokens"
 """Name of the axis that the budgets of a bundle differ in."""

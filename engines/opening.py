@@ -13,7 +13,7 @@ from engines.bundle import Bundle
 from engines.chained_session import ChainedSession, SharedStages
 from engines.errors import EngineError, OptionError
 from engines.graph_contents import check_graph_contents
-from engines.manifest import Graph, VisionGraph
+from engines.manifest import INTEGER_PRECISIONS, Graph, VisionGraph
 from engines.session import Session, Stage
 from engines.targets import Target, find_target, load_targets
 
@@ -113,7 +113,7 @@ def _open_openvino(bundle: Bundle, graph: Graph, name: str, threads: int | None)
     """Open OpenVINO; a quantized graph's rest is BF16 where the CPU has it, FP32 stays FP32."""
     from engines.openvino_session import OpenVinoSession, cpu_has_bf16
 
-    rounded = graph.precision in ("int8", "mixed") and cpu_has_bf16()
+    rounded = graph.precision in INTEGER_PRECISIONS and cpu_has_bf16()
     shared = bundle.manifest.shared
     if shared is not None and graph.file != shared.tower.file:
         rounded, name = False, "openvino"  # what follows the scores is FP32

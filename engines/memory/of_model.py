@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from engines.errors import OptionError
 from engines.llm_words import KvCache
-from engines.manifest import DecoderShape
+from engines.manifest import HALF_PRECISIONS, DecoderShape
 from engines.memory.context_length import ContextNeed
 from engines.memory.decoder import DecoderPlan, decoder_parts
 from engines.memory.parts import MemoryNeed
@@ -133,7 +133,7 @@ def decoder_shape(shape: TransformerShape) -> DecoderShape:
 
 def vision_bytes(hidden_size: int, precision: str) -> int:
     """Return the size of CLIP-L/336's weights and of LLaVA's projector of two matrices."""
-    bits = 16 if precision in ("fp16", "mixed", "fp8") else 32
+    bits = 16 if precision in HALF_PRECISIONS else 32
     costs = list_costs(CLIP_L_336, CLIP_L_336_POSITIONS, Bits(bits, 16, 16))
     projector = (CLIP_L_336.hidden + hidden_size) * hidden_size
     return int(total_cost(costs).weight_bytes + projector * bits / 8)

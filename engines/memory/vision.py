@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engines.manifest import HALF_PRECISIONS
 from engines.memory.parts import Basis, MemoryPart, Place
 from engines.roofline import CLIP_L_336, TransformerShape
 
@@ -64,7 +65,7 @@ def runs_on_gpu(engine: str) -> bool:
 
 def _activation_bytes(plan: VisionPlan, tower: TransformerShape) -> int:
     """Return the widest layer's activations, with its attention matrix where it is not fused."""
-    width = 2 if plan.precision in ("fp16", "mixed", "fp8") else 4
+    width = 2 if plan.precision in HALF_PRECISIONS else 4
     rows = plan.positions * (4 * tower.hidden + 2 * tower.intermediate)
     scores = 2 * tower.heads * plan.positions**2 if width == 4 else 0
     return plan.batch * (rows + scores) * width

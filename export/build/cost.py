@@ -15,7 +15,7 @@ from pathlib import Path
 
 from engines.errors import OptionError
 from engines.free_memory import read_free_memory
-from engines.manifest import Precision
+from engines.manifest import QUANTIZED_PRECISIONS, Precision
 from export.checkpoint.weights import LlavaWeights, Part
 from export.language.language_models import DecoderBackend, DecoderOptions
 
@@ -154,7 +154,7 @@ def predict_cost(
     language = {n: math.prod(s) for n, s in weights.shapes(Part.LANGUAGE_MODEL).items()}
     tables = sum(count for name, count in language.items() if "embed_tokens" in name)
     steps = [_vision_cost(seen, precision, graphs)]
-    if precision in ("int8", "mixed", "fp8"):
+    if precision in QUANTIZED_PRECISIONS:
         steps.append(_calibration_cost(seen, precision, graphs, frames))
     for backend in decoders.backends:
         if backend in _ONNX and any(step.name in _ONNX_STEPS for step in steps):
@@ -171,7 +171,7 @@ def predict_cost(
 
 def _vision_cost(weights: int, precision: Precision, graphs: int) -> StepCost:
     exact = 4 * weights
-    quantized = precision in ("int8", "mixed", "fp8")
+    quantized = precision in QUANTIZED_PRECISIONS
     return StepCost(
         "vision",
         int(_PROCESS_BYTES + exact * _TOWER_COPIES),

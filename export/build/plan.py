@@ -17,7 +17,7 @@ from calibration.scales.calibration_file import Calibration
 from engines.bundle import refuse_occupied
 from engines.errors import OptionError
 from engines.frame_size import FrameSize, frame_size_from_text
-from engines.manifest import Precision
+from engines.manifest import QUANTIZED_PRECISIONS, Precision
 from engines.option_groups import Given, Typed
 from engines.picture_tiles import Newlines, PictureTiles
 from engines.targets import Target, find_target
@@ -233,7 +233,7 @@ def _check_frame(options: BuildOptions) -> None:
 
 def _choose_opset(given: int | None, precision: Precision, target: Target) -> int:
     """Return the operator set: where float16 is quantized, the first that can."""
-    quantized_half = target.needs_cuda and precision in ("int8", "mixed", "fp8")
+    quantized_half = target.needs_cuda and precision in QUANTIZED_PRECISIONS
     opset = given or (HALF_OPSET if quantized_half else USUAL_OPSET)
     check_opset(opset)
     if quantized_half and opset < HALF_OPSET:

@@ -7,7 +7,7 @@ from safetensors.numpy import save_file
 
 from engines.bundle import BundleDraft
 from engines.errors import OptionError
-from engines.manifest import Precision
+from engines.manifest import QUANTIZED_PRECISIONS, Precision
 from engines.picture_tiles import NEWLINE, Newlines, PictureTiles
 from export.checkpoint.llava import Checkpoint
 from export.checkpoint.schema import ASPECT_RATIO
@@ -59,7 +59,7 @@ def refuse_with_tiles(checkpoint: Checkpoint, precision: Precision, frames: bool
             f"--input uint8: {checkpoint.name} cuts a picture into tiles by its proportions, and "
             "the CPU does that. Leave --input and --frame out."
         )
-    if precision not in ("fp32", "fp16"):
+    if precision in QUANTIZED_PRECISIONS:
         raise OptionError(
             f"--precision {precision}: calibration looks at whole pictures, and the tower of "
             f"{checkpoint.name} sees tiles of them as well, whose ranges nobody would have "

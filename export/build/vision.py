@@ -23,6 +23,7 @@ from calibration.int8.graphs import Int8Graphs, Int8Task, make_int8_graphs
 from calibration.int8.resume import ResumeFolder
 from engines.bundle import BundleDraft
 from engines.manifest import (
+    QUANTIZED_PRECISIONS,
     Graph,
     Precision,
     ReducerSpec,
@@ -102,7 +103,7 @@ def _export_floats(
     step: Step,
 ) -> Vision:
     """Write the vision graphs, which take pixels and return float32 tokens."""
-    if plan.precision in ("fp32", "fp16"):
+    if plan.precision not in QUANTIZED_PRECISIONS:
         return Vision(_export_graphs(plan, plan.precision, draft.root, kept, step))
     # Inside the draft, so that it goes with it should the process be killed.
     with TemporaryDirectory(dir=draft.root, prefix=".fp32-") as name:

@@ -17,7 +17,7 @@ from calibration.agreement.stages import run_stages, tap_graph
 from calibration.agreement.token_metrics import Array
 from engines.bundle import Bundle
 from engines.errors import EngineError, OptionError
-from engines.manifest import VisionGraph
+from engines.manifest import QUANTIZED_PRECISIONS, VisionGraph
 from engines.opening import open_session, target_of
 from engines.ort import CUDA, OrtSession
 from engines.session import Session
@@ -120,7 +120,7 @@ def _open_stages(
     stack: ExitStack, bundle: Bundle, graph: VisionGraph, engine: str, threads: int | None
 ) -> Stages | None:
     opener = _STAGE_SESSIONS.get(engine)
-    if opener is None or (engine == "openvino" and graph.precision in ("int8", "mixed", "fp8")):
+    if opener is None or (engine == "openvino" and graph.precision in QUANTIZED_PRECISIONS):
         return None
     if graph.is_prefix:  # the stages of its file are those of more tokens
         return None
