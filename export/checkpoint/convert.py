@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engines.errors import CheckpointError
@@ -34,7 +33,14 @@ from export.checkpoint.original_layout import (
 )
 from export.checkpoint.schema import IndexFile, Json, PickledIndexFile, checked, read_json
 from export.checkpoint.unpickle import PICKLED
-from export.checkpoint.weights import INDEX_FILE, SINGLE_FILE, Part, is_computed
+from export.checkpoint.weights import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Part,
+    is_computed,
+    stored_name,
+    write_shards,
+)
 
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _WIDENED = {(Part.LANGUAGE_MODEL, _EMBEDDINGS), (Part.LANGUAGE_MODEL, _HEAD)}
@@ -98,21 +104,23 @@ def convert_checkpoint(options: ConvertOptions) -> list[str]:
     ):
         scratch = Path(folder)
         changes = read_changes(options.projector, options.lora, scratch)
-        writer = _Writer(staged, changes)
+        renaming = _Renaming(changes)
         done: list[str] = []
+        tower: list[Path] = []
         if is_original(fields):
-            done += _describe_original(options, fields, writer, scratch)
+            done, tower = _describe_original(options, fields, renaming, staged)
         else:
             shutil.copy2(config_file, staged / "config.json")
             for name in (*_COPIED, *_tokenizer_names(source)):
                 if (source / name).is_file():
                     shutil.copy2(source / name, staged / name)
-        for file in files:
-            writer.write(_named_tensors(file, scratch))
-        writer.finish()
+        read = [_named_tensors(file, scratch, _CLIP_REST) for file in tower]
+        read += [_named_tensors(file, scratch) for file in files]
+        write_shards(map(renaming.rename, read), staged)
+        renaming.check_all_used()
         pickled = sum(file.suffix in PICKLED for file in files)
         done += [
-            f"{len(writer.weight_map)} tensors of {len(files)} files written as safetensors"
+            f"{len(renaming.made)} tensors of {len(files)} files written as safetensors"
             + (f", {pickled} of them read as pickles of tensors only" if pickled else ""),
             *changes.done,
         ]
@@ -148,71 +156,52 @@ def list_weight_files(root: Path) -> list[Path]:
     return [root / name for name in names]
 
 
-class _Writer:
-    """Writes tensors under transformers' names, file after file.
+class _Renaming:
+    """Changes tensors and gives them transformers' names, file after file.
 
     Attributes:
-        root: where to write.
         rows: rows that the embedding table is to have; None leaves it.
         filler: the row that new rows are a copy of.
-        weight_map: stored name -> file.
+        made: the names given so far.
     """
 
-    def __init__(self, root: Path, changes: Changes) -> None:
-        self.root = root
+    def __init__(self, changes: Changes) -> None:
         self.rows: int | None = None
         self.filler = 0
-        self.weight_map: dict[str, str] = {}
+        self.made: set[str] = set()
         self._changes = changes
-        self._files = 0
 
-    def write(self, tensors: Iterator[tuple[Key, Tensor]]) -> None:
-        """Write one file.
+    def rename(self, tensors: Iterator[tuple[Key, Tensor]]) -> dict[str, Tensor]:
+        """Return one file's tensors as they are to be written.
 
         Raises:
             CheckpointError: a tensor was written before, or a change does not fit it.
         """
-        self._files += 1
-        name = f"model-{self._files:05d}.safetensors"
         made: dict[str, Tensor] = {}
         for key, tensor in tensors:
             changed = self._changes.apply(key, tensor)
             if key in _WIDENED and self.rows is not None and len(changed) < self.rows:
                 new = changed[self.filler].expand(self.rows - len(changed), -1)
                 changed = torch.cat([changed, new])
-            stored = _stored_name(key)
-            if stored in made or stored in self.weight_map:
+            stored = stored_name(*key)
+            if stored in self.made:
                 raise CheckpointError(f"The {key[0].value}'s {key[1]} is there twice.")
+            self.made.add(stored)
             made[stored] = changed.contiguous()
-        save_file(made, self.root / name, metadata={"format": "pt"})
-        (self.root / name).chmod(0o644)
-        self.weight_map |= dict.fromkeys(made, name)
+        return made
 
-    def finish(self) -> None:
-        """Write the index.
+    def check_all_used(self) -> None:
+        """Check that every change found its tensor.
 
         Raises:
             CheckpointError: a change was for a tensor that the checkpoint has not.
         """
-        wanted = {_stored_name(key) for key in (*self._changes.put, *self._changes.factors)}
-        if absent := sorted(wanted - set(self.weight_map)):
+        wanted = {stored_name(*key) for key in (*self._changes.put, *self._changes.factors)}
+        if absent := sorted(wanted - self.made):
             raise CheckpointError(
                 f"The files that change the checkpoint name {len(absent)} tensors that it has not, "
                 f"among them {', '.join(absent[:3])}: they are of another model."
             )
-        index = {"metadata": {}, "weight_map": self.weight_map}
-        (self.root / INDEX_FILE).write_text(json.dumps(index, indent=1), "utf-8")
-
-
-def _stored_name(key: Key) -> str:
-    part, name = key
-    prefix = {
-        Part.VISION_TOWER: "vision_tower.vision_model.",
-        Part.PROJECTOR: "multi_modal_projector.",
-        Part.LANGUAGE_MODEL: "language_model.",
-        Part.NEWLINE: "",
-    }[part]
-    return prefix + name
 
 
 def _named_tensors(
@@ -228,19 +217,23 @@ def _named_tensors(
 
 
 def _describe_original(
-    options: ConvertOptions, fields: Json, writer: _Writer, scratch: Path
-) -> list[str]:
-    """Write configuration, tokenizer, template and processor, and the tower if it is apart."""
-    source, staged = options.source, writer.root
+    options: ConvertOptions, fields: Json, renaming: _Renaming, staged: Path
+) -> tuple[list[str], list[Path]]:
+    """Write configuration, tokenizer, template and processor.
+
+    Returns:
+        What was done, and the files of the tower if it is apart.
+    """
+    source = options.source
     done = ["LLaVA's original layout renamed to transformers'"]
     tower = _find_tower(options, fields)
     vision = read_json(tower / "config.json")
     vision = vision.get("vision_config", vision) | {"model_type": "clip_vision_model"}
-    token_id, length = _write_tokenizer(source, staged, writer)
-    writer.rows = max(length, int(fields.get("vocab_size", 0)))
-    config = config_from_original(fields, vision, token_id, writer.rows, source / "config.json")
+    token_id, length = _write_tokenizer(source, staged, renaming)
+    renaming.rows = max(length, int(fields.get("vocab_size", 0)))
+    config = config_from_original(fields, vision, token_id, renaming.rows, source / "config.json")
     (staged / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
-    done.append(f"<image> is token {token_id}; the embedding table has {writer.rows} rows")
+    done.append(f"<image> is token {token_id}; the embedding table has {renaming.rows} rows")
     for name in _COPIED:
         if (source / name).is_file():
             shutil.copy2(source / name, staged / name)
@@ -248,11 +241,9 @@ def _describe_original(
     processor = read_json(tower / "preprocessor_config.json")
     processor |= {"do_pad": fields.get("image_aspect_ratio") == "pad"}
     (staged / "preprocessor_config.json").write_text(json.dumps(processor, indent=2), "utf-8")
-    if not _holds_tower(source):
-        for file in list_weight_files(tower):
-            writer.write(_named_tensors(file, scratch, _CLIP_REST))
-        done.append(f"the vision tower of {tower} put in")
-    return done
+    if _holds_tower(source):
+        return done, []
+    return [*done, f"the vision tower of {tower} put in"], list_weight_files(tower)
 
 
 def _find_tower(options: ConvertOptions, fields: Json) -> Path:
@@ -283,7 +274,7 @@ def _tokenizer_names(source: Path) -> list[str]:
     return [file.name for file in list_tokenizer_files(source)]
 
 
-def _write_tokenizer(source: Path, staged: Path, writer: _Writer) -> tuple[int, int]:
+def _write_tokenizer(source: Path, staged: Path, renaming: _Renaming) -> tuple[int, int]:
     """Write the tokenizer with a token for a picture; return that token's id and the vocabulary."""
     from transformers import AutoTokenizer
 
@@ -300,7 +291,7 @@ def _write_tokenizer(source: Path, staged: Path, writer: _Writer) -> tuple[int, 
             f"{source}: transformers cannot load the tokenizer ({error}). Expected tokenizer.json "
             "or tokenizer.model."
         ) from error
-    writer.filler = int(loaded.unk_token_id or 0)
+    renaming.filler = int(loaded.unk_token_id or 0)
     return int(loaded.convert_tokens_to_ids("<image>")), len(loaded)
 
 

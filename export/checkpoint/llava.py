@@ -7,7 +7,6 @@ its vision graph needs memory for the vision tower only.
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
@@ -41,7 +39,7 @@ from export.checkpoint.processor import (
     read_tile_preprocessing,
 )
 from export.checkpoint.schema import ConfigFile, checked, read_json
-from export.checkpoint.weights import INDEX_FILE, LlavaWeights, Part, find_weights
+from export.checkpoint.weights import LlavaWeights, Part, find_weights, write_shards
 from export.towers.registry import TOWERS, has_class_token
 
 T = TypeVar("T")
@@ -220,13 +218,7 @@ class Checkpoint:
             CheckpointError: a tensor is missing, too many, has another shape or is not finite.
         """
         self.write_language_config(directory)
-        weight_map: dict[str, str] = {}
-        for number, shard in enumerate(self.weights.read_by_shard(Part.LANGUAGE_MODEL), start=1):
-            name = f"model-{number:05d}.safetensors"
-            save_file(shard, directory / name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(shard, name)
-        index = {"metadata": {}, "weight_map": weight_map}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=1), "utf-8")
+        write_shards(self.weights.read_by_shard(Part.LANGUAGE_MODEL), directory)
 
     def write_language_config(self, directory: Path) -> None:
         """Write the plain causal LM's configuration and tokenizer, without its weights."""

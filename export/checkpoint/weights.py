@@ -1,4 +1,4 @@
-"""Read the tensors of a LLaVA checkpoint under one naming, for every transformers release.
+"""Read and write the tensors of a LLaVA checkpoint under one naming, for every transformers.
 
 `LlavaWeights` reads one part (vision tower, projector, language model) without the others. Only
 safetensors files are read, because unpickling a download would run whatever code it carries.
@@ -6,16 +6,19 @@ safetensors files are read, because unpickling a download would run whatever cod
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from engines.errors import CheckpointError
@@ -63,6 +66,19 @@ def split_name(stored: str) -> tuple[Part, str] | None:
         if match:
             return part, prefix + stored[match.end() :]
     return None
+
+
+_PREFIXES = {
+    Part.VISION_TOWER: "vision_tower.vision_model.",
+    Part.PROJECTOR: "multi_modal_projector.",
+    Part.LANGUAGE_MODEL: "language_model.",
+    Part.NEWLINE: "",
+}
+
+
+def stored_name(part: Part, name: str) -> str:
+    """Return the name that transformers 4 and the hub's checkpoints store a tensor under."""
+    return _PREFIXES[part] + name
 
 
 def is_computed(stored: str) -> bool:
@@ -194,6 +210,20 @@ def find_weights(root: Path, parts: Sequence[Part] = LLAVA_PARTS) -> LlavaWeight
             "be another one."
         )
     return LlavaWeights(root, location)
+
+
+def write_shards(shards: Iterable[dict[str, Tensor]], directory: Path) -> None:
+    """Write files of tensors, each before the next is asked for, and the index that names them."""
+    weight_map: dict[str, str] = {}
+    numbers = count(1)
+    for shard in shards:
+        name = f"model-{next(numbers):05d}.safetensors"
+        save_file(shard, directory / name, metadata={"format": "pt"})
+        (directory / name).chmod(0o644)  # safetensors writes for its owner alone
+        weight_map |= dict.fromkeys(shard, name)
+        del shard  # before the next is made; enumerate would keep it too
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=1), "utf-8")
 
 
 def _list_shards(root: Path) -> list[str]:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlavaNextConfig
 
 from engines.errors import CheckpointError
+from engines.picture_tiles import NEWLINE
 from export.checkpoint.llava import Checkpoint
-from export.checkpoint.weights import INDEX_FILE, Part
+from export.checkpoint.weights import LLAVA_PARTS, Part, stored_name, write_shards
 
 OPTIONS_FILE = "trtllm_options.yaml"
 _OPTIONS = """\
@@ -37,13 +37,6 @@ TEMPLATE = (
     "{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
 )
 """A chat template that hands on the prompt the robot has written, with `<image>` in its places."""
-_PREFIXES = {
-    Part.LANGUAGE_MODEL: "language_model.",
-    Part.PROJECTOR: "multi_modal_projector.",
-    Part.VISION_TOWER: "vision_tower.vision_model.",
-}
-"""Names as the hub's LLaVA-NeXT checkpoints have them, before those of the plain models."""
-_NEWLINE = "image_newline"
 
 
 def write_llava_next(checkpoint: Checkpoint, directory: Path) -> None:
@@ -68,13 +61,7 @@ def write_llava_next(checkpoint: Checkpoint, directory: Path) -> None:
     (directory / OPTIONS_FILE).write_text(_OPTIONS, "utf-8")
     for name, fields in _processor_files(checkpoint).items():
         (directory / name).write_text(json.dumps(fields, indent=1), "utf-8")
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(_shards(checkpoint), start=1):
-        name = f"model-{number:05d}.safetensors"
-        save_file(shard, directory / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, name)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (directory / INDEX_FILE).write_text(json.dumps(index, indent=1), "utf-8")
+    write_shards(_shards(checkpoint), directory)
 
 
 def _refuse_other_vision(checkpoint: Checkpoint) -> None:
@@ -143,10 +130,8 @@ def _processor_files(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
 
 def _shards(checkpoint: Checkpoint) -> Iterator[dict[str, Tensor]]:
     dtype = checkpoint.embedding_table().dtype
-    for part, prefix in _PREFIXES.items():
+    for part in LLAVA_PARTS:
         for shard in checkpoint.weights.read_by_shard(part):
-            yield {prefix + name: tensor for name, tensor in shard.items()}
+            yield {stored_name(part, name): tensor for name, tensor in shard.items()}
     width = int(checkpoint.plain_text_config().hidden_size)
-    yield {
-        _NEWLINE: torch.zeros(width, dtype=dtype)
-    }  # between the tiles of a picture: we send none
+    yield {NEWLINE: torch.zeros(width, dtype=dtype)}  # between the tiles of a picture: we send none
