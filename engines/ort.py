@@ -77,6 +77,24 @@ def create_inference_session(
     complaints = "" if _names_of(providers) == [CPU] else _load_gpu_libraries()
     if threads is not None and threads < 1:
         raise EngineError(f"{path}: threads is {threads}, expected 1 or more.")
+    options = _session_options(onnxruntime, threads, optimization, axes or {})
+    names = _names_of(providers)
+    try:
+        session = _start(onnxruntime, str(path), options, providers)
+    except Exception as error:  # ONNX Runtime's errors share no base class
+        if names[0] != CPU and Path(path).is_file():
+            reason = " ".join(f"{error} {complaints}".split())
+            raise EngineError(_start_message(path, names[0], onnxruntime, reason)) from error
+        raise EngineError(_load_message(Path(path), onnxruntime.__version__, error)) from error
+    _read_names(Path(path), session)
+    if session.get_providers()[0] != names[0]:
+        raise EngineError(_start_message(path, names[0], onnxruntime, complaints))
+    return session
+
+
+def _session_options(
+    onnxruntime: Any, threads: int | None, optimization: Optimization, axes: Mapping[str, int]
+) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
@@ -89,39 +107,30 @@ def create_inference_session(
         onnxruntime.GraphOptimizationLevel,
         "ORT_DISABLE_ALL" if optimization == "none" else f"ORT_ENABLE_{optimization.upper()}",
     )
-    for axis, size in (axes or {}).items():
+    for axis, size in axes.items():
         options.add_free_dimension_override_by_name(axis, size)
-    names = _names_of(providers)
-    ordered = [*providers, *([] if CPU in names else [CPU])]
+    return options
 
-    def start() -> Any:
-        # Its own fallback prints on stdout and goes on without the provider.
-        return onnxruntime.InferenceSession(
-            str(path),
-            options,
-            providers=ordered,
-            enable_fallback=0,
-            disabled_optimizers=_MERGE_EQUAL_NODES,
-        )
 
+def _start(onnxruntime: Any, path: str, options: Any, providers: Sequence[Provider]) -> Any:
+    """Load the graph; without the fusion of Q/DQ where that stumbles over float8."""
+    # ONNX Runtime's own fallback prints on stdout and goes on without the provider.
+    start = functools.partial(
+        onnxruntime.InferenceSession,
+        path,
+        options,
+        providers=[*providers, *([] if CPU in _names_of(providers) else [CPU])],
+        enable_fallback=0,
+        disabled_optimizers=_MERGE_EQUAL_NODES,
+    )
     try:
-        try:
-            session = start()
-        except Exception as error:  # ONNX Runtime's errors share no base class
-            if _FLOAT8 not in str(error):
-                raise
-            # Its optimizer moves Q/DQ behind Transposes, which it does not have for float8.
-            options.add_session_config_entry("session.disable_quant_qdq", "1")
-            session = start()
+        return start()
     except Exception as error:  # ONNX Runtime's errors share no base class
-        if names[0] != CPU and Path(path).is_file():
-            reason = " ".join(f"{error} {complaints}".split())
-            raise EngineError(_start_message(path, names[0], onnxruntime, reason)) from error
-        raise EngineError(_load_message(Path(path), onnxruntime.__version__, error)) from error
-    _read_names(Path(path), session)
-    if session.get_providers()[0] != names[0]:
-        raise EngineError(_start_message(path, names[0], onnxruntime, complaints))
-    return session
+        if _FLOAT8 not in str(error):
+            raise
+        # Its optimizer moves Q/DQ behind Transposes, which it does not have for float8.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        return start()
 
 
 def _read_names(path: Path, session: onnxruntime.InferenceSession) -> None:
