@@ -70,18 +70,7 @@ def open_text_backend(
                 f'The backend "{name}" is a server, and its address is missing. Give it with '
                 "--llm-url, for example --llm-url http://127.0.0.1:8000/v1."
             )
-        if context_length is not None:
-            raise OptionError(
-                "--context has no meaning for a server, which has a context of its own. "
-                "Leave it out, or start the server with a length (vLLM: --max-model-len, "
-                "TensorRT-LLM: --max_seq_len)."
-            )
-        if kv_cache != "f16" or device is not None:
-            raise OptionError(
-                "--kv-cache and --llm-device have no meaning for a server, which chooses for "
-                "itself. Leave them out, or start the server with options of its own, such as "
-                "vLLM's --kv-cache-dtype."
-            )
+        _refuse_local_options(context_length, kv_cache, device)
         require_plain_tokens(positions, visual_weights)
         return open_served_backend(name, bundle, server, writer)
     if server is not None:
@@ -89,12 +78,7 @@ def open_text_backend(
             f'--llm-url {server.url} is the address of a server, and the backend "{name}" runs '
             "here. Leave one of them out."
         )
-    if positions != "compact" and bundle.most_squares > 1:
-        raise OptionError(
-            f"--positions {positions}: {bundle.root} cuts pictures into tiles, among whose tokens "
-            "newlines stand, and where each would stand without reduction is not computed. Leave "
-            "the option out."
-        )
+    _refuse_positions_in_tiles(bundle, positions)
     from runtime.backends.local_text import LocalText
 
     local = open_backend(
@@ -106,15 +90,50 @@ def open_text_backend(
         kv_cache=kv_cache,
         device=device,
     )
+    problems = _lacking(local, positions, visual_weights)
+    if problems:
+        local.close()
+        raise OptionError(" ".join(problems))
+    return LocalText(local, writer)
+
+
+def _refuse_local_options(
+    context_length: int | None, kv_cache: KvCache, device: LlmDevice | None
+) -> None:
+    """Refuse options of a language model in this process, where a server runs it."""
+    if context_length is not None:
+        raise OptionError(
+            "--context has no meaning for a server, which has a context of its own. "
+            "Leave it out, or start the server with a length (vLLM: --max-model-len, "
+            "TensorRT-LLM: --max_seq_len)."
+        )
+    if kv_cache != "f16" or device is not None:
+        raise OptionError(
+            "--kv-cache and --llm-device have no meaning for a server, which chooses for "
+            "itself. Leave them out, or start the server with options of its own, such as "
+            "vLLM's --kv-cache-dtype."
+        )
+
+
+def _refuse_positions_in_tiles(bundle: Bundle, positions: Positions) -> None:
+    if positions != "compact" and bundle.most_squares > 1:
+        raise OptionError(
+            f"--positions {positions}: {bundle.root} cuts pictures into tiles, among whose tokens "
+            "newlines stand, and where each would stand without reduction is not computed. Leave "
+            "the option out."
+        )
+
+
+def _lacking(
+    local: LanguageBackend, positions: Positions, visual_weights: VisualWeights
+) -> list[str]:
+    """Return what a backend cannot do of what is asked of its attention."""
     problems = []
     if positions != "compact" and not local.capabilities.positions:
         problems.append(f"--positions {positions}: {_NO_POSITIONS[local.name]}")
     if visual_weights != "equal" and not local.capabilities.bias:
         problems.append(f"--visual-weights {visual_weights}: {_NO_BIAS[local.name]}")
-    if problems:
-        local.close()
-        raise OptionError(" ".join(problems))
-    return LocalText(local, writer)
+    return problems
 
 
 def open_served_backend(
