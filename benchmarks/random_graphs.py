@@ -9,6 +9,7 @@ the exporter's own.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -33,22 +34,15 @@ from export.vision.vision_module import VisionModule
 from graphs import graph_file
 from graphs.float16 import convert_to_fp16, write_fp16_graph
 
-TINY = CLIPVisionConfig(
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    image_size=56,
-    patch_size=7,
-)
-SIGLIP = SiglipVisionConfig(
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    image_size=56,
-    patch_size=7,
-)
+_SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 56,
+    "patch_size": 7,
+}
+TINY, SIGLIP = CLIPVisionConfig(**_SMALL), SiglipVisionConfig(**_SMALL)
 CLIP_L_336 = CLIPVisionConfig(
     hidden_size=1024,
     intermediate_size=4096,

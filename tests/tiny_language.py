@@ -106,10 +106,15 @@ def tiny_llava(
         image_seq_length=16,
         tie_word_embeddings=bool(text.tie_word_embeddings),
     )
-    model = LlavaForConditionalGeneration(config).eval()
+    model: LlavaForConditionalGeneration = rounded(LlavaForConditionalGeneration(config))
+    return model
+
+
+def rounded(model: Any) -> Any:
+    """The model, to be run, with weights that float16 holds exactly."""
     for parameter in model.parameters():
         parameter.data = parameter.data.half().float()
-    return model
+    return model.eval()
 
 
 def write_checkpoint(root: Path, model: LlavaForConditionalGeneration) -> Path:

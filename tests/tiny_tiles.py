@@ -26,7 +26,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 
 from tests.photographs import load_photographs
-from tests.tiny_language import SPECIAL, write_checkpoint_words
+from tests.tiny_language import SPECIAL, rounded, write_checkpoint_words
 
 SIDE, PATCH = 28, 7  # 16 patches
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
@@ -52,7 +52,7 @@ def tiny_llava_next(family: str = "llama", **changes: Any) -> LlavaNextForCondit
     )
     fields = {"image_grid_pinpoints": PINPOINTS, **_WORDS}
     config = LlavaNextConfig(vision_config=vision, text_config=_text(family), **fields | changes)
-    return _rounded(LlavaNextForConditionalGeneration(config))
+    return rounded(LlavaNextForConditionalGeneration(config))
 
 
 def tiny_llava_onevision(**changes: Any) -> LlavaOnevisionForConditionalGeneration:
@@ -74,7 +74,7 @@ def tiny_llava_onevision(**changes: Any) -> LlavaOnevisionForConditionalGenerati
     model = LlavaOnevisionForConditionalGeneration(config)
     for layer in model.model.vision_tower.encoder.layers:
         layer.self_attn.q_proj.weight.data *= 6  # attention far from uniform, as a trained one's
-    return _rounded(model)
+    return rounded(model)
 
 
 _WORDS: dict[str, Any] = {
@@ -99,12 +99,6 @@ def _text(family: str) -> Any:
         tie_word_embeddings=False,
         **({"sliding_window": None} if family == "mistral" else {}),
     )
-
-
-def _rounded(model: Any) -> Any:
-    for parameter in model.parameters():
-        parameter.data = parameter.data.half().float()
-    return model.eval()
 
 
 def write_tiled(root: Path, model: Any) -> Path:

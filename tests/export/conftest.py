@@ -68,7 +68,7 @@ def tiny_llava(seed: int = 0, layer: int = -2) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config).eval()
 
 
-def _transformers_4_name(name: str) -> str:
+def transformers_4_name(name: str) -> str:
     for new, old in (
         ("model.vision_tower.", "vision_tower.vision_model."),
         ("model.multi_modal_projector.", "multi_modal_projector."),
@@ -88,7 +88,7 @@ def write_checkpoint(
     if naming != "saved" or shards > 1:
         state = load_file(root / "model.safetensors") if naming == "saved" else model.state_dict()
         if naming == "transformers-4":
-            state = {_transformers_4_name(name): tensor for name, tensor in state.items()}
+            state = {transformers_4_name(name): tensor for name, tensor in state.items()}
         _write_shards(root, {k: v.clone() for k, v in state.items()}, shards)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     processor = {

@@ -40,8 +40,9 @@ from runtime.language.prompt import Turn
 from runtime.model import open_model
 from runtime.model_options import ModelOptions
 from runtime.vision import VisionEncoder
+from tests.export.conftest import transformers_4_name
 from tests.photographs import clip_pixels, load_photographs
-from tests.tiny_language import SPECIAL, tiny_llava, write_checkpoint
+from tests.tiny_language import SPECIAL, rounded, tiny_llava, write_checkpoint
 
 QUESTION = "What is in the picture?"
 SIDE, PATCHES = 28, 16
@@ -74,10 +75,7 @@ def tiny(config: Any = VipLlavaConfig, layers: Any = LAYERS) -> Any:
         VipLlavaConfig: VipLlavaForConditionalGeneration,
         LlavaConfig: LlavaForConditionalGeneration,
     }[config]
-    model = made(config(**fields)).eval()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.half().float()
-    return model
+    return rounded(made(config(**fields)))
 
 
 @torch.no_grad()
@@ -199,18 +197,6 @@ def test_fewer_tokens_are_answered_and_verified(bundle, checkpoint, photographs)
         assert candidate.summary["overlap"] == candidate.summary["equal_answers"] == 1.0
 
 
-def in_transformers_4(name: str) -> str:
-    for new, old in (
-        ("model.vision_tower.", "vision_tower.vision_model."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-        ("model.language_model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-    ):
-        if name.startswith(new):
-            return old + name.removeprefix(new).removeprefix("vision_model.")
-    raise ValueError(name)
-
-
 @pytest.mark.parametrize("naming", ["transformers-4", "transformers-5"])
 def test_files_of_each_release_hold_the_same_model(checkpoint, reference, tmp_path, naming) -> None:
     root = tmp_path / "named"
@@ -219,7 +205,7 @@ def test_files_of_each_release_hold_the_same_model(checkpoint, reference, tmp_pa
         (root / file.name).write_bytes(file.read_bytes())
     state = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
     if naming == "transformers-4":
-        state = {in_transformers_4(name): tensor for name, tensor in state.items()}
+        state = {transformers_4_name(name): tensor for name, tensor in state.items()}
         config = json.loads((root / "config.json").read_text())
         config["vision_feature_layers"] = config.pop("vision_feature_layer")
         (root / "config.json").write_text(json.dumps(config))
