@@ -18,7 +18,7 @@ import torch
 from transformers import CLIPVisionModel
 from typer.testing import CliRunner
 
-from benchmarks import board_table, gpu, papers_path, random_graphs
+from benchmarks import board_table, gpu, gpu_ways, papers_path, random_graphs
 from engines import cli
 from engines.errors import EngineError, OptionError
 from engines.gpu import Gpu, NoGpu
@@ -32,40 +32,42 @@ H200 = Gpu("NVIDIA H200", 90, 141_000_000_000, False, "13.0", "580.1")
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> gpu.Case:
+def case(tmp_path_factory: pytest.TempPathFactory) -> gpu_ways.Case:
     folder = tmp_path_factory.mktemp("graphs")
-    return gpu.Case(2, 3, folder, H200, random_graphs.TINY, device="cpu")
+    return gpu_ways.Case(2, 3, folder, H200, random_graphs.TINY, device="cpu")
 
 
-@pytest.mark.parametrize("way", [way for way in gpu.WAYS if "TensorRT" not in way])
-def test_every_way_gives_tokens(way: str, case: gpu.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", [way for way in gpu_ways.WAYS if "TensorRT" not in way])
+def test_every_way_gives_tokens(
+    way: str, case: gpu_ways.Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(torch, "compile", lambda graph, **options: asked.append(options) or graph)
-    timing = gpu.measure(way, case, gpu.WAYS[way])
+    timing = gpu.measure(way, case, gpu_ways.WAYS[way])
     assert timing.problem == "" and timing.median_ms is not None
     assert 0 < timing.median_ms <= (timing.p90_ms or 0)
     assert asked == ([{"mode": "reduce-overhead"}] if "compile" in way else [])
 
 
-def test_the_ways_of_our_graph_agree(case: gpu.Case) -> None:
-    exact = gpu.onnxruntime_cuda("fp32")(case)()
-    half = gpu.onnxruntime_cuda("fp16")(case)()
+def test_the_ways_of_our_graph_agree(case: gpu_ways.Case) -> None:
+    exact = gpu_ways.onnxruntime_cuda("fp32")(case)()
+    half = gpu_ways.onnxruntime_cuda("fp16")(case)()
     assert exact.shape == half.shape == (2, 16, 64)
     np.testing.assert_allclose(half, exact, atol=0.02)
-    kept = gpu.papers_pytorch(case)()
-    assert kept.shape == (2, gpu.DOMINANT + gpu.CONTEXTUAL, 64)
+    kept = gpu_ways.papers_pytorch(case)()
+    assert kept.shape == (2, gpu_ways.DOMINANT + gpu_ways.CONTEXTUAL, 64)
 
 
-def test_cuda_is_asked_for_exact_products_and_a_graph(case: gpu.Case) -> None:
+def test_cuda_is_asked_for_exact_products_and_a_graph(case: gpu_ways.Case) -> None:
     there = replace(case, device="cuda")
-    said = gpu._providers(there, cuda_graph=True)
+    said = gpu_ways._providers(there, cuda_graph=True)
     assert said == [(CUDA, {"use_tf32": "0", "enable_cuda_graph": "1"})]
 
 
-def test_a_known_batch_leaves_no_named_axis(case: gpu.Case) -> None:
+def test_a_known_batch_leaves_no_named_axis(case: gpu_ways.Case) -> None:
     from engines.ort import create_inference_session
 
-    file = gpu._onnx_file(case, "fp32")
+    file = gpu_ways._onnx_file(case, "fp32")
     opened = create_inference_session(file, axes={"batch": 2})
     shapes = [node.shape for node in (*opened.get_inputs(), *opened.get_outputs())]
     assert all(isinstance(axis, int) for shape in shapes for axis in shape)
@@ -76,7 +78,7 @@ def test_a_known_batch_leaves_no_named_axis(case: gpu.Case) -> None:
     [("TensorRT, FP16", "fp16"), ("TensorRT, INT8 and FP16 (mixed)", "mixed")],
 )
 def test_tensorrt_is_built_for_the_batch_and_precision(
-    way: str, precision: str, case: gpu.Case, monkeypatch: pytest.MonkeyPatch
+    way: str, precision: str, case: gpu_ways.Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[builder.BuildOptions] = []
 
@@ -91,7 +93,7 @@ def test_tensorrt_is_built_for_the_batch_and_precision(
     monkeypatch.setattr(session, "TrtSession", lambda *_: opened)
     monkeypatch.setattr("engines.trt.library.load_library_for", lambda target: None)
     monkeypatch.setattr("engines.trt.cuda_memory.open_cuda_runtime", lambda: None)
-    assert gpu.measure(way, case, gpu.WAYS[way]).problem == ""
+    assert gpu.measure(way, case, gpu_ways.WAYS[way]).problem == ""
     (options,) = built
     assert (options.precision, options.target.sm) == (precision, 90)
     assert options.onnx.name == f"{precision}.onnx"
@@ -103,22 +105,22 @@ def test_tensorrt_is_built_for_the_batch_and_precision(
 
 def test_a_gpu_without_a_target_is_named() -> None:
     with pytest.raises(EngineError, match="no TensorRT target has sm_121"):
-        gpu.target_of_gpu(replace(H200, sm=121))
+        gpu_ways.target_of_gpu(replace(H200, sm=121))
 
 
 class OddError(Exception):
     """Of no kind that anything here knows, as ONNX Runtime's are."""
 
 
-def fails(case: gpu.Case) -> gpu.Step:
+def fails(case: gpu_ways.Case) -> gpu_ways.Step:
     raise OddError("no kernel | for this")
 
 
-def gives(value: float) -> Callable[[gpu.Case], gpu.Step]:
+def gives(value: float) -> Callable[[gpu_ways.Case], gpu_ways.Step]:
     return lambda case: lambda: np.full((case.batch, 16, 64), value)
 
 
-def test_a_way_that_fails_costs_its_row_only(case: gpu.Case) -> None:
+def test_a_way_that_fails_costs_its_row_only(case: gpu_ways.Case) -> None:
     timing = gpu.measure("odd", case, fails)
     assert timing.median_ms is None and timing.problem == "OddError: no kernel / for this"
     assert "not-a-numbers" in gpu.measure("nan", case, gives(np.nan)).problem
@@ -130,7 +132,7 @@ def run_benchmark(*arguments: str) -> Any:
 
 def test_one_table_with_date_and_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "find_gpu", lambda: H200)
-    monkeypatch.setattr(gpu, "WAYS", {"good": gives(1.0), "odd": fails})
+    monkeypatch.setattr(gpu_ways, "WAYS", {"good": gives(1.0), "odd": fails})
     printed = run_benchmark().stdout
     assert re.match(r"\d{4}-\d\d-\d\dT.*, NVIDIA H200, sm_90, driver 580\.1, batch 1", printed)
     assert f"torch {torch.__version__}" in printed and "onnxruntime 1." in printed
@@ -150,7 +152,7 @@ class Meter:
         return 7.5
 
 
-def test_power_and_memory_are_measured_with_the_time(case: gpu.Case) -> None:
+def test_power_and_memory_are_measured_with_the_time(case: gpu_ways.Case) -> None:
     timing = gpu.measure("good", replace(case, gpu=ORIN, meter=Meter()), gives(1.0))
     assert timing.power_w == 7.5 and timing.memory_mb is not None
     assert re.search(r"\| 7\.5 W, \d+ MB \|$", gpu.row_of(timing))
@@ -168,7 +170,7 @@ def test_the_table_of_boards_is_filled(
     facts = replace(ORIN_FACTS, board=nano)
     monkeypatch.setattr(gpu, "find_gpu", lambda: ORIN)
     monkeypatch.setattr(gpu, "read_facts", lambda: facts)
-    monkeypatch.setattr(gpu, "WAYS", {"TensorRT, FP16": gives(1.0), "odd": fails})
+    monkeypatch.setattr(gpu_ways, "WAYS", {"TensorRT, FP16": gives(1.0), "odd": fails})
     assert run_benchmark("--write", "--page", str(page)).exit_code == 0
     filled = page.read_text()
     mine = [line for line in filled.splitlines() if line.startswith("| Jetson Orin Nano |")]
@@ -214,7 +216,7 @@ def test_a_page_without_the_table_is_refused_before_anything_runs(
 
 def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match=r'--only "tpu".*torch\.compile'):
-        gpu.choose_ways("tpu")
+        gpu_ways.choose_ways("tpu")
     monkeypatch.setattr(gpu, "find_gpu", lambda: NoGpu("none is here"))
     refused = run_benchmark()
     assert refused.exit_code == 2 and "measures a CUDA GPU: none is here" in refused.stderr
