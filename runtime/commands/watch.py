@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from runtime.camera.budgets.controller import BudgetController
     from runtime.camera.budgets.goal import Goal
     from runtime.camera.loop import CameraLoop
-    from runtime.camera.parts import Answerer, CameraAnswer, CameraOptions, Encoder
+    from runtime.camera.parts import Answerer, CameraAnswer, CameraOptions, Encoder, Stall
+    from runtime.camera.recording import Recording
     from runtime.frames import FrameSource
     from runtime.model import Model
 
@@ -106,11 +107,9 @@ def watch(
     Raises:
         FoveateError: anything the user can fix.
     """
-    from runtime.camera.answering import SHORT_TOKENS
-    from runtime.camera.parts import CameraAnswer, CameraOptions
-    from runtime.camera.recording import Recording
+    from runtime.camera.parts import CameraOptions
     from runtime.camera.steering import obey, stopping_on_signals
-    from runtime.camera.watch_lines import document_from_answer, document_from_stall, summary_of
+    from runtime.camera.watch_lines import summary_of
 
     if isinstance(options, str):
         options = WatchOptions(CameraOptions(options))
@@ -118,37 +117,15 @@ def watch(
     with ExitStack() as open_things:
         sources = [open_things.enter_context(_open(each, options.source)) for each in given]
         # Left to the garbage collector: a backend that hangs may still be inside it at the end.
-        generation = options.generation or GenerationOptions()
-        most_tokens = generation.max_tokens or SHORT_TOKENS
-        need = ContextNeed(None, _PROMPT_TOKENS, most_tokens, exchanges=1)
-        model = options.model.open(bundle, batch=len(sources), need=need.with_text(options.system))
-        if options.warm_up:
-            seconds = model.warm_up(len(sources))
-            print(f"warmed up in {seconds:.1f} s", file=sys.stderr)
+        model = _open_model(bundle, options, len(sources))
         tell_systemd("READY=1")
-        recording = None
-        if options.record:
-            recording = Recording(options.record, model.bundle, cameras=len(sources))
-            open_things.callback(recording.close)
+        recording = _open_recording(model, options, len(sources), open_things)
         loop, controller = _make_loop(sources, model, options, open_things)
         observers = _observers(loop, controller, options, open_things)
         if control is not None:
             threading.Thread(target=obey, args=(control, loop), daemon=True).start()
-        count = 0
         with stopping_on_signals(loop), closing(loop.answers()) as items:
-            for item in items:
-                if not isinstance(item, CameraAnswer):
-                    show(document_from_stall(item))
-                    continue
-                document = document_from_answer(item)
-                show(document)
-                for observe in observers:
-                    observe(item)
-                if recording is not None and not item.reused:
-                    recording.keep(item, document)
-                count += 1
-                if count == options.answers:
-                    break
+            count = _tell_all(items, show, observers, recording, options.answers)
         if recording is not None:
             recording.close()
         show(summary_of(loop, count, recording, controller))
@@ -159,6 +136,31 @@ def _open(source: str | FrameSource, view: SourceOptions | None) -> FrameSource:
     from runtime.frames import open_source
 
     return open_source(source, view) if isinstance(source, str) else source
+
+
+def _open_model(bundle: str | Path, options: WatchOptions, cameras: int) -> Model:
+    """Load a bundle, and answer once if it is to be warmed up."""
+    from runtime.camera.answering import SHORT_TOKENS
+
+    generation = options.generation or GenerationOptions()
+    most_tokens = generation.max_tokens or SHORT_TOKENS
+    need = ContextNeed(None, _PROMPT_TOKENS, most_tokens, exchanges=1)
+    model = options.model.open(bundle, batch=cameras, need=need.with_text(options.system))
+    if options.warm_up:
+        print(f"warmed up in {model.warm_up(cameras):.1f} s", file=sys.stderr)
+    return model
+
+
+def _open_recording(
+    model: Model, options: WatchOptions, cameras: int, open_things: ExitStack
+) -> Recording | None:
+    from runtime.camera.recording import Recording
+
+    if options.record is None:
+        return None
+    recording = Recording(options.record, model.bundle, cameras=cameras)
+    open_things.callback(recording.close)
+    return recording
 
 
 def _make_loop(
@@ -230,6 +232,34 @@ def _observers(
     return observers
 
 
+def _tell_all(
+    items: Iterable[CameraAnswer | Stall],
+    show: Callable[[dict[str, Any]], None],
+    observers: Sequence[Callable[[CameraAnswer], None]],
+    recording: Recording | None,
+    most: int | None,
+) -> int:
+    """Tell of all that a loop gives, until that many answers; return how many there were."""
+    from runtime.camera.parts import CameraAnswer
+    from runtime.camera.watch_lines import document_from_answer, document_from_stall
+
+    count = 0
+    for item in items:
+        if not isinstance(item, CameraAnswer):
+            show(document_from_stall(item))
+            continue
+        document = document_from_answer(item)
+        show(document)
+        for observe in observers:
+            observe(item)
+        if recording is not None and not item.reused:
+            recording.keep(item, document)
+        count += 1
+        if count == most:
+            break
+    return count
+
+
 def main(
     bundle: Annotated[Path, typer.Argument(help="Directory that `export.build` wrote.")],
     sources: Annotated[
@@ -287,12 +317,7 @@ def main(
     began. Ctrl-C or SIGTERM ends it in order. The exit code is 1 when `--record` lost an answer for
     another reason than a slow disk; the last line counts them.
     """
-    piped = [source for source in sources if source == "-" or source.startswith("raw:")]
-    if len(piped) + control > 1:
-        raise OptionError(
-            f"Standard input cannot hold {' and '.join(piped)}{' and commands' if control else ''} "
-            "at once. Leave --control out, or give another source."
-        )
+    _refuse_shared_input(sources, control)
     from runtime.camera.steering import lines_of
     from runtime.frames.stdin import standard_input
 
@@ -312,6 +337,15 @@ def main(
     )
     commands = lines_of(standard_input()) if control else None
     return int(watch(bundle, sources, options, _print_line, commands) > 0)
+
+
+def _refuse_shared_input(sources: Sequence[str], control: bool) -> None:
+    piped = [source for source in sources if source == "-" or source.startswith("raw:")]
+    if len(piped) + control > 1:
+        raise OptionError(
+            f"Standard input cannot hold {' and '.join(piped)}{' and commands' if control else ''} "
+            "at once. Leave --control out, or give another source."
+        )
 
 
 def _print_line(document: dict[str, Any]) -> None:
