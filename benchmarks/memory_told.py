@@ -129,7 +129,7 @@ def _open_decoder(bundle: Bundle, part: Part, context: int) -> Callable[[bool], 
     def answer(whole: bool) -> None:
         backend.rewind(0)
         backend.prefill([rows if whole else rows[:32]])
-        backend.decode(5)
+        backend.prefill([np.array([5])])
 
     return answer
 

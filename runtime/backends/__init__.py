@@ -85,9 +85,6 @@ class LanguageBackend(Protocol):
                 bias that the language model cannot take.
         """
 
-    def decode(self, token: int) -> Logits:
-        """Append one token behind the last and return the logits after it, float32[V]."""
-
     def rewind(self, position: int) -> None:
         """Forget everything from a place of the cache on."""
 

@@ -77,10 +77,6 @@ class DecoderBackend(ABC, Generic[DecoderT]):
                 that the model cannot take, or logits that are not numbers.
         """
 
-    def decode(self, token: int) -> Logits:
-        """Append one token behind the last and return the logits after it, float32[V]."""
-        return self.prefill([np.array([token], np.int64)])
-
     def rewind(self, position: int) -> None:
         """Forget everything from a place of the cache on."""
         require_rewind(position, self.position)

@@ -169,7 +169,7 @@ def test_a_fork_goes_its_own_way(
     fork.close()
     assert backend.position == 60
     np.testing.assert_allclose(
-        backend.decode(7),
+        backend.prefill([np.array([7])]),
         reference_logits(language_reference, backend.embed(np.append(IDS, 7)))[-1],
         atol=TOLERANCE,
     )
@@ -207,7 +207,7 @@ def test_sparse_positions_give_the_logits_of_transformers(
     np.testing.assert_allclose(first, expected[35], atol=TOLERANCE)
     np.testing.assert_allclose(second, expected[65], atol=TOLERANCE)
     for at in range(66, 76):
-        found = sparse.decode(int(IDS[at - 16]))
+        found = sparse.prefill([IDS[[at - 16]]])
         np.testing.assert_allclose(found, expected[at], atol=TOLERANCE)
     compact = reference_logits(language_reference, rows)
     assert np.abs(expected[-1] - compact[-1]).max() > 100 * TOLERANCE
@@ -237,7 +237,7 @@ def test_merged_tokens_count_for_more(
     backend.rewind(36)
     fork = backend.fork()
     for at in range(36, 50):
-        found = backend.decode(int(IDS[at - 16]))
+        found = backend.prefill([IDS[[at - 16]]])
         np.testing.assert_allclose(found, expected[at], atol=TOLERANCE)
     np.testing.assert_allclose(fork.prefill([IDS[20:50]]), expected[65], atol=TOLERANCE)
     fork.close()
@@ -276,7 +276,7 @@ def test_rewind_and_fork_keep_sparse_positions(
     following = np.concatenate([at, [210]])
     rows = np.concatenate([rows, fork.embed(np.array([7]))])
     expected = reference_logits(language_reference, rows, following)[-1]
-    np.testing.assert_allclose(fork.decode(7), expected, atol=TOLERANCE)
+    np.testing.assert_allclose(fork.prefill([np.array([7])]), expected, atol=TOLERANCE)
     fork.close()
 
 
@@ -368,7 +368,7 @@ def test_a_full_context_refuses_and_goes_on(
     expected = reference_logits(language_reference, small.embed(IDS[:50]))
     np.testing.assert_allclose(small.prefill([IDS[48:50]]), expected[-1], atol=TOLERANCE)
     with pytest.raises(BackendError, match="context holds 50"):
-        small.decode(5)
+        small.prefill([np.array([5])])
     small.close()
 
 

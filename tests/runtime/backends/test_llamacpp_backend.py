@@ -279,7 +279,7 @@ def test_the_model_outlives_the_first_conversation(library: object, gguf_bundle:
     backend.close()
     with pytest.raises(BackendError, match="was closed"):
         backend.prefill([IDS])
-    fork.decode(7)
+    fork.prefill([np.array([7])])
     fork.close()
     with pytest.raises(BackendError, match="was closed"):
-        fork.decode(7)
+        fork.prefill([np.array([7])])

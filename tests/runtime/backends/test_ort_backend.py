@@ -122,7 +122,7 @@ def test_running_out_of_memory_leaves_the_conversation_as_it_was(
         with pytest.raises(BackendError, match=r"failed on 3 positions after 10 \(Failed to alloc"):
             backend.prefill([np.arange(3)])
     assert backend.position == 10
-    backend.decode(7)
+    backend.prefill([np.array([7])])
     assert backend.position == 11
 
 
