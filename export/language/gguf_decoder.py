@@ -130,30 +130,40 @@ def write_gguf(
         _describe(writer, checkpoint)
         kinds = gguf.LlamaFileType
         writer.add_file_type(kinds.MOSTLY_F16 if precision == "f16" else kinds.ALL_F32)
-        factors = _rotary_factors(config)
-        if factors is not None:
-            writer.add_tensor_info(_ROTARY_FACTORS, factors.shape, factors.dtype, factors.nbytes)
-        shapes = _shapes(checkpoint)
-        for plain, shape in shapes.items():
-            dtype, nbytes = layout.dtype_of(shape), layout.bytes_of(shape)
-            writer.add_tensor_info(layout.name_of(plain), shape, dtype, nbytes)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        if factors is not None:
-            writer.write_tensor_data(factors)
-        written, total = 0, sum(map(layout.bytes_of, shapes.values()))
-        for plain, tensor in checkpoint.weights.read_one_by_one(Part.LANGUAGE_MODEL):
-            if plain in shapes:
-                writer.write_tensor_data(layout.array(plain, tensor))
-                written += layout.bytes_of(shapes[plain])
-                if progress is not None:
-                    progress(written, total)
+        _write_tensors(writer, checkpoint, layout, progress)
         writer.close()
         unfinished.replace(file)
     finally:
         writer.close()
         unfinished.unlink(missing_ok=True)
+
+
+def _write_tensors(
+    writer: gguf.GGUFWriter,
+    checkpoint: Checkpoint,
+    layout: _Layout,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Write the head of the file, with every tensor's shape, and then the tensors one by one."""
+    factors = _rotary_factors(checkpoint.text_config)
+    if factors is not None:
+        writer.add_tensor_info(_ROTARY_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+    shapes = _shapes(checkpoint)
+    for plain, shape in shapes.items():
+        dtype, nbytes = layout.dtype_of(shape), layout.bytes_of(shape)
+        writer.add_tensor_info(layout.name_of(plain), shape, dtype, nbytes)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    written, total = 0, sum(map(layout.bytes_of, shapes.values()))
+    for plain, tensor in checkpoint.weights.read_one_by_one(Part.LANGUAGE_MODEL):
+        if plain in shapes:
+            writer.write_tensor_data(layout.array(plain, tensor))
+            written += layout.bytes_of(shapes[plain])
+            if progress is not None:
+                progress(written, total)
 
 
 def read_gguf_limits(config: Any) -> list[str]:
