@@ -56,13 +56,16 @@ class Examination:
         types: the type of each question.
     """
 
-    def __init__(self, checkpoint: Path, data: Path, pictures: int | None = None) -> None:
+    def __init__(
+        self, checkpoint: Path, data: Path, pictures: int | None = None, model: Any = None
+    ) -> None:
         """Read the questions and load the model.
 
         Args:
             checkpoint: a checkpoint of the pocket architecture.
             data: pictures and `questions.jsonl`.
             pictures: ask about the first so many only.
+            model: the checkpoint as transformers opens it, where it is no LLaVA-1.5.
         """
         held_out = read_held_out(data)
         self.pictures: list[Path] = held_out.paths[:pictures]
@@ -70,13 +73,14 @@ class Examination:
         counts = [len(asked) for asked in self.questions]
         self.picture_of = np.repeat(np.arange(len(counts)), counts)
         self.types = np.array([one.type for asked in self.questions for one in asked])
-        self._model: Any = load_checkpoint(checkpoint)[0]
+        self._model: Any = load_checkpoint(checkpoint)[0] if model is None else model
 
     def right_answers(
         self,
         tokens: NDArray[np.float32],
         valid: NDArray[np.int64],
         layout: Layout | None = None,
+        first: int = 0,
     ) -> NDArray[Any]:
         """Return bool[Q]: which questions are answered exactly.
 
@@ -84,11 +88,13 @@ class Examination:
             tokens: float32[pictures, N, D]; visual tokens.
             valid: int64[pictures]; how many of each picture's are real.
             layout: where they stand; left out, one after the other.
+            first: which picture the first row is of.
         """
         right = []
         for start in range(0, len(tokens), _PICTURES_AT_ONCE):
             part = slice(start, start + _PICTURES_AT_ONCE)
-            text, laid = pack(self.questions[part]), layout.part(part) if layout else None
+            asked = self.questions[first + start : first + start + len(tokens[part])]
+            text, laid = pack(asked), layout.part(part) if layout else None
             right.append(self._judge(tokens[part], valid[part], text, laid))
         return np.concatenate(right)
 

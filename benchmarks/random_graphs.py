@@ -63,7 +63,7 @@ def make_projector(config: Config) -> nn.Module:
     return nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
 
-def make_graph(reducer: str, config: Config) -> VisionModule:
+def make_graph(reducer: str, config: Config, tells_worth: bool = False) -> VisionModule:
     """Return the graph of a reducer in PyTorch, FP32, random weights."""
     torch.manual_seed(0)
     model: nn.Module
@@ -77,15 +77,15 @@ def make_graph(reducer: str, config: Config) -> VisionModule:
     chosen = reducer_for_budget(reducer, tokens, patches)
     projector = make_projector(config)
     tower = make_tower(model, (config.num_hidden_layers - 1,), chosen.scoring)
-    graph = VisionModule(tower, chosen, projector, image_size, patches)
+    graph = VisionModule(tower, chosen, projector, image_size, patches, tells_worth)
     return graph.eval().requires_grad_(False)
 
 
 def write_graph(
-    folder: Path, reducer: str, config: Config = TINY
+    folder: Path, reducer: str, config: Config = TINY, tells_worth: bool = False
 ) -> tuple[Path, tuple[TensorSpec, ...]]:
     """Export the graph of a reducer in FP32; return the file and its inputs."""
-    exported = export_onnx(make_graph(reducer, config), folder / FP32_NAME)
+    exported = export_onnx(make_graph(reducer, config, tells_worth), folder / FP32_NAME)
     return exported.file, exported.inputs
 
 

@@ -72,9 +72,11 @@ def _page(bundle: Bundle, verified: str) -> str:
     lines += [_graph_line(graph) for graph in manifest.vision]
     if manifest.tiles is not None:
         most = bundle.most_visual_tokens(bundle.largest_vision())
+        shared = manifest.tiles.picture_tokens
+        told = "" if shared is None else f"they share {shared} tokens by content; "
         lines.append(
             f"  each picture is {bundle.most_squares} squares at most, a view of it all and tiles; "
-            f"at most {most} visual tokens with newlines"
+            f"{told}at most {most} visual tokens with newlines"
         )
     if manifest.calibration_digest:
         lines.append(f"  calibrated on the frames {manifest.calibration_digest[:12]}...")

@@ -42,8 +42,9 @@ HALF_PRECISIONS: frozenset[str] = frozenset({"fp16", "mixed", "fp8"})
 
 TOKENS_AXIS = "tokens"
 """Name of the axis that the budgets of a bundle differ in."""
-PATCH_INDEX_OUTPUT, ORDER_OUTPUT = "patch_index", "token_order"
-"""Outputs of a vision graph that say how many tokens it leaves and, where it ranks, their rank."""
+PATCH_INDEX_OUTPUT, ORDER_OUTPUT, WORTH_OUTPUT = "patch_index", "token_order", "token_worth"
+"""Outputs of a vision graph that say how many tokens it leaves, where it ranks, their rank, and
+where the squares of a picture share a budget, what each token added."""
 
 
 class TensorSpec(Record):
@@ -346,6 +347,13 @@ def _reference_problems(manifest: Manifest) -> list[str]:
         problems.append(
             f"tiles.side is {manifest.tiles.side}, and preprocessing gives {sides[0]} x {sides[1]}"
         )
+    if manifest.tiles is not None and manifest.tiles.picture_tokens is not None:
+        problems += [
+            f"tiles.picture_tokens is {manifest.tiles.picture_tokens}, and vision[{at}] does not "
+            f"say what its tokens are worth ({WORTH_OUTPUT})"
+            for at, graph in enumerate(manifest.vision)
+            if WORTH_OUTPUT not in {spec.name for spec in graph.outputs}
+        ]
     return problems + [
         f"vision[{at}].reducer.tokens is {graph.reducer.tokens} and its file leaves {graph.leaves} "
         f"without saying their order ({ORDER_OUTPUT})"

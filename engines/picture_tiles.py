@@ -16,6 +16,7 @@ ALL_TOKENS = "none"
 """The reducer that leaves every token."""
 
 _MOST_SQUARES = 65
+_MOST_PICTURE_TOKENS = _MOST_SQUARES * 2**16
 _SCALED_DOWN_FROM = 1.1
 """How many times too long a side may be before tokens are scaled down; transformers' number."""
 
@@ -61,6 +62,9 @@ class PictureTiles(Record):
     most_tiles: Annotated[int, Field(ge=1)] | None = None
     """How many tiles' worth of tokens a picture has at most where no reducer leaves any out: more
     are scaled down. None: no limit."""
+    picture_tokens: Annotated[int, Field(ge=1, le=_MOST_PICTURE_TOKENS)] | None = None
+    """How many tokens a picture has at most, newlines not counted. Its squares share them: those
+    with the largest `token_worth` are kept. None: each square has a budget of its own."""
 
     @model_validator(mode="after")
     def _check_resolutions(self) -> PictureTiles:
@@ -106,6 +110,10 @@ class PictureTiles(Record):
             reducer: its name.
         """
         grids = [self.grid_of(*one) for one in self.resolutions]
+        if self.picture_tokens is not None:
+            kept = [min(grid.squares * of_a_square, self.picture_tokens) for grid in grids]
+            ended = [grid.rows * patch_rows for grid in grids]  # a row that is ended has a token
+            return max(one + min(one, rows) for one, rows in zip(kept, ended, strict=True))
         most = max(grid.squares * of_a_square + grid.rows * patch_rows for grid in grids)
         if self.most_tiles is None or reducer != ALL_TOKENS:
             return most

@@ -29,6 +29,8 @@ EXAMPLES = (
     "`python -m export.build --model llava-hf/llava-1.5-7b-hf --tokens 64,192 --out build/llava`",
     "`python -m export.build --model DIR --precision int8 --frames drive.mp4 --out build/int8`",
     "`python -m export.build --model DIR --input uint8 --frame 1080x1920 --out build/camera`",
+    "`python -m export.build --model llava-hf/llava-v1.6-mistral-7b-hf --reducer scope "
+    "--picture-tokens 160 --out build/next`",
     "`python -m export.build --model DIR --reducer prumerge_plus --tokens 144 --dry-run --out B`",
 )
 
@@ -118,9 +120,10 @@ def _told_tiles(plan: BuildPlan) -> str:
     most = max(
         tiles.most_tokens(one.token_count(plan.patches), side, one.name) for one in plan.reducers
     )
+    shared = "" if tiles.picture_tokens is None else f"{tiles.picture_tokens} shared by content, "
     return (
-        f"a view of it all and up to {tiles.most_squares - 1} tiles, at most {most} visual tokens "
-        "with newlines"
+        f"a view of it all and up to {tiles.most_squares - 1} tiles, {shared}at most {most} visual "
+        "tokens with newlines"
     )
 
 

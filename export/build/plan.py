@@ -22,7 +22,7 @@ from engines.option_groups import Given, Typed
 from engines.picture_tiles import Newlines, PictureTiles
 from engines.targets import Target, find_target
 from export.build.cost import BuildCost, predict_cost, refuse_what_cannot_fit
-from export.build.tiles import refuse_with_tiles, tiles_of
+from export.build.tiles import refuse_with_tiles, tiles_of, tiles_with_shared_budget
 from export.checkpoint.llava import Checkpoint, open_checkpoint
 from export.language.language_models import DecoderOptions, check_language_models
 from export.options import ModelOption, ReducerOption
@@ -80,6 +80,8 @@ class BuildOptions:
         frame: size of the frames, for ``uint8``.
         graph_output: what the visual tokens are.
         newlines: of a checkpoint that cuts pictures into tiles, what ends a row after reduction.
+        picture_tokens: of such a checkpoint, the most tokens of a picture, newlines not counted;
+            its squares share them by content. None: each square has a budget of its own.
         int8: frames or a calibration, for the precisions ``int8``, ``mixed`` and ``fp8``.
         targets_file: a TOML file of the user's own targets.
         overwrite: replace a bundle that is already there.
@@ -145,6 +147,17 @@ class BuildOptions:
             "none, as in VisionZip's released code. All tokens always have them."
         ),
     ] = "rows"
+    picture_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of a checkpoint that cuts a picture into tiles: one budget for the whole "
+            "picture, newlines not counted, instead of --tokens for each tile. Tiles share it by "
+            "what they show: the tokens that add most are kept, wherever they are, and --tokens is "
+            "the most that one tile leaves. For scope, divprune and top_attention. Example: "
+            "--reducer scope --tokens 64 --picture-tokens 160.",
+        ),
+    ] = None
     int8: Int8Options = field(default_factory=Int8Options)
     targets_file: Annotated[
         Path | None, typer.Option("--targets", help="TOML file of your own targets.")
@@ -187,6 +200,11 @@ class BuildPlan:
     tiles: PictureTiles | None = None
 
     @property
+    def shares_budget(self) -> bool:
+        """Whether the squares of a picture share one budget, so that graphs tell tokens' worth."""
+        return self.tiles is not None and self.tiles.picture_tokens is not None
+
+    @property
     def patches(self) -> int:
         """How many patches the tower makes of a square."""
         return self.checkpoint.patch_side**2
@@ -214,6 +232,8 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     cost = predict_cost(checkpoint.weights, precision, len(reducers), options.decoders, frames)
     refuse_what_cannot_fit(cost, options.out, options.decoders)
     tiles = tiles_of(checkpoint, options.newlines)
+    if options.picture_tokens is not None:
+        tiles = tiles_with_shared_budget(tiles, options.picture_tokens, reducers, checkpoint)
     return BuildPlan(checkpoint, target, precision, reducers, opset, cost, record, tiles)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -11,6 +13,7 @@ from engines.manifest import QUANTIZED_PRECISIONS, Precision
 from engines.picture_tiles import NEWLINE, Newlines, PictureTiles
 from export.checkpoint.llava import Checkpoint
 from export.checkpoint.schema import ASPECT_RATIO
+from export.reducers import REDUCERS, Reducer
 
 _FILE = "vision/image_newline.safetensors"
 
@@ -33,6 +36,51 @@ def _most_tiles(checkpoint: Checkpoint) -> int | None:
     if not checkpoint.kind.scales_down:
         return None
     return int(checkpoint.config.vision_aspect_ratio.removeprefix(ASPECT_RATIO))
+
+
+def tiles_with_shared_budget(
+    tiles: PictureTiles | None, total: int, reducers: Sequence[Reducer], checkpoint: Checkpoint
+) -> PictureTiles:
+    """Return how pictures are cut where their squares share a budget.
+
+    Args:
+        tiles: from `tiles_of`.
+        total: of a picture.
+        reducers: one for each budget of a square.
+        checkpoint: opened.
+
+    Raises:
+        OptionError: there are no squares, the reducer does not say what a token is worth, there
+            are several budgets, or the total is not between 1 and what the squares leave.
+    """
+    asked = f"--picture-tokens {total}"
+    if tiles is None:
+        raise OptionError(
+            f"{asked}: a picture is one square for {checkpoint.name}, so there is nothing to "
+            f"share. Use --tokens {total}."
+        )
+    told = ", ".join(dict.fromkeys(one.name for one in reducers if not one.weighs))
+    if told:
+        able = ", ".join(sorted(name for name, kind in REDUCERS.items() if kind.weighs))
+        raise OptionError(
+            f"{asked}: reducer {told} does not say what a token is worth, so squares cannot share "
+            f"a budget by content. Use --reducer with one of {able}; or leave it out, and each of "
+            f"up to {tiles.most_squares} squares leaves --tokens."
+        )
+    patches = checkpoint.patch_side**2
+    counts = [one.token_count(patches) for one in reducers]
+    if len(counts) > 1:
+        raise OptionError(
+            f"{asked} with --tokens {','.join(map(str, counts))}: one budget is shared, and one "
+            "number is the most that a square leaves. Give one, and build a bundle for each."
+        )
+    most = tiles.most_squares * counts[0]
+    if not 1 <= total <= most:
+        raise OptionError(
+            f"{asked} with --tokens {counts[0]}: {tiles.most_squares} squares leave {most} tokens "
+            f"at most. Ask for 1 to {most} for the picture, or change --tokens."
+        )
+    return tiles.model_copy(update={"picture_tokens": total})
 
 
 def write_newline(checkpoint: Checkpoint, tiles: PictureTiles, draft: BundleDraft) -> None:

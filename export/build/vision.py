@@ -133,6 +133,7 @@ def _export_graphs(
         "reducers": [(one.name, dict(one.options)) for one in plan.reducers],
         "opset": plan.opset,
         "target": plan.target.name,
+        "tells_worth": plan.shares_budget,
     }
     found = kept.restore(_PART, made_with, root)
     if found is not None:
@@ -167,7 +168,8 @@ def _export_whole(
     (reducer,) = reducers
     count = reducer.token_count(plan.patches)
     with step(f"vision_{count}", _told(reducer, plan)):
-        model = trace_graph(build_vision_module(plan.checkpoint, reducer))
+        module = build_vision_module(plan.checkpoint, reducer, plan.shares_budget)
+        model = trace_graph(module)
         return None, {reducer: writer.write(model, _file_of(reducer, plan))}
 
 
@@ -231,8 +233,9 @@ def _describe(plan: BuildPlan, reducer: Reducer, graph: Graph) -> VisionGraph:
         reducer=ReducerSpec(name=reducer.name, tokens=count, options=dict(reducer.options)),
         patch_rows=plan.checkpoint.patch_side,
         patch_columns=plan.checkpoint.patch_side,
-        # Of what it will be: a graph that INT8 is made of is described before it is.
-        accuracy=AccuracyTable(plan.checkpoint.root).accuracy_of(
-            reducer, plan.patches, plan.precision
-        ),
+        # Of what it will be: a graph that INT8 is made of is described before it is. Where squares
+        # share a budget, it depends on more than what one of them leaves.
+        accuracy=None
+        if plan.shares_budget
+        else AccuracyTable(plan.checkpoint.root).accuracy_of(reducer, plan.patches, plan.precision),
     )

@@ -21,11 +21,12 @@ class Reducer(ABC):
 
     A reducer sets `name`, `scoring` (what the tower is to compute for it) and `LEAST`, its
     whole-number options and the least value of each, and extends `problems` where there is more to
-    check.
+    check. It sets `weighs` where it says `Reduced.worth`.
     """
 
     name: ClassVar[str]
     scoring: ClassVar[Scoring]
+    weighs: ClassVar[bool] = False
     LEAST: ClassVar[Mapping[str, int]] = {}
 
     def __post_init__(self) -> None:

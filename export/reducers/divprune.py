@@ -17,6 +17,8 @@ from export.towers import Scoring
 
 _ITSELF, _NOT_FINITE, _TAKEN = 9.0, -3.0, -9.0
 """Above every distance, and below, so that such a patch comes last."""
+_FARTHEST = 2.0
+"""1 - cosine, of opposite features."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class DivPrune(Ranked):
     Distance is 1 - cosine of features. First the patch whose nearest other patch is farthest, then,
     again and again, the one whose nearest taken patch is farthest. Among equals the lower index is
     taken. It reads no attention, so any tower will do. `Ranked` says what is done with the ranking.
+    A token is worth that distance; the first has nothing to be near to, and the largest possible.
     """
 
     name: ClassVar[str] = "divprune"
@@ -38,10 +41,12 @@ class DivPrune(Ranked):
         distance = 1.0 - torch.maximum(cosine, cosine.transpose(1, 2))  # [B, P, P], 0 to 2
         nearest = torch.where(index[:, None] == index, _ITSELF, distance).amin(dim=-1)  # [B, P]
         apart = torch.where(finite, nearest, _NOT_FINITE)[:, None]  # [B, 1, P]
+        any_finite = finite.float().amax(dim=1, keepdim=True)  # [B, 1]
         far = finite.float()[:, None]  # [B, 1, P]; what is not finite needs no covering
-        taken, uncovered = [], []
+        taken, uncovered, added = [], [], []
         for place in range(count):
             best = apart.argmax(dim=2, keepdim=True)  # [B, 1, 1]
+            added.append(apart.amax(dim=2) if place else any_finite * _FARTHEST)  # [B, 1]
             to_best = distance.gather(1, best.expand(-1, -1, len(index)))  # [B, 1, P]
             far = torch.minimum(far, to_best)
             if place == 0:
@@ -49,4 +54,8 @@ class DivPrune(Ranked):
             apart = torch.where(index == best, _TAKEN, torch.minimum(apart, to_best))
             taken.append(best)
             uncovered.append(far)
-        return Picked(torch.cat(taken, dim=1)[:, :, 0], torch.cat(uncovered, dim=1))
+        return Picked(
+            torch.cat(taken, dim=1)[:, :, 0],
+            torch.cat(uncovered, dim=1),
+            torch.cat(added, dim=1),
+        )

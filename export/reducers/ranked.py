@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import typer
@@ -19,6 +19,7 @@ from export.reducers.base import BudgetReducer, is_number
 from export.reducers.reduced import Reduced
 from export.reducers.selection import (
     assignment_from,
+    falling,
     finite_patches,
     first_by,
     mark_index,
@@ -38,10 +39,13 @@ class Picked:
         patches: int64[B, N]; the first was taken first.
         uncovered: float32[B, N, P]; how far each patch is from the nearest patch taken so far,
             1 - cosine, at most 1.
+        added: float32[B, N]; what each was worth when it was taken; less than 0 is as little as 0.
+            Between pictures these can be compared.
     """
 
     patches: Tensor
     uncovered: Tensor
+    added: Tensor
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Ranked(BudgetReducer):
     ] = 1.0
     merge: str = "none"
     merge_from: float = 0.7
+
+    weighs: ClassVar[bool] = True
 
     def problems(self) -> list[str]:
         """Return what is wrong with the options, one phrase each."""
@@ -119,12 +125,14 @@ class Ranked(BudgetReducer):
             joins = finite & (near.amax(dim=1) >= self.merge_from)  # [B, P]
             tokens, merged = _join_nearest(tokens, features, near, joins, kept)
         tokens = torch.where(real[:, :, None], tokens, 0.0)
+        worth = falling(picked.added).clamp(min=0.0)  # [B, N], in the order they were taken
         return Reduced(
             tokens=tokens.to(tower.features.dtype),
             valid=valid,
             origin=kept,
             assignment=assignment_from(kept, merged),
             order=torch.where(real, order, -1) if self.ranks else None,
+            worth=torch.where(real, worth.gather(1, order), 0.0),
         )
 
     @abstractmethod

@@ -23,6 +23,10 @@ class Reduced:
             for the first, -1 for padding. The tokens whose place is below n are what the same
             reducer leaves with a budget of n (where it takes several patches a step, n ends a
             step), so one pass serves every smaller budget.
+        worth: float32[B, N] where the reducer weighs, else None; what each token added when it was
+            taken, 0 or more. It never rises along the ranking, so what is worth more than any
+            number is the beginning of it. 0 for padding. Pictures that one reducer saw can be
+            compared, which is how the squares of one share a budget.
     """
 
     tokens: Tensor
@@ -30,3 +34,4 @@ class Reduced:
     origin: Tensor
     assignment: Tensor
     order: Tensor | None = None
+    worth: Tensor | None = None

@@ -26,6 +26,8 @@ class Scope(Ranked):
     with the largest ``sum_i max(0, S_ij - m_i) * score_j ** alpha``, then ``m_i = max(m_i, S_ij)``.
     Among equals the lower index is taken. `Ranked` says what is done with the ranking.
 
+    A token is worth that product, the more of its picture it covers and the more salient it is.
+
     Deviation from the paper: with ``picks_per_step`` q > 1 the sums are computed before every q-th
     patch only. Between, the gain of each other patch i is scaled by ``1 - max(0, S_ij)`` when j is
     taken, so the next one is again good and elsewhere. It divides the costly part by q.
@@ -70,15 +72,20 @@ class Scope(Ranked):
         # Gains are 0 or more, so these put a patch behind all others, and one taken last.
         behind = torch.where(finite, 0.0, -1.0)[:, None]  # [B, 1, P]
         far = finite.float()[:, None]  # [B, 1, P], 1 - m; what is not finite needs no covering
-        taken, uncovered = [], []
+        taken, uncovered, added = [], [], []
         for place in range(count):
             if place % self.picks_per_step == 0:
                 gain = (far - distance).clamp(min=0.0).sum(dim=-1)[:, None] * saliency  # [B, 1, P]
             best = (gain + behind).argmax(dim=2, keepdim=True)  # [B, 1, 1]
+            added.append(gain.gather(2, best))
             to_best = distance.gather(1, best.expand(-1, -1, len(index)))  # [B, 1, P]
             far = torch.minimum(far, to_best)
             gain = gain * to_best
             behind = torch.where(index == best, -2.0, behind)
             taken.append(best)
             uncovered.append(far)
-        return Picked(torch.cat(taken, dim=1)[:, :, 0], torch.cat(uncovered, dim=1))
+        return Picked(
+            torch.cat(taken, dim=1)[:, :, 0],
+            torch.cat(uncovered, dim=1),
+            torch.cat(added, dim=1)[:, :, 0],
+        )

@@ -63,6 +63,20 @@ def largest_mask(values: Tensor, count: int) -> Tensor:
     return above | (equal & (equal.float() @ before < room))
 
 
+def falling(values: Tensor) -> Tensor:
+    """Return the least of each value and those before it, because ONNX has no running minimum.
+
+    Args:
+        values: float32[B, N].
+
+    Returns:
+        float32[B, N], which nowhere rises.
+    """
+    index = torch.arange(values.shape[1], device=values.device)
+    before = index[None, :] <= index[:, None]  # [N, N]
+    return torch.where(before, values[:, None, :], torch.inf).amin(dim=-1)
+
+
 def pick_rows(rows: Tensor, index: Tensor) -> Tensor:
     """Return the rows an index names.
 

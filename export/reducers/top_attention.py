@@ -24,7 +24,7 @@ class TopAttention(BudgetReducer):
     """The N patches with the highest score, in spatial order.
 
     Among equals the lower index is kept. A patch that is not finite (`finite_patches`) is kept only
-    when no other is left.
+    when no other is left. A token is worth its score.
 
     Attributes:
         budget: N.
@@ -32,6 +32,7 @@ class TopAttention(BudgetReducer):
 
     name: ClassVar[str] = "top_attention"
     scoring: ClassVar[Scoring] = Scoring.SELECTED_LAYER
+    weighs: ClassVar[bool] = True
 
     @property
     def ranks(self) -> bool:
@@ -53,4 +54,5 @@ class TopAttention(BudgetReducer):
             origin=kept,
             assignment=assignment_from(kept, torch.full_like(rank, -1).long()),
             order=order,
+            worth=torch.where(finite, scores, 0.0).gather(1, kept),
         )

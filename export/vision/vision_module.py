@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from engines.errors import OptionError
-from engines.manifest import ORDER_OUTPUT
+from engines.manifest import ORDER_OUTPUT, WORTH_OUTPUT
 from export.checkpoint.llava import Checkpoint
 from export.reducers import Reduced, Reducer
 from export.towers import TowerOutput
@@ -30,6 +30,7 @@ class VisionModule(nn.Module):
         projector: tower features -> language model embeddings.
         image_size: side of the square picture in pixels.
         patches: how many patches the tower makes of it.
+        tells_worth: say what each token is worth, too. The reducer weighs.
 
     Raises:
         OptionError: the reducer's budget does not fit that many patches.
@@ -42,6 +43,7 @@ class VisionModule(nn.Module):
         projector: nn.Module,
         image_size: int,
         patches: int,
+        tells_worth: bool = False,
     ) -> None:
         super().__init__()
         self.tower = tower
@@ -50,7 +52,12 @@ class VisionModule(nn.Module):
         self.image_size = image_size
         self.patches = patches
         self.token_count = reducer.token_count(patches)
-        self.outputs = (*OUTPUTS, ORDER_OUTPUT) if reducer.ranks else OUTPUTS
+        self.tells_worth = tells_worth
+        self.outputs = (
+            *OUTPUTS,
+            *((ORDER_OUTPUT,) if reducer.ranks else ()),
+            *((WORTH_OUTPUT,) if tells_worth else ()),
+        )
 
     @property
     def patch_side(self) -> int:
@@ -69,11 +76,13 @@ class VisionModule(nn.Module):
             patch_index: int64[B, N]; `Reduced.origin`.
             assignment: int64[B, P]; `Reduced.assignment`.
             token_order: int64[B, N]; `Reduced.order`, where the reducer ranks.
+            token_worth: float32[B, N]; `Reduced.worth`, where the graph tells it.
         """
         reduced = self.reducer(self.tower(pixel_values))
         visual = self.projector(reduced.tokens)  # [B, N, D_llm]
-        outputs = (visual, reduced.valid, reduced.origin, reduced.assignment)
-        return outputs if reduced.order is None else (*outputs, reduced.order)
+        more = (reduced.order, reduced.worth if self.tells_worth else None)
+        outputs = (visual, reduced.valid, reduced.origin, reduced.assignment, *more)
+        return tuple(one for one in outputs if one is not None)
 
 
 class ReducerModule(nn.Module):
@@ -88,8 +97,15 @@ class ReducerModule(nn.Module):
         return self.reduce(tower)
 
 
-def build_vision_module(checkpoint: Checkpoint, reducer: Reducer) -> VisionModule:
+def build_vision_module(
+    checkpoint: Checkpoint, reducer: Reducer, tells_worth: bool = False
+) -> VisionModule:
     """Put a checkpoint's tower and projector around a reducer, in float32.
+
+    Args:
+        checkpoint: opened.
+        reducer: from `export.reducers.make_reducer`.
+        tells_worth: see `VisionModule`.
 
     Raises:
         CheckpointError: a tensor of the tower or the projector is missing or misshapen.
@@ -105,6 +121,7 @@ def build_vision_module(checkpoint: Checkpoint, reducer: Reducer) -> VisionModul
         checkpoint.projector(),
         image_size=checkpoint.image_size,
         patches=checkpoint.patch_side**2,
+        tells_worth=tells_worth,
     )
     return graph.eval().requires_grad_(False)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from engines.bundle import Bundle
 from engines.errors import BundleError, EngineError, PictureError
 from engines.frame_size import frame_size_of
-from engines.manifest import ORDER_OUTPUT, VisionGraph
+from engines.manifest import ORDER_OUTPUT, WORTH_OUTPUT, VisionGraph
 from engines.opening import open_session
 from engines.session import Session
 from runtime.vision.layouts import layout_of
@@ -129,7 +129,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
         name = self.session.input_names[0]
         outputs = self.session.run({name: given.astype(self._dtype, copy=False)})
         tokens, valid, origin, assignment = (outputs[name] for name in _OUTPUTS)
-        order = outputs.get(ORDER_OUTPUT)
+        order, worth = outputs.get(ORDER_OUTPUT), outputs.get(WORTH_OUTPUT)
         squares = VisualTokens(
             tokens=tokens.astype(np.float32, copy=False),
             valid=valid.astype(np.int64, copy=False),
@@ -137,6 +137,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
             assignment=assignment.astype(np.int64, copy=False),
             milliseconds={},
             order=None if order is None else order.astype(np.int64, copy=False),
+            worth=None if worth is None else worth.astype(np.float32, copy=False),
         )
         self._check_outputs(squares, len(given))
         sizes = [(image.shape[0], image.shape[1]) for image in images]
@@ -167,6 +168,8 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
         checked = list(zip(_OUTPUTS[1:], arrays[1:], ranges, strict=True))
         if seen.order is not None:
             checked.append((ORDER_OUTPUT, seen.order, (-1, count - 1)))
+        if seen.worth is not None:
+            checked.append((WORTH_OUTPUT, seen.worth, (0, np.finfo(np.float32).max)))
         for name, array, (low, high) in checked:
             if array.size and not low <= array.min() <= array.max() <= high:
                 problems.append(

@@ -26,6 +26,8 @@ class VisualTokens:
         milliseconds: time of the stages ``"preprocess"`` and ``"encode"``, for the whole batch.
         order: int64[B, N], the graph's output `token_order`; each token's place in the reducer's
             ranking, -1 for padding. None where it does not rank.
+        worth: float32[B, N], the graph's output `token_worth`; what each token added when the
+            reducer took it. None where the graph does not say it.
         square_budget: of a picture that was cut into squares, the most tokens of each; N and P are
             of all squares together, and N differs from picture to picture.
     """
@@ -36,6 +38,7 @@ class VisualTokens:
     assignment: NDArray[np.int64]
     milliseconds: dict[str, float]
     order: NDArray[np.int64] | None = None
+    worth: NDArray[np.float32] | None = None
     square_budget: int | None = None
 
     @property
@@ -56,6 +59,7 @@ class VisualTokens:
             origin=self.origin[rows],
             assignment=self.assignment[rows],
             order=None if self.order is None else self.order[rows],
+            worth=None if self.worth is None else self.worth[rows],
         )
 
     def split(self) -> list[VisualTokens]:
@@ -103,22 +107,37 @@ class VisualTokens:
                 f"{reason}. Build the bundle with a budget of {count} as well: "
                 f"python -m export.build --tokens {count},{self.tokens.shape[1]}."
             )
-        kept = (self.order >= 0) & (self.order < count)  # [B, N]
-        at = np.argsort(~kept, axis=1, kind="stable")[:, :count]  # the kept ones, then padding
-        real = np.take_along_axis(kept, at, 1)  # [B, count]
-        origin = np.where(real, np.take_along_axis(self.origin, at, 1), -1)
-        assignment = np.full_like(self.assignment, -1)
-        rows, slots = np.nonzero(real)
-        assignment[rows, origin[rows, slots]] = slots
-        return VisualTokens(
+        return self.only((self.order >= 0) & (self.order < count), count)
+
+    def only(self, kept: NDArray[np.bool_], slots: int) -> VisualTokens:
+        """Return some of the tokens of each image, in the order they had, then padding.
+
+        A patch in a token that is not among them is in none.
+
+        Args:
+            kept: bool[B, N]; real tokens, at most ``slots`` of each image.
+            slots: the new N.
+        """
+        at = np.argsort(~kept, axis=1, kind="stable")[:, :slots]  # the kept ones, then padding
+        real = np.take_along_axis(kept, at, 1)  # [B, slots]
+
+        def picked(values: NDArray[Any], filler: int) -> NDArray[Any]:
+            return np.where(real, np.take_along_axis(values, at, 1), values.dtype.type(filler))
+
+        place = np.where(kept, kept.cumsum(axis=1) - 1, -1)  # [B, N], where each is now
+        slot = np.where(self.assignment < -1, -self.assignment - 2, self.assignment)  # [B, P]
+        moved = np.where(slot >= 0, np.take_along_axis(place, slot.clip(min=0), 1), -1)
+        merged = (self.assignment < -1) & (moved >= 0)
+        return replace(
+            self,
             tokens=np.where(
                 real[:, :, None], np.take_along_axis(self.tokens, at[:, :, None], 1), np.float32(0)
             ),
             valid=real.sum(axis=1),
-            origin=origin,
-            assignment=assignment,
-            milliseconds=self.milliseconds,
-            order=np.where(real, np.take_along_axis(self.order, at, 1), -1),
+            origin=picked(self.origin, -1),
+            assignment=np.where(merged, -moved - 2, moved),
+            order=None if self.order is None else picked(self.order, -1),
+            worth=None if self.worth is None else picked(self.worth, 0),
         )
 
 

@@ -45,6 +45,16 @@ def test_a_bound_on_all_tokens_counts_for_all_tokens_alone() -> None:
     assert unbounded.most_tokens(729, 27, "none") == 37 * 729 + 162
 
 
+def test_a_shared_budget_bounds_a_picture() -> None:
+    tiles = PictureTiles(
+        side=336, resolutions=NEXT, newline="newline.safetensors", picture_tokens=160
+    )
+    assert tiles.most_tokens(64, 24, "scope") == 160 + 72  # three tiles have 72 rows
+    assert tiles.most_tokens(20, 24, "scope") == 80 + 72  # of four squares; of five, 100 + 48
+    few = tiles.model_copy(update={"picture_tokens": 16})
+    assert few.most_tokens(64, 24, "scope") == 16 + 16  # no row is ended that has no token
+
+
 def test_the_graph_with_most_tokens_need_not_be_that_of_all(tmp_path: Path) -> None:
     root = write_tiny_bundle(tmp_path / "tiled", tiles=tiles_of(most_tiles=1))
     bundle = open_bundle(root)
@@ -90,6 +100,9 @@ def test_a_bundle_from_before_tiles_still_opens(tmp_path: Path) -> None:
         ({"newline": "absent.safetensors"}, 'tiles.newline is "absent.safetensors"'),
         ({"newlines": "columns"}, "tiles.newlines is"),
         ({"most_tiles": 0}, "tiles.most_tiles is 0"),
+        ({"picture_tokens": 0}, "tiles.picture_tokens is 0"),
+        ({"picture_tokens": 2**30}, "tiles.picture_tokens is 1073741824"),
+        ({"picture_tokens": 9}, "vision[0] does not say what its tokens are worth (token_worth)"),
         ({"kind": "frames"}, "tiles.kind is"),
     ],
 )

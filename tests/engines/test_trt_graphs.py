@@ -140,6 +140,18 @@ def test_the_squares_of_a_picture_are_one_run(
     assert_fused(result, precision, attentions_of(random_graphs.TINY))
 
 
+@pytest.mark.parametrize("reducer", ["scope", "divprune", "top_attention"])
+def test_squares_that_share_a_budget_say_what_their_tokens_are_worth(
+    tmp_path: Path, reducer: str
+) -> None:
+    file, inputs = random_graphs.write_graph(tmp_path, reducer, tells_worth=True)
+    typed = random_graphs.write_typed_graph(file, "fp16")
+    outputs = {one.name: one.dtype for one in ir.load(typed).graph.outputs}
+    assert outputs["token_worth"] is ir.DataType.FLOAT
+    result = build_typed(typed, inputs, "fp16", 89, usual_batch(most_squares=5))
+    assert result.record.plan_bytes > 10_000
+
+
 def attentions_of(config: random_graphs.Config) -> int:
     """Return how many layers attend: all but the last, whose features nobody reads."""
     return int(str(config.num_hidden_layers)) - 1

@@ -17,6 +17,7 @@ class Answer:
     origin: list = field(default_factory=list)
     assignment: dict = field(default_factory=dict)
     order: list | None = None
+    worth: list | None = None
 
 
 def cosine(a, b):
@@ -115,10 +116,11 @@ def uniform_grid(features, rows, columns):
 
 
 def top_attention(features, scores, budget):
-    best, answer = by_score(scores)[:budget], Answer(order=[])
+    best, answer = by_score(scores)[:budget], Answer(order=[], worth=[])
     for patch in sorted(best):
         keep(answer, features, patch)
         answer.order.append(best.index(patch))
+        answer.worth.append(scores[patch])
     return answer
 
 
@@ -163,7 +165,7 @@ def take(value, left, picked, follow):
 def scope(x, scores, budget, alpha, picks_per_step, coverage, merge, merge_from, follow=None):
     count = len(x)
     similar = np.array([[max(0.0, cosine(x[i], x[j])) for j in range(count)] for i in range(count)])
-    best, picked, covered, gain = [0.0] * count, [], [], {}
+    best, picked, covered, gain, worth = [0.0] * count, [], [], {}, []
     for n in range(budget):
         if n % picks_per_step == 0:
             for j in range(count):
@@ -171,32 +173,35 @@ def scope(x, scores, budget, alpha, picks_per_step, coverage, merge, merge_from,
                 gain[j] *= scores[j] ** alpha if alpha else 1.0
         left = [j for j in range(count) if j not in picked]
         j = take(gain, left, picked, follow)
+        worth.append(min([gain[j], *worth]))
         best = [max(best[i], similar[i][j]) for i in range(count)]
         covered.append(sum(best) / count)
         gain = {i: gain[i] * (1.0 - similar[i][j]) for i in gain}
-    return keep_ranked(x, picked, covered, coverage, merge, merge_from)
+    return keep_ranked(x, picked, worth, covered, coverage, merge, merge_from)
 
 
 def divprune(x, budget, coverage, merge, merge_from, follow=None):
     count = len(x)
     apart = [[1.0 - cosine(x[i], x[j]) for j in range(count)] for i in range(count)]
-    picked, covered = [], []
+    picked, covered, worth = [], [], []
     for n in range(budget):
         left = [j for j in range(count) if j not in picked]
         if n == 0:
             far = [min((apart[j][i] for i in left if i != j), default=0.0) for j in left]
         else:
             far = [min(apart[j][i] for i in picked) for j in range(count)]
-        take(far, left, picked, follow)
+        j = take(far, left, picked, follow)
+        worth.append(min([far[j], *worth]) if n else 2.0)
         reached = [max(0.0, 1.0 - min(apart[j][i] for i in picked)) for j in range(count)]
         covered.append(sum(reached) / count)
-    return keep_ranked(x, picked, covered, coverage, merge, merge_from)
+    return keep_ranked(x, picked, worth, covered, coverage, merge, merge_from)
 
 
-def keep_ranked(x, picked, covered, coverage, merge, merge_from):
+def keep_ranked(x, picked, worth, covered, coverage, merge, merge_from):
     enough = [n + 1 for n, share in enumerate(covered) if coverage < 1 and share >= coverage]
     kept = sorted(picked[: enough[0] if enough else len(picked)])
     answer = Answer(order=[picked.index(patch) for patch in kept])
+    answer.worth = [max(0.0, worth[picked.index(patch)]) for patch in kept]
     members = {patch: [x[patch]] for patch in kept}
     if merge == "nearest":
         for patch in range(len(x)):

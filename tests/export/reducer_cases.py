@@ -132,7 +132,8 @@ def onnx_of(reducer, patches, width, key_width, opset=18):
         torch.rand(2, patches if scored else 0),
         torch.randn(2, 1 + patches, key_width if scored else 0),
     )
-    names = ["tokens", "valid", "origin", "assignment", "order"][: 4 + reducer.ranks]
+    names = ["tokens", "valid", "origin", "assignment"]
+    names += ["order"] * reducer.ranks + ["worth"] * reducer.weighs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own, about itself
         program = torch.onnx.export(

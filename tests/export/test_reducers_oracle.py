@@ -61,6 +61,9 @@ def check(out, tower, oracle):
         assert out.assignment[b].tolist() == [answer.assignment.get(p, -1) for p in range(patches)]
         if out.order is not None:
             assert out.order[b].tolist() == answer.order + [-1] * padding
+        if out.worth is not None:
+            worth = answer.worth + [0.0] * padding
+            np.testing.assert_allclose(out.worth[b].numpy(), worth, atol=1e-4)
         expected = np.concatenate([np.stack(answer.tokens), np.zeros((padding, 4))])
         np.testing.assert_allclose(out.tokens[b].numpy(), expected, atol=1e-4)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from export.reducers import REDUCERS, make_reducer, reducer_for_budget
-from export.towers import Scoring, TowerOutput
+from export.towers import Scoring, TowerOutput, without_scores
 from graphs.operator_check import TENSORRT_OPS
 from tests.export.reducer_cases import EVERY_REDUCER, onnx_of, random_tower, run_onnx
 
@@ -29,6 +29,7 @@ def test_shapes_and_types(reducer, batch):
     assert out.origin.shape == (batch, count)
     assert out.assignment.shape == (batch, PATCHES)
     assert (out.order is not None) == reducer.ranks
+    assert (out.worth is not None) == reducer.weighs
     assert {out.valid.dtype, out.origin.dtype, out.assignment.dtype} == {torch.int64}
 
 
@@ -78,6 +79,33 @@ def test_origin_valid_and_assignment_agree(reducer):
             for slot, patch in enumerate(origin):
                 if patch >= 0:
                     assert torch.equal(out.tokens[b, slot], tower.features[b, patch])
+
+
+@pytest.mark.parametrize("reducer", [one for one in EVERY_REDUCER if one.weighs], ids=str)
+@pytest.mark.parametrize("options", [{}, {"picks_per_step": 4}, {"coverage": 0.6}], ids=str)
+def test_worth_falls_along_the_ranking(reducer, options):
+    reducer = replace(reducer, **{key: to for key, to in options.items() if hasattr(reducer, key)})
+    out = reducer(random_tower(3, PATCHES, scoring=reducer.scoring, seed=5))
+    # What merges has the ranking of the same reducer that does not.
+    alone = replace(reducer, merge="none") if hasattr(reducer, "merge") else reducer
+    order = alone(random_tower(3, PATCHES, scoring=reducer.scoring, seed=5)).order
+    for worth, places, valid in zip(out.worth, order, out.valid.tolist(), strict=True):
+        ranked = worth[:valid][places[:valid].argsort()]
+        assert (ranked[1:] <= ranked[:-1]).all()
+        assert (ranked[-1] > 0) and not worth[valid:].any()
+
+
+@pytest.mark.parametrize("name", ["scope", "divprune"])
+def test_where_nothing_is_new_the_first_token_is_worth_most(name):
+    """A square of floor is worth one token, a square of many things several."""
+    draw = torch.Generator().manual_seed(0)
+    floor = torch.ones(1, PATCHES, 8) + 1e-3 * torch.rand(1, PATCHES, 8, generator=draw)
+    things = torch.randn(1, PATCHES, 8, generator=draw)
+    tower = without_scores(torch.cat([floor, things]))
+    options = {"alpha": 0.0} if name == "scope" else {}
+    worth = make_reducer(name, budget=8, **options)(tower).worth.sort(descending=True).values
+    assert worth[0, 0] >= worth[1, 0] > 0
+    assert worth[1, 1:].min() > 100 * worth[0, 1:].max()
 
 
 @every_reducer

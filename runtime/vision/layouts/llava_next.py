@@ -19,7 +19,8 @@ from engines.manifest import Preprocessing
 from engines.picture_tiles import PictureTiles, Resolution, TileGrid
 from runtime.vision.layouts.layout import Size, View
 from runtime.vision.layouts.scaled_down import assemble_scaled_down
-from runtime.vision.layouts.sequence import PatchGrid, assemble_tiles
+from runtime.vision.layouts.sequence import PatchGrid, assemble_tiles, tokens_inside
+from runtime.vision.layouts.shared_budget import share_budget
 from runtime.vision.parallel_resize import Bands
 from runtime.vision.preprocess import PixelValues, check_picture, normalise, resize_picture
 from runtime.vision.resize import Canvas, Pixels, Span, resize
@@ -161,6 +162,9 @@ class LlavaNext:
         shape = self.tiles.scaled_down(*grid.shape, self.patch_rows)
         if self.all_tokens and shape != grid.shape:
             return assemble_scaled_down(squares, grid, shape, self.newline)
+        if self.tiles.picture_tokens is not None:
+            inside = tokens_inside(squares, grid)
+            squares = share_budget(squares, inside, self.tiles.picture_tokens)
         return assemble_tiles(squares, grid, self.newline)
 
     def _patches(self, size: Size) -> PatchGrid:

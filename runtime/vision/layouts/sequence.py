@@ -106,6 +106,51 @@ def assemble_tiles(
     )
 
 
+def tokens_inside(squares: VisualTokens, grid: PatchGrid) -> NDArray[np.bool_]:
+    """Return which slots hold a token that is not of the padding alone, bool[S, N].
+
+    Args:
+        squares: the whole view and the tiles.
+        grid: of the tiles' patches.
+    """
+    real = np.arange(squares.tokens.shape[1]) < squares.valid[:, None]
+    at = _PlacesOfTokens.of(squares, real, grid)
+    return np.concatenate([real[:1], at.inside])
+
+
+@dataclass(frozen=True)
+class _PlacesOfTokens:
+    """Where the tiles' tokens lie in the picture.
+
+    Attributes:
+        stands: bool[tiles, N]; it stands for a patch.
+        place: int64[tiles, N]; of that patch, -1 in the padding or where there is none.
+        first: int64[tiles, N]; the first place of all patches in it, -1 where there is none.
+        members: int64[tiles, N]; how many patches are in it.
+        inside: bool[tiles, N]; it is a token, and not of the padding alone.
+    """
+
+    stands: NDArray[np.bool_]
+    place: Indices
+    first: Indices
+    members: Indices
+    inside: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, squares: VisualTokens, real: NDArray[np.bool_], grid: PatchGrid) -> _PlacesOfTokens:
+        """Find them; real: bool[S, N], which slots hold a token."""
+        tiles, slots = real.shape[0] - 1, real.shape[1]
+        places = grid.places()  # [tiles * P]
+        origin, assignment = squares.origin[1:], squares.assignment[1:]
+        numbers = np.arange(tiles)[:, None] * assignment.shape[1] + origin  # [tiles, N]
+        stands = real[1:] & (origin >= 0)
+        place = np.where(stands, places[np.where(stands, numbers, 0)], _NOWHERE)
+        found = _first_places(assignment, places.reshape(tiles, -1), slots)
+        first, members = (each.reshape(tiles, slots) for each in found)
+        seen = np.where(stands, place >= 0, (members == 0) | (first >= 0))
+        return cls(stands, place, first, members, real[1:] & seen)
+
+
 def _order_of_tiles(
     squares: VisualTokens, real: NDArray[np.bool_], grid: PatchGrid
 ) -> tuple[Indices, Indices]:
@@ -116,20 +161,13 @@ def _order_of_tiles(
         real: bool[S, N]; which slots hold a token.
         grid: of the tiles' patches.
     """
-    tiles, slots = real.shape[0] - 1, real.shape[1]
-    places = grid.places()  # [tiles * P]
-    origin, assignment = squares.origin[1:], squares.assignment[1:]
-    numbers = np.arange(tiles)[:, None] * assignment.shape[1] + origin  # [tiles, N]
-    stands = real[1:] & (origin >= 0)
-    place = np.where(stands, places[np.where(stands, numbers, 0)], _NOWHERE).ravel()
-    first, members = _first_places(assignment, places.reshape(tiles, -1), slots)
-    kept = real[1:].ravel() & np.where(stands.ravel(), place >= 0, (members == 0) | (first >= 0))
-    cells = np.repeat(~stands.any(axis=1), slots)  # of a tile in which no token stands for a patch
-    place = np.where(cells & (members > 0), first, place)
-    leads = real[1:] & stands.any(axis=1, keepdims=True)
-    leads &= np.arange(slots) < stands.argmax(axis=1, keepdims=True)  # before any patch
+    lie = _PlacesOfTokens.of(squares, real, grid)
+    some = lie.stands.any(axis=1, keepdims=True)  # of each tile, whether any stands for a patch
+    place = np.where(~some & (lie.members > 0), lie.first, lie.place).ravel()
+    leads = real[1:] & some
+    leads &= np.arange(real.shape[1]) < lie.stands.argmax(axis=1, keepdims=True)  # before any patch
     group = np.where(place >= 0, 0, np.where(leads.ravel(), 1, 2))
-    at = np.flatnonzero(kept)
+    at = np.flatnonzero(lie.inside)
     at = at[np.lexsort((at, place[at], group[at]))]
     placed = place[at][group[at] == 0]
     return at, placed // grid.patches.shape[1]
