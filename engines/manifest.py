@@ -176,6 +176,8 @@ class Prompt(Record):
     """Jinja source, from the checkpoint."""
     image_token: str = Field(min_length=1)
     image_token_id: TokenId
+    video_token: str | None = Field(default=None, min_length=1)
+    """What the template writes in the place of a clip; None: it has no such place."""
     bos_token: str | None
     eos_token: str | None
     add_bos_token: bool

@@ -1,4 +1,4 @@
-"""What a bundle says of a picture that becomes several squares, and how many tokens they give."""
+"""What a bundle says of pictures that become several squares, and of clips beside them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ NEWLINE = "image_newline"
 """Name of the one tensor in `PictureTiles.newline`."""
 ALL_TOKENS = "none"
 """The reducer that leaves every token."""
+
+MOST_CLIP_FRAMES = 64
 
 _MOST_SQUARES = 65
 _SCALED_DOWN_FROM = 1.1
@@ -41,6 +43,26 @@ class TileGrid:
         return 1 + self.rows * self.columns
 
 
+class ClipFrames(Record):
+    """LLaVA-OneVision's clips: a frame is one square, and all of them stand in one place.
+
+    A newline follows the last one. All tokens of a frame are pooled, as in training; where a
+    reducer left some out, they are those of single patches.
+    """
+
+    frames: Annotated[int, Field(ge=1, le=MOST_CLIP_FRAMES)] | None = None
+    """How many the checkpoint's processor takes of a clip; None: it does not say."""
+
+    def pooled(self, rows: int, columns: int) -> tuple[int, int]:
+        """Return to how many rows and columns all tokens of a frame are pooled.
+
+        Args:
+            rows: of patches.
+            columns: of them.
+        """
+        return ceil(rows / 2), ceil(columns / 2)
+
+
 class PictureTiles(Record):
     """LLaVA-NeXT's layout ("anyres"): one view of the whole picture, and tiles of a larger one.
 
@@ -61,6 +83,8 @@ class PictureTiles(Record):
     most_tiles: Annotated[int, Field(ge=1)] | None = None
     """How many tiles' worth of tokens a picture has at most where no reducer leaves any out: more
     are scaled down. None: no limit."""
+    clips: ClipFrames | None = None
+    """How a clip is seen; None: the checkpoint was not trained on any."""
 
     @model_validator(mode="after")
     def _check_resolutions(self) -> PictureTiles:

@@ -17,7 +17,7 @@ from engines.frame_size import frame_size_of
 from engines.manifest import ORDER_OUTPUT, VisionGraph
 from engines.opening import open_session
 from engines.session import Session
-from runtime.vision.layouts import layout_of
+from runtime.vision.layouts import Layout, layout_of
 from runtime.vision.parallel_resize import Bands
 from runtime.vision.preprocess import check_picture, frames_batch
 from runtime.vision.resize import Pixels
@@ -105,13 +105,17 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
         self.frame_size = frame_size_of(first)
         self._dtype = np.dtype(first.inputs[0].dtype)
 
-    def encode(self, images: Pixels | Sequence[Pixels]) -> VisualTokens:
+    def encode(
+        self, images: Pixels | Sequence[Pixels], layout: Layout | None = None
+    ) -> VisualTokens:
         """Turn images into visual tokens.
 
         Args:
             images: RGB, uint8[B, H, W, 3], or a list of uint8[H, W, 3] of any sizes. An image in
                 BGR order (OpenCV's) cannot be told from one in RGB: give it as
                 ``image[:, :, ::-1]``, which costs nothing.
+            layout: of something else than single pictures, such as the frames of a clip; left out,
+                the pictures' own.
 
         Raises:
             PictureError: a wrong shape or dtype, no images, or one that is not of the shape of the
@@ -119,10 +123,11 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
             EngineError: the graph failed, or gave what no exported graph gives.
         """
         _check_images(images)
+        layout = layout or self.layout
         started = time.perf_counter()
         given: NDArray[Any]
         if self.frame_size is None:
-            given = self.layout.pixel_values(images, self._bands)  # [S, 3, H, W]
+            given = layout.pixel_values(images, self._bands)  # [S, 3, H, W]
         else:
             given = frames_batch(images, self.frame_size, self._bands)  # [B, H, W, 3]
         prepared = time.perf_counter()
@@ -140,7 +145,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
         )
         self._check_outputs(squares, len(given))
         sizes = [(image.shape[0], image.shape[1]) for image in images]
-        seen = self.layout.assemble(squares.first(self.graph.reducer.tokens), sizes)
+        seen = layout.assemble(squares.first(self.graph.reducer.tokens), sizes)
         spent = {
             "preprocess": (prepared - started) * 1e3,
             "encode": (time.perf_counter() - prepared) * 1e3,

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from engines.bundle import Bundle, open_bundle
-from engines.errors import CheckpointError, OptionError
+from engines.errors import CheckpointError
 from export.build import BuildOptions, build_bundle
 from export.build.command import main
 from export.checkpoint.llava import open_checkpoint
@@ -176,10 +176,3 @@ def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path, fields,
     (root / "config.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=told):
         open_checkpoint(root)
-
-
-def test_a_clip_is_refused(bundle, tmp_path) -> None:
-    for name in ("a.png", "b.png"):
-        Image.fromarray(picture_of(60, 100)).save(tmp_path / name)
-    with pytest.raises(OptionError, match="into up to 17 squares"):
-        ask(bundle.root, tmp_path, QUESTION)

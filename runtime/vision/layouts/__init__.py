@@ -14,12 +14,13 @@ from safetensors.numpy import load_file
 from engines.bundle import Bundle
 from engines.errors import BundleError
 from engines.manifest import VisionGraph
-from engines.picture_tiles import ALL_TOKENS, NEWLINE, PictureTiles
+from engines.picture_tiles import ALL_TOKENS, NEWLINE, ClipFrames, PictureTiles
+from runtime.vision.layouts.frame_square import FrameSquare
 from runtime.vision.layouts.layout import Layout, Size, View
 from runtime.vision.layouts.llava_next import LlavaNext
 from runtime.vision.layouts.square import Square
 
-__all__ = ["Layout", "View", "layout_of", "views_of"]
+__all__ = ["Layout", "View", "frame_layout_of", "layout_of", "newline_of", "views_of"]
 
 
 def layout_of(bundle: Bundle, graph: VisionGraph) -> Layout:
@@ -35,8 +36,21 @@ def layout_of(bundle: Bundle, graph: VisionGraph) -> Layout:
     tiles = bundle.manifest.tiles
     newline = None
     if tiles is not None and (tiles.newlines == "rows" or graph.reducer.name == ALL_TOKENS):
-        newline = _read_newline(bundle, tiles)
+        newline = newline_of(bundle, tiles)
     return _layout(bundle, graph, newline)
+
+
+def frame_layout_of(bundle: Bundle, graph: VisionGraph, clips: ClipFrames) -> Layout:
+    """Return the layout of the frames of a clip that stands in one place.
+
+    Args:
+        bundle: from `open_bundle`.
+        graph: one of its graphs; where it leaves every token, they are pooled.
+        clips: what the bundle says of clips.
+    """
+    grid = graph.patch_rows, graph.patch_columns
+    pooled = clips.pooled(*grid) if graph.reducer.name == ALL_TOKENS else None
+    return FrameSquare(bundle.preprocessing, *grid, pooled)
 
 
 def views_of(bundle: Bundle, graph: VisionGraph, size: Size) -> tuple[View, ...]:
@@ -58,8 +72,8 @@ def _layout(bundle: Bundle, graph: VisionGraph, newline: NDArray[np.float32] | N
     return LlavaNext(bundle.preprocessing, tiles, *patches, newline, all_tokens)
 
 
-def _read_newline(bundle: Bundle, tiles: PictureTiles) -> NDArray[np.float32]:
-    """Return what ends a row, float32[D].
+def newline_of(bundle: Bundle, tiles: PictureTiles) -> NDArray[np.float32]:
+    """Return what ends a row or a clip, float32[D].
 
     Raises:
         BundleError: the file does not hold it.
