@@ -117,6 +117,12 @@ class Bundle:
         tiles = self.manifest.tiles
         return None if tiles is None or self.manifest.prompt.video_token is None else tiles.clips
 
+    @property
+    def squares_of_several(self) -> bool:
+        """Whether a picture is seen in another way where a conversation has several."""
+        tiles = self.manifest.tiles
+        return tiles is not None and tiles.several == "squares"
+
     def stages(self, graph: VisionGraph) -> tuple[Graph, ...]:
         """Return the files that run one after the other for a budget, from pixels to tokens."""
         return self.manifest.vision_files.stages(graph)

@@ -85,6 +85,9 @@ class PictureTiles(Record):
     are scaled down. None: no limit."""
     clips: ClipFrames | None = None
     """How a clip is seen; None: the checkpoint was not trained on any."""
+    several: Literal["tiles", "squares"] = "tiles"
+    """What becomes of each picture where a conversation has several: tiles as of one alone, or one
+    square, padded, with a newline behind its tokens."""
 
     @model_validator(mode="after")
     def _check_resolutions(self) -> PictureTiles:

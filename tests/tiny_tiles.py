@@ -154,6 +154,11 @@ def picture_of(height: int, width: int) -> np.ndarray[Any, Any]:
     return np.asarray(photograph.resize((width, height)))
 
 
+def image_processor(kind: str) -> Any:
+    """transformers' image processor of a kind of checkpoint."""
+    return _PROCESSORS[kind]
+
+
 def processed(model: Any, picture: np.ndarray[Any, Any]) -> Any:
     """What transformers' image processor makes of a picture."""
     processor = _PROCESSORS[model.config.model_type]

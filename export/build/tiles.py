@@ -27,6 +27,7 @@ def tiles_of(checkpoint: Checkpoint, newlines: Newlines) -> PictureTiles | None:
         newlines=newlines,
         most_tiles=_most_tiles(checkpoint),
         clips=_clips_of(checkpoint),
+        several="squares" if checkpoint.kind.clips else "tiles",
     )
 
 

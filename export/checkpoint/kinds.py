@@ -41,7 +41,8 @@ class CheckpointKind:
         parts: what its weights are made of.
         tiled: whether a picture becomes several squares.
         scales_down: whether all tokens of many tiles are scaled down.
-        clips: whether a clip has a place of its own in its prompts.
+        clips: whether a clip has a place of its own in its prompts, and each of several pictures is
+            one square.
         select_strategy: its `vision_feature_select_strategy` where the configuration does not say.
     """
 

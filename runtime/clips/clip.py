@@ -27,9 +27,9 @@ from runtime.frames.source import UndecodedFrame
 from runtime.language.generate import GenerationOptions
 from runtime.language.prompt import Turn
 from runtime.model import Answer, Model, Show
-from runtime.vision import Pixels, VisualTokens
+from runtime.vision import Pixels
 from runtime.vision.graph_pool import GraphPool
-from runtime.vision.layouts import View, frame_layout_of, newline_of
+from runtime.vision.layouts import newline_of
 
 _NOTICEABLE = 6.0
 """Grey levels by which the mean of a block must change to be new; video compression stays below."""
@@ -218,12 +218,3 @@ def ask_about_clip(
         ),
         newlines=0 if tiles is None else 1,
     )
-
-
-def views_of_frame(
-    bundle: Bundle, seen: VisualTokens, size: tuple[int, int]
-) -> tuple[View, ...] | None:
-    """Return how the patches lie over a frame, for the overlay; None: as over any picture."""
-    if bundle.clips is None:
-        return None
-    return frame_layout_of(bundle, bundle.vision(seen.budget), bundle.clips).views(size)

@@ -18,7 +18,7 @@ from engines.manifest import ORDER_OUTPUT, VisionGraph
 from engines.picture_tiles import ALL_TOKENS
 from runtime.vision import Pixels, VisualTokens
 from runtime.vision.graph_pool import GraphPool
-from runtime.vision.layouts import Layout, frame_layout_of
+from runtime.vision.visual_tokens import Shown
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class FrameBudgets:
 
     Attributes:
         steps: visual tokens of a frame, smallest first.
-        layout: of the frames; None: that of pictures.
+        shown: how frames are shown.
         graph: the budget of the graph that gives every step; None: each step has its own.
         pooled: whether every frame has all its tokens, pooled.
     """
 
     steps: Sequence[int]
-    layout: Layout | None = None
+    shown: Shown = "alone"
     graph: int | None = None
     pooled: bool = False
 
@@ -56,13 +56,13 @@ class FrameBudgets:
                 at for at, given in enumerate(tokens) if given and budget == (self.graph or given)
             ]
             for batch in self._batches(pool.bundle, places):
-                seen = pool.encoder(budget).encode([images[at] for at in batch], self.layout)
+                seen = pool.encoder(budget).encode([images[at] for at in batch], self.shown)
                 encoded |= dict(zip(batch, seen.split(), strict=True))
         return [self._first(encoded[at], tokens[at]) for at in sorted(encoded)]
 
     def _batches(self, bundle: Bundle, places: list[int]) -> list[list[int]]:
         """Return what goes into one run of a graph: no more than the squares of a picture."""
-        most = len(places) if self.layout is None else bundle.most_squares
+        most = bundle.most_squares if self.shown == "frame" else len(places)
         return [places[start : start + most] for start in range(0, len(places), most)]
 
     def _first(self, seen: VisualTokens, count: int) -> VisualTokens:
@@ -82,13 +82,13 @@ def frame_budgets_of(pool: GraphPool, graph: VisionGraph) -> FrameBudgets:
     bundle = pool.bundle
     if bundle.clips is None:
         return FrameBudgets(pool.budgets)
-    layout = frame_layout_of(bundle, graph, bundle.clips)
     if graph.reducer.name == ALL_TOKENS:
-        return FrameBudgets((frame_tokens(bundle, graph),), layout, graph.reducer.tokens, True)
+        steps = (frame_tokens(bundle, graph),)
+        return FrameBudgets(steps, "frame", graph.reducer.tokens, pooled=True)
     reducing = [one for one in pool.budgets if bundle.vision(one).reducer.name != ALL_TOKENS]
     if ORDER_OUTPUT in {spec.name for spec in bundle.vision(reducing[-1]).outputs}:
-        return FrameBudgets(range(1, reducing[-1] + 1), layout, reducing[-1])
-    return FrameBudgets(reducing, layout)
+        return FrameBudgets(range(1, reducing[-1] + 1), "frame", reducing[-1])
+    return FrameBudgets(reducing, "frame")
 
 
 def frame_tokens(bundle: Bundle, graph: VisionGraph) -> int:

@@ -76,13 +76,7 @@ def patch_fates(assignment: NDArray[np.int64], origin: NDArray[np.int64]) -> Pat
 
 
 def save_overlay(
-    path: str | os.PathLike[str],
-    picture: Pixels,
-    seen: VisualTokens,
-    bundle: Bundle,
-    at: int = 0,
-    *,
-    views: Sequence[View] | None = None,
+    path: str | os.PathLike[str], picture: Pixels, seen: VisualTokens, bundle: Bundle, at: int = 0
 ) -> None:
     """Draw the overlay and write it whole or not at all.
 
@@ -92,7 +86,6 @@ def save_overlay(
         seen: what became of it.
         bundle: whose graph encoded it.
         at: which picture of the batch.
-        views: how the patches lie over the picture; left out, as over a single one.
 
     Raises:
         OptionError: not a .png, or it cannot be written.
@@ -100,7 +93,7 @@ def save_overlay(
     goal = Path(path)
     if goal.suffix.lower() != ".png":
         raise OptionError(f"The overlay {goal} is not a .png file. Name it {goal.stem}.png.")
-    image = Image.fromarray(draw_overlay(picture, seen, bundle, at, views=views))
+    image = Image.fromarray(draw_overlay(picture, seen, bundle, at))
     with staged_file(goal, OptionError) as staged:
         image.save(staged, "PNG")
 
@@ -112,7 +105,6 @@ def draw_overlay(
     at: int = 0,
     *,
     marked: Collection[int] = (),
-    views: Sequence[View] | None = None,
 ) -> Pixels:
     """Draw the patches of one picture over it.
 
@@ -122,14 +114,13 @@ def draw_overlay(
         bundle: whose graph encoded it.
         at: which picture of the batch.
         marked: patches to cross out in red, such as those that another engine keeps instead.
-        views: how the patches lie over the picture; left out, as over a single one.
 
     Returns:
         RGB, uint8[H', W', 3], of the picture's proportions with a legend below.
     """
     fates = patch_fates(seen.assignment[at], seen.origin[at])
     height, width = picture.shape[:2]
-    views = views or views_of(bundle, bundle.vision(seen.budget), (height, width))
+    views = views_of(bundle, bundle.vision(seen.budget), (height, width), seen.shown)
     canvas = _sized(picture)
     scales = canvas.shape[0] / height, canvas.shape[1] / width
     panels = [_draw_view(canvas, view, scales, fates, marked) for view in views]

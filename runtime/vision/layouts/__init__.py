@@ -14,21 +14,25 @@ from safetensors.numpy import load_file
 from engines.bundle import Bundle
 from engines.errors import BundleError
 from engines.manifest import VisionGraph
-from engines.picture_tiles import ALL_TOKENS, NEWLINE, ClipFrames, PictureTiles
+from engines.picture_tiles import ALL_TOKENS, NEWLINE, PictureTiles
 from runtime.vision.layouts.frame_square import FrameSquare
 from runtime.vision.layouts.layout import Layout, Size, View
 from runtime.vision.layouts.llava_next import LlavaNext
+from runtime.vision.layouts.padded_square import PaddedSquare
 from runtime.vision.layouts.square import Square
+from runtime.vision.visual_tokens import Shown
 
-__all__ = ["Layout", "View", "frame_layout_of", "layout_of", "newline_of", "views_of"]
+__all__ = ["Layout", "View", "layout_of", "newline_of", "views_of"]
 
 
-def layout_of(bundle: Bundle, graph: VisionGraph) -> Layout:
+def layout_of(bundle: Bundle, graph: VisionGraph, shown: Shown = "alone") -> Layout:
     """Return the layout of a bundle's pictures.
 
     Args:
         bundle: from `open_bundle`.
-        graph: one of its graphs; where it leaves every token, every row ends with a newline.
+        graph: one of its graphs; where it leaves every token, every row ends with a newline, and a
+            frame is pooled.
+        shown: how the pictures are shown.
 
     Raises:
         BundleError: the file of the newline is damaged or of another model.
@@ -37,38 +41,36 @@ def layout_of(bundle: Bundle, graph: VisionGraph) -> Layout:
     newline = None
     if tiles is not None and (tiles.newlines == "rows" or graph.reducer.name == ALL_TOKENS):
         newline = newline_of(bundle, tiles)
-    return _layout(bundle, graph, newline)
+    return _layout(bundle, graph, newline, shown)
 
 
-def frame_layout_of(bundle: Bundle, graph: VisionGraph, clips: ClipFrames) -> Layout:
-    """Return the layout of the frames of a clip that stands in one place.
-
-    Args:
-        bundle: from `open_bundle`.
-        graph: one of its graphs; where it leaves every token, they are pooled.
-        clips: what the bundle says of clips.
-    """
-    grid = graph.patch_rows, graph.patch_columns
-    pooled = clips.pooled(*grid) if graph.reducer.name == ALL_TOKENS else None
-    return FrameSquare(bundle.preprocessing, *grid, pooled)
-
-
-def views_of(bundle: Bundle, graph: VisionGraph, size: Size) -> tuple[View, ...]:
+def views_of(
+    bundle: Bundle, graph: VisionGraph, size: Size, shown: Shown = "alone"
+) -> tuple[View, ...]:
     """Return how the patches that a graph sees lie over a picture, the coarsest view first.
 
     Args:
         bundle: from `open_bundle`.
         graph: one of its graphs.
         size: height and width of the picture, in pixels.
+        shown: how the picture was shown.
     """
-    return _layout(bundle, graph, None).views(size)
+    return _layout(bundle, graph, None, shown).views(size)
 
 
-def _layout(bundle: Bundle, graph: VisionGraph, newline: NDArray[np.float32] | None) -> Layout:
+def _layout(
+    bundle: Bundle, graph: VisionGraph, newline: NDArray[np.float32] | None, shown: Shown
+) -> Layout:
     tiles, patches = bundle.manifest.tiles, (graph.patch_rows, graph.patch_columns)
     if tiles is None:
         return Square(bundle.preprocessing, *patches)
     all_tokens = graph.reducer.name == ALL_TOKENS
+    if shown == "frame" and bundle.clips is not None:
+        pooled = bundle.clips.pooled(*patches) if all_tokens else None
+        return FrameSquare(bundle.preprocessing, *patches, pooled)
+    if shown == "among_others" and tiles.several == "squares":
+        padded = bundle.preprocessing.model_copy(update={"pad_to_square": True})
+        return PaddedSquare(padded, *patches, newline)
     return LlavaNext(bundle.preprocessing, tiles, *patches, newline, all_tokens)
 
 

@@ -8,7 +8,7 @@ has bounded the tokens already; what it left is not pooled.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runtime.vision.layouts.layout import Size
 from runtime.vision.layouts.scaled_down import pool_squares
@@ -28,6 +28,6 @@ class FrameSquare(Square):
 
     def assemble(self, squares: VisualTokens, sizes: Sequence[Size]) -> VisualTokens:
         """Return the tokens of each frame."""
-        if self.pooled is None:
-            return squares
-        return pool_squares(squares, (self.patch_rows, self.patch_columns), self.pooled)
+        if self.pooled is not None:
+            squares = pool_squares(squares, (self.patch_rows, self.patch_columns), self.pooled)
+        return replace(squares, shown="frame")

@@ -29,7 +29,6 @@ from runtime.model import Model, open_model
 from runtime.model_options import ModelOptions
 from runtime.vision import VisionEncoder, VisualTokens
 from runtime.vision.graph_pool import GraphPool
-from runtime.vision.layouts import frame_layout_of
 from tests.tiny_tiles import MEAN, SIDE, STD, VIDEO, picture_of, tiny_llava_onevision, write_tiled
 
 QUESTION = "What happened?"
@@ -101,8 +100,7 @@ def test_pixels_of_frames_are_those_of_transformers(bundle, size) -> None:
     """To one level of 255, where a frame is resized: torchvision and Pillow round differently."""
     pictures = moving(3, *size)
     with VisionEncoder(bundle, threads=1) as encoder:
-        layout = frame_layout_of(bundle, encoder.graph, bundle.clips)
-        ours = layout.pixel_values(pictures, encoder._bands)
+        ours = encoder.layout_of("frame").pixel_values(pictures, encoder._bands)
     one_level = 0.0 if size == (SIDE, SIDE) else 1 / 255 / min(STD)
     np.testing.assert_allclose(ours, pixels_of(pictures)[0], atol=one_level + 1e-5)
 
@@ -199,9 +197,8 @@ def test_frames_hold_the_first_tokens_by_rank_unpooled(reduced) -> None:
     pictures = moving(2)
     seen = answer_about(reduced, pictures, total=6).seen
     assert [one.tokens.shape[1] for one in seen] == [3, 3]
-    layout = frame_layout_of(reduced.bundle, reduced.encoder.graph, reduced.bundle.clips)
     for one, picture in zip(seen, pictures, strict=True):
-        alone = reduced.encoder.encode([picture], layout)
+        alone = reduced.encoder.encode([picture], "frame")
         chosen = alone.first(3)
         np.testing.assert_allclose(one.tokens, chosen.tokens, atol=1e-5)
         assert (one.origin >= 0).all()
