@@ -74,9 +74,14 @@ def reduced(bundle: Bundle) -> Iterator[Model]:
 
 
 def moving(count: int, height: int = 40, width: int = 60) -> Pictures:
-    """A window that moves over a photograph: everything is new in every frame."""
+    """A window that moves over a photograph: nearly everything is new in every frame."""
     wide = picture_of(height, width + 30 * count)
     return [wide[:, 30 * at : 30 * at + width] for at in range(count)]
+
+
+def shaded(count: int) -> Pictures:
+    """Frames of one grey each: the whole of every frame is new."""
+    return [np.full((40, 60, 3), 40 * at, np.uint8) for at in range(count)]
 
 
 def frames_of(pictures: Pictures) -> list[Frame]:
@@ -86,18 +91,18 @@ def frames_of(pictures: Pictures) -> list[Frame]:
 def pixels_of(pictures: Pictures) -> torch.Tensor:
     """What transformers' video processor makes of frames, float32[1, F, 3, SIDE, SIDE].
 
-    It needs torchvision, whose resize of uint8 is this: PyTorch's own, rounded to levels.
+    It needs torchvision, whose resize of uint8 is this: PyTorch's own.
     """
-    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
+    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     resized = functional.interpolate(stacked, (SIDE, SIDE), mode="bicubic", antialias=True)
-    levels = resized.round().clamp(0, 255) / 255
+    levels = resized.float() / 255
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     return ((levels - mean) / std)[None]
 
 
 @pytest.mark.parametrize("size", [(SIDE, SIDE), (40, 60), (21, 90)])
 def test_pixels_of_frames_are_those_of_transformers(bundle, size) -> None:
-    """To one level of 255, where a frame is resized: torchvision and Pillow round differently."""
+    """To one level of 255, where a frame is resized: PyTorch and Pillow round differently."""
     pictures = moving(3, *size)
     with VisionEncoder(bundle, threads=1) as encoder:
         ours = encoder.layout_of("frame").pixel_values(pictures, encoder._bands)
@@ -186,11 +191,11 @@ def test_a_still_clip_costs_all_frames_in_training_and_one_with_a_reducer(model,
 
 def test_a_reducer_that_ranks_spends_the_total_to_the_last_token(reduced) -> None:
     """By default as many tokens as pooled frames have; the newline comes on top."""
-    answer = answer_about(reduced, moving(3))
+    answer = answer_about(reduced, shaded(3))
     assert shares_of(answer) == [POOLED] * 3
     assert answer.visual_tokens == 3 * POOLED + 1
-    assert sum(shares_of(answer_about(reduced, moving(3), total=7))) == 7
-    assert shares_of(answer_about(reduced, moving(3), total=60)) == [8] * 3
+    assert sum(shares_of(answer_about(reduced, shaded(3), total=7))) == 7
+    assert shares_of(answer_about(reduced, shaded(3), total=60)) == [8] * 3
 
 
 def test_frames_hold_the_first_tokens_by_rank_unpooled(reduced) -> None:
@@ -210,9 +215,9 @@ def test_a_reducer_that_does_not_rank_shares_by_the_budgets_of_the_bundle(
 ) -> None:
     bundle = built(checkpoint, tmp_path / "uniform", reducer="uniform", tokens=(2, 6))
     with open_model(bundle, threads=1) as opened:
-        assert shares_of(answer_about(opened, moving(3))) == [2, 2, 6]
+        assert shares_of(answer_about(opened, shaded(3))) == [2, 2, 6]
         with pytest.raises(OptionError, match="one frame takes 2 at least"):
-            answer_about(opened, moving(3), total=1)
+            answer_about(opened, shaded(3), total=1)
 
 
 def test_joined_frames_say_which_patches_their_tokens_were_made_from(reduced) -> None:
