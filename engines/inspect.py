@@ -80,8 +80,8 @@ def _page(bundle: Bundle, verified: str) -> str:
         graph = manifest.vision[0]
         rows, columns = bundle.clips.pooled(graph.patch_rows, graph.patch_columns)
         lines.append(
-            "  a clip has one place in the prompt; where no token is left out, each frame is pooled "
-            f"to {rows} x {columns} tokens"
+            "  a clip has one place in the prompt; where no token is left out, each frame is "
+            f"pooled to {rows} x {columns} tokens"
         )
     if manifest.calibration_digest:
         lines.append(f"  calibrated on the frames {manifest.calibration_digest[:12]}...")
