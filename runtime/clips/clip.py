@@ -189,12 +189,14 @@ def ask_about_clip(
         show: called with each piece of the answer as it is written.
 
     Raises:
-        OptionError: ``total`` is too small, or the chat template refuses the conversation.
+        OptionError: the bundle cannot be asked about a clip, ``total`` is too small, or the chat
+            template refuses the conversation.
         FoveateError: anything else the user can fix.
     """
+    bundle, graph = model.bundle, model.encoder.graph
+    refuse_clip(bundle)
     images = [frame.image for frame in frames]
     newness = measure_newness(images)
-    bundle, graph = model.bundle, model.encoder.graph
     budgets = frame_budgets_of(pool, graph)
     if budgets.pooled and total is None:  # as in training, whether anything is new or not
         tokens = (budgets.steps[0],) * len(frames)
