@@ -32,6 +32,7 @@ from benchmarks.packed_answers import POCKET
 from engines.bundle import open_bundle
 from export.build import BuildOptions, build_bundle
 from export.language.language_models import DecoderOptions
+from export.reducers import Budget
 from runtime.clips.clip import ask_about_clip, frames_to_look_at, read_clip
 from runtime.clips.clip_options import ClipOptions
 from runtime.frames import Frame
@@ -173,7 +174,8 @@ class Bench:
         """Return the bundle of a reducer, built unless it is there."""
         out = self._folder / reducer.replace(" ", "_")
         if not out.exists():
-            name, tokens = ("none", ("all",)) if reducer == ALL else (reducer, REDUCERS[reducer])
+            name = "none" if reducer == ALL else reducer
+            tokens: tuple[Budget, ...] = REDUCERS.get(reducer, ("all",))
             decoders = DecoderOptions(precision="fp32")
             build_bundle(
                 BuildOptions(str(self._model), out, reducer=name, tokens=tokens, decoders=decoders)
