@@ -29,6 +29,7 @@ from engines.manifest import (
     manifest_from_json,
 )
 from engines.manifest_fields import MANIFEST_NAME
+from engines.picture_tiles import ClipFrames
 from engines.publishing import recover
 from engines.staging import staged_directory
 
@@ -109,6 +110,18 @@ class Bundle:
     def most_squares(self) -> int:
         """How many squares one picture becomes at most: what one run of the graph takes."""
         return 1 if self.manifest.tiles is None else self.manifest.tiles.most_squares
+
+    @property
+    def clips(self) -> ClipFrames | None:
+        """How a whole clip is seen in one place; None where it has none in the prompt."""
+        tiles = self.manifest.tiles
+        return None if tiles is None or self.manifest.prompt.video_token is None else tiles.clips
+
+    @property
+    def squares_of_several(self) -> bool:
+        """Whether a picture is seen in another way where a conversation has several."""
+        tiles = self.manifest.tiles
+        return tiles is not None and tiles.several == "squares"
 
     def stages(self, graph: VisionGraph) -> tuple[Graph, ...]:
         """Return the files that run one after the other for a budget, from pixels to tokens."""

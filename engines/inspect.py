@@ -78,6 +78,13 @@ def _page(bundle: Bundle, verified: str) -> str:
             f"  each picture is {bundle.most_squares} squares at most, a view of it all and tiles; "
             f"{told}at most {most} visual tokens with newlines"
         )
+    if bundle.clips is not None:
+        graph = manifest.vision[0]
+        rows, columns = bundle.clips.pooled(graph.patch_rows, graph.patch_columns)
+        lines.append(
+            "  a clip has one place in the prompt; where no token is left out, each frame is "
+            f"pooled to {rows} x {columns} tokens"
+        )
     if manifest.calibration_digest:
         lines.append(f"  calibrated on the frames {manifest.calibration_digest[:12]}...")
     lines += ["", "Language model"]

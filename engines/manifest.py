@@ -177,13 +177,14 @@ class Prompt(Record):
     """Jinja source, from the checkpoint."""
     image_token: str = Field(min_length=1)
     image_token_id: TokenId
+    video_token: str | None = Field(default=None, min_length=1)
+    """What the template writes in the place of a clip; None: it has no such place."""
     bos_token: str | None
     eos_token: str | None
     add_bos_token: bool
     stop_token_ids: tuple[TokenId, ...] = Field(min_length=1)
     max_new_tokens: int | None = Field(default=None, gt=0, le=2**27)
-    """The longest answer, in tokens, where nobody asks for another; None: the checkpoint does not
-    say."""
+    """The longest answer, in tokens, where nobody asks for another; None: it is not said."""
 
 
 class DecoderShape(Record):
@@ -242,8 +243,7 @@ class Manifest(Record):
     files: dict[RelativePath, FileRecord] = Field(default_factory=dict)
     """Every file of the bundle but `bundle.json` itself; `write_bundle` fills it in."""
     checksum: Sha256 | None = None
-    """SHA-256 of all the rest of this file, so that a bit that flips in it is noticed; see
-    `checksum_of`. Older bundles have none."""
+    """SHA-256 of all the rest of this file, see `checksum_of`; older bundles have none."""
 
     @property
     def vision_files(self) -> VisionFiles:

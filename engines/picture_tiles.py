@@ -1,4 +1,4 @@
-"""What a bundle says of a picture that becomes several squares, and how many tokens they give."""
+"""What a bundle says of pictures that become several squares, and of clips beside them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ NEWLINE = "image_newline"
 """Name of the one tensor in `PictureTiles.newline`."""
 ALL_TOKENS = "none"
 """The reducer that leaves every token."""
+
+MOST_CLIP_FRAMES = 64
 
 _MOST_SQUARES = 65
 _MOST_PICTURE_TOKENS = _MOST_SQUARES * 2**16
@@ -42,6 +44,26 @@ class TileGrid:
         return 1 + self.rows * self.columns
 
 
+class ClipFrames(Record):
+    """LLaVA-OneVision's clips: a frame is one square, and all of them stand in one place.
+
+    A newline follows the last one. All tokens of a frame are pooled, as in training; where a
+    reducer left some out, they are those of single patches.
+    """
+
+    frames: Annotated[int, Field(ge=1, le=MOST_CLIP_FRAMES)] | None = None
+    """How many the checkpoint's processor takes of a clip; None: it does not say."""
+
+    def pooled(self, rows: int, columns: int) -> tuple[int, int]:
+        """Return to how many rows and columns all tokens of a frame are pooled.
+
+        Args:
+            rows: of patches.
+            columns: of them.
+        """
+        return ceil(rows / 2), ceil(columns / 2)
+
+
 class PictureTiles(Record):
     """LLaVA-NeXT's layout ("anyres"): one view of the whole picture, and tiles of a larger one.
 
@@ -65,6 +87,11 @@ class PictureTiles(Record):
     picture_tokens: Annotated[int, Field(ge=1, le=_MOST_PICTURE_TOKENS)] | None = None
     """How many tokens a picture has at most, newlines not counted. Its squares share them: those
     with the largest `token_worth` are kept. None: each square has a budget of its own."""
+    clips: ClipFrames | None = None
+    """How a clip is seen; None: the checkpoint was not trained on any."""
+    several: Literal["tiles", "squares"] = "tiles"
+    """What becomes of each picture where a conversation has several: tiles as of one alone, or one
+    square, padded, with a newline behind its tokens."""
 
     @model_validator(mode="after")
     def _check_resolutions(self) -> PictureTiles:

@@ -8,13 +8,14 @@ the frame and the question.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from runtime.language.generate import GenerationOptions
 from runtime.language.parts import Picture, PlacedTokens
 from runtime.language.prompt import Turn
 from runtime.model import Answer, Model, Show
 from runtime.vision import Pixels, VisualTokens
+from runtime.vision.visual_tokens import Shown
 
 _LARGEST_RESERVE = 0.25
 """Share of the context that is kept free for an answer, at most."""
@@ -27,10 +28,13 @@ class ShownImage:
     Attributes:
         name: what the user calls it, a path for example.
         tokens: as `Model.picture_of` returns them.
+        pixels: uint8[H, W, 3], kept where it would be seen in another way among others; None: it
+            would not, or is seen so already, or comes from a file that does not hold it.
     """
 
     name: str
     tokens: Picture
+    pixels: Pixels | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,16 @@ class Conversation:
     def show(self, image: Pixels, name: str = "picture") -> VisualTokens:
         """Put one more image before the next question.
 
+        A checkpoint that sees each of several pictures in another way (LLaVA-OneVision, as one
+        square) is from now on shown the earlier one so, too.
+
         Args:
             image: RGB, uint8[H, W, 3].
             name: what to call it.
         """
-        visual = self.model.encoder.encode([image])
-        self._shown.append(ShownImage(name, self.model.picture_of(visual)))
+        shown, visual = self._look(image, name, among_others=bool(self.images))
+        self._show_among_others()
+        self._shown.append(shown)
         self._seen.append(visual)
         return visual
 
@@ -93,15 +101,41 @@ class Conversation:
             image: RGB, uint8[H, W, 3].
             name: what to call it.
         """
-        visual = self.model.encoder.encode([image])
+        shown, visual = self._look(image, name, among_others=len(self.images) > 1)
         if not self._shown:
             with_images = [at for at, said in enumerate(self.exchanges) if said.images]
             if with_images:
                 self._shown = list(self.exchanges[with_images[-1]].images)
                 del self.exchanges[with_images[-1] :]
-        self._shown[-1:] = [ShownImage(name, self.model.picture_of(visual))]
+        self._shown[-1:] = [shown]
         self._seen[-1:] = [visual]
         return visual
+
+    def _look(
+        self, image: Pixels, name: str, among_others: bool
+    ) -> tuple[ShownImage, VisualTokens]:
+        """Return an image as it is shown, alone or among others."""
+        differs = self.model.bundle.squares_of_several
+        shown: Shown = "among_others" if differs and among_others else "alone"
+        visual = self.model.encoder.encode([image], shown)
+        pixels = image if differs and shown == "alone" else None
+        return ShownImage(name, self.model.picture_of(visual), pixels), visual
+
+    def _show_among_others(self) -> None:
+        """Look again at what was seen alone, because another image comes."""
+        for at, said in enumerate(self.exchanges):
+            images = tuple(self._again(image)[0] for image in said.images)
+            self.exchanges[at] = replace(said, images=images)
+        for back in range(1, len(self._shown) + 1):
+            self._shown[-back], visual = self._again(self._shown[-back])
+            if visual is not None and back <= len(self._seen):
+                self._seen[-back] = visual
+
+    def _again(self, image: ShownImage) -> tuple[ShownImage, VisualTokens | None]:
+        """Return an image as one among others, and how it is seen if that is another way."""
+        if image.pixels is None:
+            return image, None
+        return self._look(image.pixels, image.name, among_others=True)
 
     def ask(
         self, question: str, options: GenerationOptions | None = None, show: Show | None = None

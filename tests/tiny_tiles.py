@@ -16,6 +16,7 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    PreTrainedTokenizerFast,
     SiglipVisionConfig,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import (
@@ -26,9 +27,10 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 
 from tests.photographs import load_photographs
-from tests.tiny_language import SPECIAL, rounded, write_checkpoint_words
+from tests.tiny_language import SPECIAL, TEMPLATE, rounded, write_checkpoint_words
 
 SIDE, PATCH = 28, 7  # 16 patches
+VIDEO = 300  # behind the words of the tiny tokenizer
 PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 MANY_PINPOINTS = [
     [SIDE * rows, SIDE * columns] for rows in (1, 2, 3, 4) for columns in (1, 2, 3, 4)
@@ -67,7 +69,7 @@ def tiny_llava_onevision(**changes: Any) -> LlavaOnevisionForConditionalGenerati
         patch_size=PATCH,
         vision_use_head=False,
     )
-    fields = {"image_grid_pinpoints": MANY_PINPOINTS, **_WORDS}
+    fields = {"image_grid_pinpoints": MANY_PINPOINTS, "video_token_index": VIDEO, **_WORDS}
     config = LlavaOnevisionConfig(
         vision_config=vision, text_config=_text("qwen2"), **fields | changes
     )
@@ -106,11 +108,27 @@ def write_tiled(root: Path, model: Any) -> Path:
     half = {name: tensor.half() for name, tensor in model.state_dict().items()}
     model.save_pretrained(root, state_dict=half)
     write_checkpoint_words(root, model.config)
+    if model.config.model_type == "llava_onevision":
+        _write_clip_words(root, model.config.video_token_id)
     processor = _PROCESSORS[model.config.model_type]
     name = type(processor).__name__.removesuffix("Pil")
     fields = json.loads(processor.to_json_string()) | {"image_processor_type": name}
     (root / "preprocessor_config.json").write_text(json.dumps(fields))
     return root
+
+
+def _write_clip_words(root: Path, video_token_id: int) -> None:
+    """Give tokenizer and template a place for a clip, and say how its frames are prepared."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(root)
+    tokenizer.add_tokens(["<video>"], special_tokens=True)
+    tokenizer.save_pretrained(root)
+    assert tokenizer.convert_tokens_to_ids("<video>") == video_token_id
+    template = TEMPLATE.replace(
+        "<image>\n{% else %}", "<image>\n{% elif c['type'] == 'video' %}<video>\n{% else %}"
+    )
+    (root / "chat_template.jinja").write_text(template)
+    frames = {"size": {"height": SIDE, "width": SIDE}, "image_mean": MEAN, "image_std": STD}
+    (root / "video_preprocessor_config.json").write_text(json.dumps(frames))
 
 
 _PROCESSORS: dict[str, Any] = {
@@ -134,6 +152,11 @@ def picture_of(height: int, width: int) -> np.ndarray[Any, Any]:
     """A part of a photograph, uint8[H, W, 3]."""
     photograph = Image.fromarray(load_photographs()["astronaut.png"])
     return np.asarray(photograph.resize((width, height)))
+
+
+def image_processor(kind: str) -> Any:
+    """transformers' image processor of a kind of checkpoint."""
+    return _PROCESSORS[kind]
 
 
 def processed(model: Any, picture: np.ndarray[Any, Any]) -> Any:

@@ -23,7 +23,7 @@ from engines.trt.batch_profile import usual_batch
 from engines.trt.on_device import write_device_files
 from export.build.plan import USUAL_OPSET, BuildOptions, BuildPlan, plan_build
 from export.build.stopwatch import Steps
-from export.build.tiles import write_newline
+from export.build.tiles import notes_of_clips, write_newline
 from export.build.vision import export_vision
 from export.kept_parts import KeptParts
 from export.language.language_models import export_language_models
@@ -111,7 +111,8 @@ def build_bundle(
     progress("Done", 1.0)
     files = sorted(file for file in options.out.rglob("*") if file.is_file())
     sizes = {file.relative_to(options.out).as_posix(): file.stat().st_size for file in files}
-    notes = (*_notes_of(plan, options), *language.notes)
+    notes = (*_notes_of(plan, options), *notes_of_clips(plan.checkpoint, language.prompt))
+    notes += language.notes
     total = round(time.perf_counter() - begun, 2)
     return BuildReport(options.out, sizes, steps.seconds, total, notes, vision.made, frames)
 

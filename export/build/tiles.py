@@ -8,11 +8,12 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from engines.bundle import BundleDraft
-from engines.errors import OptionError
-from engines.manifest import QUANTIZED_PRECISIONS, Precision
-from engines.picture_tiles import NEWLINE, Newlines, PictureTiles
+from engines.errors import CheckpointError, OptionError
+from engines.manifest import QUANTIZED_PRECISIONS, Precision, Prompt
+from engines.picture_tiles import NEWLINE, ClipFrames, Newlines, PictureTiles
 from export.checkpoint.llava import Checkpoint
 from export.checkpoint.schema import ASPECT_RATIO
+from export.checkpoint.video_processor import read_clips
 from export.reducers import REDUCERS, Reducer
 
 _FILE = "vision/image_newline.safetensors"
@@ -28,7 +29,32 @@ def tiles_of(checkpoint: Checkpoint, newlines: Newlines) -> PictureTiles | None:
         newline=_FILE,
         newlines=newlines,
         most_tiles=_most_tiles(checkpoint),
+        clips=_clips_of(checkpoint),
+        several="squares" if checkpoint.kind.clips else "tiles",
     )
+
+
+def _clips_of(checkpoint: Checkpoint) -> ClipFrames | None:
+    """Return how a checkpoint's clips are seen; None where they are not: see `notes_of_clips`."""
+    if not checkpoint.kind.clips:
+        return None
+    try:
+        return read_clips(checkpoint.root, checkpoint.preprocessing)
+    except CheckpointError:
+        return None
+
+
+def notes_of_clips(checkpoint: Checkpoint, prompt: Prompt) -> tuple[str, ...]:
+    """Say why a bundle takes no clips, if its checkpoint is of a kind that does."""
+    if not checkpoint.kind.clips:
+        return ()
+    if prompt.video_token is None:
+        return ("clips are refused: the chat template has no place for one.",)
+    try:
+        read_clips(checkpoint.root, checkpoint.preprocessing)
+    except CheckpointError as error:
+        return (f"clips are refused: {error}",)
+    return ()
 
 
 def _most_tiles(checkpoint: Checkpoint) -> int | None:

@@ -41,6 +41,8 @@ class CheckpointKind:
         parts: what its weights are made of.
         tiled: whether a picture becomes several squares.
         scales_down: whether all tokens of many tiles are scaled down.
+        clips: whether a clip has a place of its own in its prompts, and each of several pictures is
+            one square.
         select_strategy: its `vision_feature_select_strategy` where the configuration does not say.
     """
 
@@ -50,6 +52,7 @@ class CheckpointKind:
     parts: tuple[Part, ...] = LLAVA_PARTS
     tiled: bool = False
     scales_down: bool = False
+    clips: bool = False
     select_strategy: str | None = None
 
     def select_strategy_of(self, config: Any) -> str:
@@ -73,6 +76,7 @@ KINDS = {
         parts=(*LLAVA_PARTS, Part.NEWLINE),
         tiled=True,
         scales_down=True,
+        clips=True,
     ),
     "vipllava": CheckpointKind(
         VipLlavaConfig,

@@ -253,7 +253,11 @@ class Checkpoint:
             tokenizer: where the bundle keeps `tokenizer.json`.
         """
         return read_prompt(
-            self.root, tokenizer, int(self.config.image_token_id), self.text_config.eos_token_id
+            self.root,
+            tokenizer,
+            int(self.config.image_token_id),
+            self.text_config.eos_token_id,
+            int(self.config.video_token_id) if self.kind.clips else None,
         )
 
 

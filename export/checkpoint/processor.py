@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from engines.errors import CheckpointError, FoveateError
+from engines.errors import CheckpointError, FoveateError, OptionError
 from engines.manifest import Preprocessing, Prompt, list_problems
 from engines.picture_tiles import NEWLINE, PictureTiles, Resolution
 from export.checkpoint.schema import (
@@ -83,6 +83,20 @@ def read_preprocessing(
             f"{file}: image processor {kind!r} is not one Foveate can reproduce exactly. "
             f"Expected one of {', '.join(known)}."
         )
+    return preprocessing_of(file, fields, image_size)
+
+
+def preprocessing_of(file: Path, fields: ImageProcessorFile, image_size: int) -> Preprocessing:
+    """Return how a picture becomes the tower's `pixel_values`, as the fields of a file say.
+
+    Args:
+        file: where they stand.
+        fields: of an image processor, or of a video processor.
+        image_size: side of the square the tower takes, in pixels.
+
+    Raises:
+        CheckpointError: it cannot be told, or gives another size.
+    """
     problems: list[str] = []
     resize, (resize_height, resize_width) = _read_resize(fields, image_size, problems)
     height, width = (
@@ -249,7 +263,13 @@ def _damaged_tokenizer(root: Path, problem: BaseException) -> CheckpointError:
     )
 
 
-def read_prompt(root: Path, tokenizer: str, image_token_id: int, text_eos: object) -> Prompt:
+def read_prompt(
+    root: Path,
+    tokenizer: str,
+    image_token_id: int,
+    text_eos: object,
+    video_token_id: int | None = None,
+) -> Prompt:
     """Return how a conversation becomes token ids, tried with a question about a picture.
 
     Args:
@@ -257,6 +277,8 @@ def read_prompt(root: Path, tokenizer: str, image_token_id: int, text_eos: objec
         tokenizer: where the bundle keeps `tokenizer.json`.
         image_token_id: from the checkpoint's configuration.
         text_eos: end-of-sequence ids of the language model's configuration.
+        video_token_id: likewise, of checkpoints that take clips. It is left out of what is returned
+            where the chat template has no place for a clip.
 
     Raises:
         CheckpointError: no tokenizer, no chat template, one that cannot ask about a picture, an
@@ -303,15 +325,20 @@ def read_prompt(root: Path, tokenizer: str, image_token_id: int, text_eos: objec
             f"{'; '.join(list_problems(error))}. An answer needs a token that ends it "
             "(eos_token_id in generation_config.json)."
         ) from error
-    _try_prompt(root, prompt, loaded)
-    return prompt
+    if video_token_id is not None:
+        token = loaded.convert_ids_to_tokens(video_token_id)
+        prompt = prompt.model_copy(update={"video_token": token})
+    return _try_prompt(root, prompt, loaded)
 
 
-def _try_prompt(root: Path, prompt: Prompt, loaded: Any) -> None:
-    """Ask about a picture, so that a bundle that cannot is never built.
+def _try_prompt(root: Path, prompt: Prompt, loaded: Any) -> Prompt:
+    """Ask about a picture, so that a bundle that cannot is never built, and about a clip.
+
+    Returns:
+        The prompt, without a clip's token where the template has no place for it.
 
     Raises:
-        CheckpointError: template or tokenizer refuse it.
+        CheckpointError: template or tokenizer refuse a picture.
     """
     with tempfile.TemporaryDirectory() as folder:
         loaded.backend_tokenizer.save(str(Path(folder, "tokenizer.json")))
@@ -324,6 +351,11 @@ def _try_prompt(root: Path, prompt: Prompt, loaded: Any) -> None:
                 f"{root}: a question about a picture cannot be written with its chat template and "
                 f"tokenizer. {str(error).replace(folder, str(root))}"
             ) from error
+        try:
+            writer.ids([Turn("user", "What happened?", clips=1)])
+        except OptionError:
+            return prompt.model_copy(update={"video_token": None})
+    return prompt
 
 
 def _find_image_processor(root: Path) -> tuple[Path, Json]:

@@ -156,6 +156,16 @@ class ImageProcessorFile(CheckpointFile):
     image_grid_pinpoints: Resolutions | None = None
 
 
+class VideoProcessorFile(ImageProcessorFile):
+    """`video_preprocessor_config.json`; without a field, transformers' own value."""
+
+    size: Side | Size | None = Size(height=384, width=384)
+    do_center_crop: bool = False
+    image_mean: tuple[Mean, Mean, Mean] | None = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[Deviation, Deviation, Deviation] | None = (0.26862954, 0.26130258, 0.27577711)
+    num_frames: Annotated[int, Field(gt=0, le=2**16)] | None = None
+
+
 class IndexFile(CheckpointFile):
     """`model.safetensors.index.json`."""
 

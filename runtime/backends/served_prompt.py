@@ -61,10 +61,10 @@ class ServedPrompt:
 
     def _parts(self, turn: Turn) -> Iterator[str | None]:
         """Yield a message's texts in order, and None for each picture."""
-        if not turn.images:
+        if not turn.places:
             yield turn.text
             return
-        probe = self._writer.render([Turn(turn.role, _WORDS, turn.images)])
+        probe = self._writer.render([Turn(turn.role, _WORDS, turn.images, turn.clips)])
         marks = f"{re.escape(self._image_token)}|{_WORDS}"
         places = list(re.finditer(marks, probe))
         written = probe[places[0].start() : places[-1].end()]

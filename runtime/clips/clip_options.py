@@ -8,9 +8,14 @@ from typing import Annotated
 
 import typer
 
+from engines.picture_tiles import MOST_CLIP_FRAMES
+
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".y4m"}
 )
+
+
+USUAL_FRAMES = 8
 
 
 @dataclass(frozen=True)
@@ -18,18 +23,23 @@ class ClipOptions:
     """How a clip is looked at; the help of each option says what it means."""
 
     clip_frames: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--clip-frames", min=1, max=64, help="Frames of a clip to look at, spread over it."
+            "--clip-frames",
+            min=1,
+            max=MOST_CLIP_FRAMES,
+            help="Frames of a clip to look at, spread over it; left out, as many as the "
+            f"checkpoint says it expects, or {USUAL_FRAMES}.",
         ),
-    ] = 8
+    ] = None
     clip_tokens: Annotated[
         int | None,
         typer.Option(
             "--clip-tokens",
             min=1,
             help="Visual tokens a clip may cost, shared among its frames by how much is new in "
-            "each; left out, as many as one picture has patches.",
+            "each; left out, as many as one picture has patches, or, of a checkpoint trained on "
+            "clips, as all frames cost pooled. The newline at a clip's end is not counted.",
         ),
     ] = None
     topic: Annotated[str | None, typer.Option(help="Topic of a bag, by name or message type.")] = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
 
 from engines.errors import OptionError
 
@@ -41,21 +42,19 @@ def share_tokens(newness: Sequence[float], budgets: Sequence[int], total: int) -
     if not any(needs):
         needs[-1] = 1
     left = total
-
-    def cost_of(frame: int) -> int:
+    # The next step of each frame; what is too dear once is so ever after, since less is left.
+    wanting = [(-newness[frame] / steps[0], rank[frame], frame) for frame in rank if needs[frame]]
+    heapify(wanting)
+    while wanting:
+        _, _, frame = heappop(wanting)
         level = levels[frame]
-        return steps[level] - (steps[level - 1] if level else 0)
-
-    while wanting := [
-        frame
-        for frame, level in enumerate(levels)
-        if level < needs[frame] and cost_of(frame) <= left
-    ]:
-        chosen = max(
-            wanting, key=lambda frame: (newness[frame] / steps[levels[frame]], -rank[frame])
-        )
-        left -= cost_of(chosen)
-        levels[chosen] += 1
+        cost = steps[level] - (steps[level - 1] if level else 0)
+        if cost > left:
+            continue
+        left -= cost
+        levels[frame] = level = level + 1
+        if level < needs[frame]:
+            heappush(wanting, (-newness[frame] / steps[level], rank[frame], frame))
     return tuple(steps[level - 1] if level else 0 for level in levels)
 
 

@@ -20,6 +20,7 @@ from runtime.model_options import ModelOptions, SystemOption
 
 if TYPE_CHECKING:
     from engines.bundle import Bundle
+    from runtime.frames import Frame
     from runtime.model import Answer, Model, Show
     from runtime.vision.graph_pool import GraphPool
 
@@ -63,18 +64,23 @@ def ask(
     Raises:
         FoveateError: anything the user can fix.
     """
-    from runtime.clips.clip import ask_about_clip, read_clip, refuse_clip_of_tiles
+    from engines.bundle import open_bundle
+    from runtime.clips.clip import ask_about_clip, frames_to_look_at, read_clip, refuse_clip
     from runtime.vision.pictures import load_picture
 
     started = time.perf_counter()
-    # Before the bundle: a wrong path is told at once.
-    frames = read_clip(str(image), clip) if is_clip(image) else []
+    frames: list[Frame] = []
+    # Before the bundle is hashed: a wrong path is told at once.
+    if is_clip(image):
+        most = frames_to_look_at(open_bundle(bundle, verify=False), clip)
+        frames = read_clip(str(image), clip, most)
     picture = frames[-1].image if frames else load_picture(image)
     chosen = model.open_bundle(bundle)
     if frames:
-        refuse_clip_of_tiles(chosen)
-    need = _context_need(len(frames), clip, generation).with_text(question, system)
-    with model.open(chosen, need=need) as opened:
+        refuse_clip(chosen)
+    need = _context_need(chosen, len(frames), model, clip)
+    need = replace(need, answer_tokens=generation.max_tokens, exchanges=1)
+    with model.open(chosen, need=need.with_text(question, system)) as opened:
         load_ms = (time.perf_counter() - started) * 1e3
         if not frames:
             answer = opened.ask(picture, question, generation, system=system, show=show)
@@ -100,14 +106,15 @@ def ask(
     return replace(answer, milliseconds=spent)
 
 
-def _context_need(frames: int, clip: ClipOptions, generation: GenerationOptions) -> ContextNeed:
+def _context_need(
+    bundle: Bundle, frames: int, model: ModelOptions, clip: ClipOptions
+) -> ContextNeed:
     """Return what the KV cache has to hold for a clip of that many frames; 0: for a picture."""
-    return ContextNeed(
-        visual_tokens=clip.clip_tokens if frames else None,
-        answer_tokens=generation.max_tokens,
-        exchanges=1,
-        clip_frames=frames,
-    )
+    from runtime.clips.clip import context_need
+
+    if not frames:
+        return ContextNeed()
+    return context_need(bundle, bundle.vision(model.visual_tokens), frames, clip)
 
 
 def _graphs_of(model: Model, options: ModelOptions) -> GraphPool:

@@ -2,7 +2,7 @@
 
 The chat template is the checkpoint's own. It is rendered as transformers renders it and tokenized
 as a whole, so the ids are equal to those the model was trained on. `<image>` marks where the visual
-tokens go.
+tokens go; so it does for a clip, which the template writes as `<video>`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,18 @@ class Turn:
         role: who speaks.
         text: what is said.
         images: how many pictures come before the text.
+        clips: how many clips come after the pictures, each in one place; few checkpoints take any.
     """
 
     role: Literal["system", "user", "assistant"]
     text: str
     images: int = 0
+    clips: int = 0
+
+    @property
+    def places(self) -> int:
+        """How many places for visual tokens come before the text."""
+        return self.images + self.clips
 
 
 class PromptWriter:
@@ -89,9 +96,27 @@ class PromptWriter:
                 f"{self.image_token_id}, and {self._prompt.tokenizer} gives it {known}. Build the "
                 "bundle again from one checkpoint."
             )
+        self._video_token_id = self._id_of_clips()
+
+    def _id_of_clips(self) -> int | None:
+        """Return the id that the template gives a clip.
+
+        Raises:
+            BundleError: the tokenizer does not know it.
+        """
+        token = self._prompt.video_token
+        if token is None:
+            return None
+        found: int | None = self.tokenizer.token_to_id(token)
+        if found is None:
+            raise BundleError(
+                f"{self._source}: a clip's place is {token!r}, which {self._prompt.tokenizer} does "
+                "not know. Build the bundle again from one checkpoint."
+            )
+        return found
 
     def render(self, turns: Sequence[Turn], answer: bool = True) -> str:
-        """Return the conversation as text.
+        """Return the conversation as text, with the image token in the place of a clip as well.
 
         Args:
             turns: the conversation.
@@ -100,7 +125,10 @@ class PromptWriter:
         Raises:
             OptionError: the template refuses the conversation.
         """
-        return self._render(turns, answer).replace(_BREAK, "")
+        text = self._render(turns, answer)
+        if self._prompt.video_token is not None:  # words that say so hold a break
+            text = text.replace(self._prompt.video_token, self._prompt.image_token)
+        return text.replace(_BREAK, "")
 
     def render_messages(self, messages: list[dict[str, Any]]) -> str:
         """Return messages as the chat template writes them, as a server that has it does.
@@ -111,12 +139,12 @@ class PromptWriter:
         return self._render_messages(messages, answer=True)
 
     def ids(self, turns: Sequence[Turn], answer: bool = True) -> TokenIds:
-        """Return the conversation as token ids, int64[N]; one image token for each picture.
+        """Return the conversation as token ids, int64[N]; an image token for each picture or clip.
 
         Control tokens that a person wrote (`</s>`, `<image>`) are read as plain text.
 
         Raises:
-            OptionError: the template refuses the conversation, or loses one of its pictures.
+            OptionError: the template refuses the conversation, or loses a picture or a clip.
         """
         text = self._render(turns, answer)
         bos = self._prompt.bos_token
@@ -124,7 +152,8 @@ class PromptWriter:
         ids: list[int] = []
         for piece in text.split(_BREAK):
             ids += self._encode(piece, special and not ids)
-        wanted, found = sum(turn.images for turn in turns), ids.count(self.image_token_id)
+        ids = [self.image_token_id if one == self._video_token_id else one for one in ids]
+        wanted, found = sum(turn.places for turn in turns), ids.count(self.image_token_id)
         if found != wanted:
             raise OptionError(
                 f"The conversation has {wanted} pictures and its prompt has {found} places for "
@@ -171,8 +200,13 @@ class PromptWriter:
 
     def _message(self, turn: Turn) -> dict[str, Any]:
         text = self._defused(turn.text)
+        if turn.clips and self._prompt.video_token is None:
+            raise OptionError(
+                "The conversation has a clip, and the checkpoint's chat template has no place for "
+                "one. Show its frames as pictures."
+            )
         if self._takes_lists:
-            pictures = [{"type": "image"}] * turn.images
+            pictures = [{"type": "image"}] * turn.images + [{"type": "video"}] * turn.clips
             return {"role": turn.role, "content": [*pictures, {"type": "text", "text": text}]}
         pictures_text = f"{self._prompt.image_token}\n" * turn.images
         return {"role": turn.role, "content": pictures_text + text}
@@ -189,6 +223,7 @@ class PromptWriter:
             for token in self.tokenizer.get_added_tokens_decoder().values()
             if token.special
         ]
+        special += [token for token in (self._prompt.video_token,) if token is not None]
         longest_first = sorted(special, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 

@@ -18,9 +18,10 @@ from runtime.server.seen_picture import SeenPicture
 from runtime.server.ticket import Ticket
 from runtime.vision import Pixels, VisualTokens
 from runtime.vision.graph_pool import GraphPool
+from runtime.vision.visual_tokens import Shown
 
-Key = tuple[bytes, int]
-"""Digest of a picture file, and the budget."""
+Key = tuple[bytes, int, Shown]
+"""Digest of a picture file, the budget, and how it was shown."""
 
 
 @dataclass(eq=False)  # a job is itself: pictures cannot be compared
@@ -28,7 +29,13 @@ class _Job:
     pixels: Pixels
     tokens: int
     ticket: Ticket
+    shown: Shown
     future: Future[VisualTokens] = field(default_factory=Future)
+
+    @property
+    def alike(self) -> tuple[int, Shown]:
+        """What the pictures of a batch have in common."""
+        return self.tokens, self.shown
 
 
 class EncodingThread:
@@ -59,15 +66,18 @@ class EncodingThread:
         """Whether it still works."""
         return self._thread.is_alive()
 
-    def encode(self, pixels: Pixels, tokens: int, ticket: Ticket) -> Future[VisualTokens]:
+    def encode(
+        self, pixels: Pixels, tokens: int, ticket: Ticket, shown: Shown = "alone"
+    ) -> Future[VisualTokens]:
         """Put a picture into the queue.
 
         Args:
             pixels: uint8[H, W, 3].
             tokens: a budget of the bundle.
             ticket: of the request; once it is over the picture is left out.
+            shown: alone, or among others.
         """
-        job = _Job(pixels, tokens, ticket)
+        job = _Job(pixels, tokens, ticket, shown)
         with self._changed:
             if self._closed:
                 job.future.cancel()
@@ -103,8 +113,8 @@ class EncodingThread:
                 if self._waiting:
                     break
                 self._changed.wait()
-            tokens = self._waiting[0].tokens
-            jobs = [job for job in self._waiting if job.tokens == tokens][: self.batch]
+            alike = self._waiting[0].alike
+            jobs = [job for job in self._waiting if job.alike == alike][: self.batch]
             for job in jobs:
                 self._waiting.remove(job)
         return [job for job in jobs if job.future.set_running_or_notify_cancel()] or (
@@ -114,7 +124,7 @@ class EncodingThread:
     def _encode(self, jobs: list[_Job]) -> None:
         try:
             encoder = self._graphs.encoder(jobs[0].tokens)
-            seen = encoder.encode([job.pixels for job in jobs])
+            seen = encoder.encode([job.pixels for job in jobs], jobs[0].shown)
         except FoveateError as error:
             if len(jobs) == 1:
                 jobs[0].future.set_exception(error)

@@ -51,7 +51,8 @@ class SeenPicture:
         whole picture and of the tiles.
         """
         graph = bundle.vision(self.visual.budget)
-        views = [self._told(view) for view in views_of(bundle, graph, (self.height, self.width))]
+        size = (self.height, self.width)
+        views = [self._told(view) for view in views_of(bundle, graph, size, self.visual.shown)]
         return {
             "visual_tokens": self.count,
             "budget": graph.reducer.tokens,

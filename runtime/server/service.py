@@ -34,6 +34,7 @@ from runtime.vision import Pixels
 from runtime.vision.graph_pool import GraphPool
 from runtime.vision.pictures import picture_from_bytes
 from runtime.vision.places import picture_of
+from runtime.vision.visual_tokens import Shown
 
 _DECODERS = 2
 """Pictures decoded at once: a large one takes half a gigabyte for a moment."""
@@ -160,7 +161,12 @@ class Service:
         return asked
 
     async def look(
-        self, data: bytes, tokens: int, ticket: Ticket, fresh: bool = False
+        self,
+        data: bytes,
+        tokens: int,
+        ticket: Ticket,
+        fresh: bool = False,
+        among_others: bool = False,
     ) -> SeenPicture:
         """Return what the tower sees in a picture.
 
@@ -169,6 +175,7 @@ class Service:
             tokens: the budget.
             ticket: of the request.
             fresh: encode it even if it is remembered.
+            among_others: the conversation has other pictures.
 
         Raises:
             PictureError: it cannot be read.
@@ -176,7 +183,9 @@ class Service:
         """
         loop = asyncio.get_running_loop()
         digest = await loop.run_in_executor(self._decoding, _digest, data)
-        known = None if fresh else self.remembered.find((digest, tokens))
+        differs = among_others and self.bundle.squares_of_several
+        shown: Shown = "among_others" if differs else "alone"
+        known = None if fresh else self.remembered.find((digest, tokens, shown))
         self.counters.observe_picture(known is not None)
         if known is not None:
             return known
@@ -185,13 +194,14 @@ class Service:
             started = time.perf_counter()
             pixels = await loop.run_in_executor(self._decoding, self._decode, data)
             read_ms = (time.perf_counter() - started) * 1e3
-            visual = await asyncio.wrap_future(self._encoding.encode(pixels, tokens, ticket))
+            encoding = self._encoding.encode(pixels, tokens, ticket, shown)
+            visual = await asyncio.wrap_future(encoding)
         height, width, _ = pixels.shape
         spent_ms = {"read": read_ms, **visual.milliseconds}
         whole_ms = (time.perf_counter() - came) * 1e3
         spent_ms["queue"] = max(whole_ms - sum(spent_ms.values()), 0.0)
         seen = SeenPicture(visual, width, height, spent_ms)
-        self.remembered.keep((digest, tokens), seen)
+        self.remembered.keep((digest, tokens, shown), seen)
         return seen
 
     def _decode(self, data: bytes) -> Pixels:
@@ -212,7 +222,10 @@ class Service:
         urls = question.picture_urls
         files = [await loop.run_in_executor(None, self.sources.read, url) for url in urls]
         looks = [
-            asyncio.ensure_future(self.look(data, tokens, ticket, question.fresh)) for data in files
+            asyncio.ensure_future(
+                self.look(data, tokens, ticket, question.fresh, among_others=len(files) > 1)
+            )
+            for data in files
         ]
         try:
             return list(await asyncio.gather(*looks))

@@ -17,11 +17,11 @@ from engines.frame_size import frame_size_of
 from engines.manifest import ORDER_OUTPUT, WORTH_OUTPUT, VisionGraph
 from engines.opening import open_session
 from engines.session import Session
-from runtime.vision.layouts import layout_of
+from runtime.vision.layouts import Layout, layout_of
 from runtime.vision.parallel_resize import Bands
 from runtime.vision.preprocess import check_picture, frames_batch
 from runtime.vision.resize import Pixels
-from runtime.vision.visual_tokens import VisualTokens
+from runtime.vision.visual_tokens import Shown, VisualTokens
 
 _OUTPUTS = ("visual_tokens", "valid_count", "patch_index", "assignment")
 
@@ -32,7 +32,7 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
     Attributes:
         bundle: from `open_bundle`.
         graph: the budget's.
-        layout: how a picture becomes squares, and their tokens a sequence.
+        layout: how a picture alone becomes squares, and their tokens a sequence.
         session: runs it.
         frame_size: of the camera frames that the graph takes; None: it takes pixels, and pictures
             of any size become those.
@@ -74,7 +74,8 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
         """
         self.bundle = bundle
         self.graph: VisionGraph = bundle.vision(tokens)
-        self.layout = layout_of(bundle, self.graph)
+        self._layouts: dict[Shown, Layout] = {}
+        self.layout = self.layout_of("alone")
         if session is None and beside is not None and beside.graph.file == self.graph.file:
             session = beside.session
         self._owned = session is None
@@ -105,13 +106,14 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
         self.frame_size = frame_size_of(first)
         self._dtype = np.dtype(first.inputs[0].dtype)
 
-    def encode(self, images: Pixels | Sequence[Pixels]) -> VisualTokens:
+    def encode(self, images: Pixels | Sequence[Pixels], shown: Shown = "alone") -> VisualTokens:
         """Turn images into visual tokens.
 
         Args:
             images: RGB, uint8[B, H, W, 3], or a list of uint8[H, W, 3] of any sizes. An image in
                 BGR order (OpenCV's) cannot be told from one in RGB: give it as
                 ``image[:, :, ::-1]``, which costs nothing.
+            shown: how each of them is shown: most checkpoints make no difference.
 
         Raises:
             PictureError: a wrong shape or dtype, no images, or one that is not of the shape of the
@@ -119,10 +121,11 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
             EngineError: the graph failed, or gave what no exported graph gives.
         """
         _check_images(images)
+        layout = self.layout_of(shown)
         started = time.perf_counter()
         given: NDArray[Any]
         if self.frame_size is None:
-            given = self.layout.pixel_values(images, self._bands)  # [S, 3, H, W]
+            given = layout.pixel_values(images, self._bands)  # [S, 3, H, W]
         else:
             given = frames_batch(images, self.frame_size, self._bands)  # [B, H, W, 3]
         prepared = time.perf_counter()
@@ -141,12 +144,22 @@ class VisionEncoder(AbstractContextManager["VisionEncoder"]):
         )
         self._check_outputs(squares, len(given))
         sizes = [(image.shape[0], image.shape[1]) for image in images]
-        seen = self.layout.assemble(squares.first(self.graph.reducer.tokens), sizes)
+        seen = layout.assemble(squares.first(self.graph.reducer.tokens), sizes)
         spent = {
             "preprocess": (prepared - started) * 1e3,
             "encode": (time.perf_counter() - prepared) * 1e3,
         }
         return replace(seen, milliseconds=spent)
+
+    def layout_of(self, shown: Shown) -> Layout:
+        """Return the layout of pictures that are shown in a way; `layout` is that of one alone.
+
+        Raises:
+            BundleError: a part of it cannot be read.
+        """
+        if shown not in self._layouts:
+            self._layouts[shown] = layout_of(self.bundle, self.graph, shown)
+        return self._layouts[shown]
 
     def _check_outputs(self, seen: VisualTokens, batch: int) -> None:
         """Refuse what no graph of ours gives: 0.1 ms, and the rest of the runtime can rely on it.

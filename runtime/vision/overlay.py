@@ -120,7 +120,7 @@ def draw_overlay(
     """
     fates = patch_fates(seen.assignment[at], seen.origin[at])
     height, width = picture.shape[:2]
-    views = views_of(bundle, bundle.vision(seen.budget), (height, width))
+    views = views_of(bundle, bundle.vision(seen.budget), (height, width), seen.shown)
     canvas = _sized(picture)
     scales = canvas.shape[0] / height, canvas.shape[1] / width
     panels = [_draw_view(canvas, view, scales, fates, marked) for view in views]

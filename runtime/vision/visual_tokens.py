@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import OptionError
+
+Shown = Literal["alone", "among_others", "frame"]
+"""How an image is shown: as the only picture of a conversation, as one of several, or as a frame of
+a clip that has one place in the prompt. To most checkpoints it is the same."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class VisualTokens:
             reducer took it. None where the graph does not say it.
         square_budget: of a picture that was cut into squares, the most tokens of each; N and P are
             of all squares together, and N differs from picture to picture.
+        shown: how it was turned into squares.
     """
 
     tokens: NDArray[np.float32]
@@ -40,6 +45,7 @@ class VisualTokens:
     order: NDArray[np.int64] | None = None
     worth: NDArray[np.float32] | None = None
     square_budget: int | None = None
+    shown: Shown = "alone"
 
     @property
     def budget(self) -> int:
@@ -87,6 +93,7 @@ class VisualTokens:
             assignment=_padded([one.assignment for one in pictures], -1),
             milliseconds=milliseconds,
             square_budget=pictures[0].square_budget,
+            shown=pictures[0].shown,
         )
 
     def first(self, count: int) -> VisualTokens:

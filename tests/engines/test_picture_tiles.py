@@ -10,10 +10,10 @@ import pytest
 
 from engines.bundle import Bundle, open_bundle
 from engines.errors import BundleError
-from engines.inspect import describe_bundle
+from engines.inspect import describe_bundle, main
 from engines.picture_tiles import PictureTiles
 from engines.trt.batch_profile import ONE_IMAGE, BatchRange, usual_batch
-from tests.tiny_bundle import write_tiny_bundle
+from tests.tiny_bundle import tiny_manifest, write_tiny_bundle
 
 NEXT = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
@@ -81,6 +81,26 @@ def test_a_bundle_counts_its_squares(tmp_path: Path) -> None:
     assert (plain.most_squares, plain.most_visual_tokens(plain.vision())) == (1, 2)
 
 
+def test_a_clip_is_pooled_where_the_prompt_has_a_place_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = tiny_manifest()["prompt"]
+    root = write_tiny_bundle(
+        tmp_path / "clips",
+        tiles=tiles_of(clips={"frames": 8}),
+        prompt=prompt | {"video_token": "<video>"},
+    )
+    bundle = open_bundle(root)
+    assert bundle.clips is not None
+    assert bundle.clips.frames == 8
+    assert bundle.clips.pooled(27, 27) == (14, 14)
+    main(root, verify=True)
+    assert "each frame is pooled to 1 x 1 tokens" in capsys.readouterr().out
+    without = write_tiny_bundle(tmp_path / "no-place", tiles=tiles_of(clips={}), prompt=prompt)
+    assert open_bundle(without).clips is None
+    assert open_bundle(write_tiny_bundle(tmp_path / "plain")).clips is None
+
+
 def test_a_bundle_from_before_tiles_still_opens(tmp_path: Path) -> None:
     root = write_tiny_bundle(tmp_path / "old")
     file = root / "bundle.json"
@@ -104,6 +124,8 @@ def test_a_bundle_from_before_tiles_still_opens(tmp_path: Path) -> None:
         ({"picture_tokens": 2**30}, "tiles.picture_tokens is 1073741824"),
         ({"picture_tokens": 9}, "vision[0] does not say what its tokens are worth (token_worth)"),
         ({"kind": "frames"}, "tiles.kind is"),
+        ({"clips": {"frames": 65}}, "tiles.clips.frames is 65"),
+        ({"several": "rows"}, "tiles.several is"),
     ],
 )
 def test_tiles_that_cannot_be_are_refused(

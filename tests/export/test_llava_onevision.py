@@ -9,22 +9,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from engines.bundle import Bundle, open_bundle
-from engines.errors import CheckpointError, OptionError
+from engines.errors import CheckpointError
 from export.build import BuildOptions, build_bundle
 from export.build.command import main
 from export.checkpoint.llava import open_checkpoint
 from export.language.language_models import DecoderOptions
 from runtime.commands.ask import ask, document_from_answer
+from runtime.conversation import Conversation
 from runtime.language.generate import GenerationOptions
 from runtime.language.prompt import Turn
 from runtime.model import Model, open_model
 from runtime.model_options import ModelOptions
 from runtime.vision import VisionEncoder
+from runtime.vision.layouts import views_of
 from tests.tiny_tiles import (
+    image_processor,
     picture_of,
     processed,
     tiny_llava_onevision,
@@ -34,6 +38,7 @@ from tests.tiny_tiles import (
 )
 
 QUESTION = "What is in the picture?"
+SHORT = GenerationOptions(max_tokens=6)
 PATCHES = 16
 WHOLE = ((28, 28), (30, 60), (61, 29), (60, 60), (100, 30), (84, 84), (45, 100), (60, 200))
 SCALED = ((112, 112), (84, 112), (112, 84), (109, 100), (98, 112), (300, 280), (700, 800))
@@ -178,8 +183,86 @@ def test_a_checkpoint_that_does_not_fit_is_refused(checkpoint, tmp_path, fields,
         open_checkpoint(root)
 
 
-def test_a_clip_is_refused(bundle, tmp_path) -> None:
-    for name in ("a.png", "b.png"):
-        Image.fromarray(picture_of(60, 100)).save(tmp_path / name)
-    with pytest.raises(OptionError, match="into up to 17 squares"):
-        ask(bundle.root, tmp_path, QUESTION)
+PAIR = ((60, 100), (84, 112))
+
+
+def pair_given() -> Any:
+    """What transformers' image processor makes of two pictures of one conversation."""
+    pictures = [Image.fromarray(picture_of(*size)) for size in PAIR]
+    return image_processor("llava_onevision")(images=[pictures], return_tensors="pt")
+
+
+@torch.no_grad()
+def test_each_of_several_pictures_is_one_square_as_in_transformers(reference, bundle) -> None:
+    given = pair_given()
+    expected = reference.model.get_image_features(
+        given["pixel_values"], given["image_sizes"], batch_num_images=given["batch_num_images"]
+    ).pooler_output
+    pictures = [picture_of(*size) for size in PAIR]
+    with VisionEncoder(bundle, threads=1) as encoder:
+        pixels = encoder.layout_of("among_others").pixel_values(pictures, encoder._bands)
+        seen = encoder.encode(pictures, "among_others")
+    np.testing.assert_allclose(pixels, given["pixel_values"][:, 0], atol=1e-5)
+    for at, tokens in enumerate(expected):
+        assert tokens.shape == (PATCHES + 1, 64)
+        np.testing.assert_allclose(seen.tokens_of(at), tokens, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_conversation_about_several_pictures_is_that_of_transformers(reference, model) -> None:
+    """Two in one turn; or the second one later: then the first is looked at again."""
+    conversation = Conversation(model)
+    for size in PAIR:
+        conversation.show(picture_of(*size))
+    answer = conversation.ask(QUESTION, SHORT)
+    assert [one.shown for one in answer.seen] == ["among_others"] * 2
+    assert answer.visual_tokens == 2 * (PATCHES + 1)
+    expected = written_about_pair(reference, model, [Turn("user", QUESTION, images=2)])
+    assert list(answer.token_ids) == expected
+    conversation = Conversation(model)
+    alone = conversation.show(picture_of(*PAIR[0]))
+    first = conversation.ask(QUESTION, SHORT)
+    assert first.visual_tokens == int(alone.valid[0]) > PATCHES + 1
+    conversation.show(picture_of(*PAIR[1]))
+    second = conversation.ask("And here?", SHORT)
+    turns = [
+        Turn("user", QUESTION, images=1),
+        Turn("assistant", first.text),
+        Turn("user", "And here?", images=1),
+    ]
+    assert list(second.token_ids) == written_about_pair(reference, model, turns)
+    assert [len(image.tokens) for image in conversation.images] == [PATCHES + 1] * 2
+
+
+def written_about_pair(reference: Any, model: Model, turns: list[Turn]) -> list[int]:
+    """What transformers writes greedily about the two pictures."""
+    image = model.writer.image_token_id
+    ids: list[int] = []
+    for one in model.writer.ids(turns).tolist():
+        ids += [image] * (PATCHES + 1) if one == image else [one]
+    given = pair_given()
+    written = reference.generate(
+        input_ids=torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        pixel_values=given["pixel_values"],
+        image_sizes=given["image_sizes"],
+        batch_num_images=given["batch_num_images"],
+        max_new_tokens=6,
+        do_sample=False,
+    )
+    return [one for one in written[0, len(ids) :].tolist() if one != 2]
+
+
+def test_a_new_frame_in_the_place_of_the_only_picture_is_cut_into_tiles(model) -> None:
+    conversation = Conversation(model)
+    conversation.show(picture_of(*PAIR[0]))
+    assert conversation.replace_image(picture_of(*PAIR[1])).shown == "alone"
+    conversation.show(picture_of(*PAIR[0]))
+    assert conversation.replace_image(picture_of(*PAIR[1])).shown == "among_others"
+
+
+def test_patches_of_a_padded_square_lie_over_the_picture(bundle) -> None:
+    """60 rows in a square of 100: 20 rows of padding above, and below."""
+    (view,) = views_of(bundle, bundle.vision(), (60, 100), "among_others")
+    np.testing.assert_allclose(view.rows, [-20, 5, 30, 55, 80])
+    np.testing.assert_allclose(view.columns, [0, 25, 50, 75, 100])

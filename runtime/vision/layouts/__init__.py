@@ -15,19 +15,24 @@ from engines.bundle import Bundle
 from engines.errors import BundleError
 from engines.manifest import VisionGraph
 from engines.picture_tiles import ALL_TOKENS, NEWLINE, PictureTiles
+from runtime.vision.layouts.frame_square import FrameSquare
 from runtime.vision.layouts.layout import Layout, Size, View
 from runtime.vision.layouts.llava_next import LlavaNext
+from runtime.vision.layouts.padded_square import PaddedSquare
 from runtime.vision.layouts.square import Square
+from runtime.vision.visual_tokens import Shown
 
-__all__ = ["Layout", "View", "layout_of", "views_of"]
+__all__ = ["Layout", "View", "layout_of", "newline_of", "views_of"]
 
 
-def layout_of(bundle: Bundle, graph: VisionGraph) -> Layout:
+def layout_of(bundle: Bundle, graph: VisionGraph, shown: Shown = "alone") -> Layout:
     """Return the layout of a bundle's pictures.
 
     Args:
         bundle: from `open_bundle`.
-        graph: one of its graphs; where it leaves every token, every row ends with a newline.
+        graph: one of its graphs; where it leaves every token, every row ends with a newline, and a
+            frame is pooled.
+        shown: how the pictures are shown.
 
     Raises:
         BundleError: the file of the newline is damaged or of another model.
@@ -35,31 +40,42 @@ def layout_of(bundle: Bundle, graph: VisionGraph) -> Layout:
     tiles = bundle.manifest.tiles
     newline = None
     if tiles is not None and (tiles.newlines == "rows" or graph.reducer.name == ALL_TOKENS):
-        newline = _read_newline(bundle, tiles)
-    return _layout(bundle, graph, newline)
+        newline = newline_of(bundle, tiles)
+    return _layout(bundle, graph, newline, shown)
 
 
-def views_of(bundle: Bundle, graph: VisionGraph, size: Size) -> tuple[View, ...]:
+def views_of(
+    bundle: Bundle, graph: VisionGraph, size: Size, shown: Shown = "alone"
+) -> tuple[View, ...]:
     """Return how the patches that a graph sees lie over a picture, the coarsest view first.
 
     Args:
         bundle: from `open_bundle`.
         graph: one of its graphs.
         size: height and width of the picture, in pixels.
+        shown: how the picture was shown.
     """
-    return _layout(bundle, graph, None).views(size)
+    return _layout(bundle, graph, None, shown).views(size)
 
 
-def _layout(bundle: Bundle, graph: VisionGraph, newline: NDArray[np.float32] | None) -> Layout:
+def _layout(
+    bundle: Bundle, graph: VisionGraph, newline: NDArray[np.float32] | None, shown: Shown
+) -> Layout:
     tiles, patches = bundle.manifest.tiles, (graph.patch_rows, graph.patch_columns)
     if tiles is None:
         return Square(bundle.preprocessing, *patches)
     all_tokens = graph.reducer.name == ALL_TOKENS
+    if shown == "frame" and bundle.clips is not None:
+        pooled = bundle.clips.pooled(*patches) if all_tokens else None
+        return FrameSquare(bundle.preprocessing, *patches, pooled)
+    if shown == "among_others" and tiles.several == "squares":
+        padded = bundle.preprocessing.model_copy(update={"pad_to_square": True})
+        return PaddedSquare(padded, *patches, newline)
     return LlavaNext(bundle.preprocessing, tiles, *patches, newline, all_tokens)
 
 
-def _read_newline(bundle: Bundle, tiles: PictureTiles) -> NDArray[np.float32]:
-    """Return what ends a row, float32[D].
+def newline_of(bundle: Bundle, tiles: PictureTiles) -> NDArray[np.float32]:
+    """Return what ends a row or a clip, float32[D].
 
     Raises:
         BundleError: the file does not hold it.

@@ -1,8 +1,9 @@
-"""Scale down all tokens of a picture in many tiles, as LLaVA-OneVision does ("anyres_max_9").
+"""Scale down all tokens of a picture in many tiles, and of a clip's frame, as LLaVA-OneVision does.
 
 The tokens of the tiles are one large picture of features. Where it is larger than the checkpoint
-allows, it is resized bilinearly before the newlines come, as transformers' `pack_image_features`
-does: a new token is a mean of the four next to its middle, however many lie between them.
+allows ("anyres_max_9"), it is resized bilinearly before the newlines come, as transformers'
+`pack_image_features` does: a new token is a mean of the four next to its middle, however many lie
+between them. The tokens of a frame are always resized so, as in its `apply_pooling`.
 
 Only all tokens are scaled. A reducer has bounded the tokens of each square already, and what it
 left lies on no grid.
@@ -40,11 +41,7 @@ def assemble_scaled_down(
     if newline is not None:
         ends = np.broadcast_to(newline, (shape[0], 1, width))
         tokens = np.concatenate([tokens, ends], axis=1)
-    rows, columns = (
-        (np.arange(old) * 2 + 1) * new // (2 * old)
-        for old, new in zip(inside.shape, shape, strict=True)
-    )
-    slots = patches + rows[:, None] * tokens.shape[1] + columns  # [R, C]
+    slots = patches + _cells((inside.shape[0], inside.shape[1]), shape, tokens.shape[1])
     assignment = np.full(count * patches, -1, np.int64)
     assignment[:patches] = np.arange(patches)
     assignment[patches + inside] = -(slots + 2)
@@ -59,6 +56,50 @@ def assemble_scaled_down(
         milliseconds=squares.milliseconds,
         square_budget=patches,
     )
+
+
+def pool_squares(
+    squares: VisualTokens, grid: tuple[int, int], shape: tuple[int, int]
+) -> VisualTokens:
+    """Return all tokens of squares on a smaller grid, each square by itself.
+
+    Args:
+        squares: token n of each stands for patch n.
+        grid: rows and columns of their patches.
+        shape: of the smaller grid.
+
+    Returns:
+        As many squares. A token stands for no single patch; a patch counts as merged into the token
+        in whose cell its middle lies.
+    """
+    count, patches, width = squares.tokens.shape
+    pooled = [resize_bilinearly(one.reshape(*grid, width), shape) for one in squares.tokens]
+    slots = _cells(grid, shape, shape[1]).ravel()
+    size = shape[0] * shape[1]
+    return VisualTokens(
+        tokens=np.stack(pooled).reshape(count, size, width),
+        valid=np.full(count, size),
+        origin=np.full((count, size), -1, np.int64),
+        assignment=np.tile(-(slots + 2), (count, 1)),
+        milliseconds=squares.milliseconds,
+        square_budget=patches,
+    )
+
+
+def _cells(old: tuple[int, int], new: tuple[int, int], stride: int) -> NDArray[np.int64]:
+    """Return in which cell of a smaller grid the middle of each cell of a grid lies, int64[R, C].
+
+    Args:
+        old: rows and columns of the grid.
+        new: of the smaller one.
+        stride: from one of its rows to the next.
+    """
+    rows, columns = (
+        (np.arange(before) * 2 + 1) * after // (2 * before)
+        for before, after in zip(old, new, strict=True)
+    )
+    cells: NDArray[np.int64] = rows[:, None] * stride + columns
+    return cells
 
 
 def resize_bilinearly(grid: Floats, shape: tuple[int, int]) -> Floats:

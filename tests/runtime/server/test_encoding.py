@@ -14,6 +14,7 @@ from runtime.server.encoding import EncodingThread, Remembered
 from runtime.server.seen_picture import SeenPicture
 from runtime.server.ticket import Ticket
 from runtime.vision import VisualTokens
+from runtime.vision.visual_tokens import Shown
 
 BAD, BROKEN = 13, 14
 
@@ -41,7 +42,7 @@ class Graphs:
         graphs = self
 
         class Encoder:
-            def encode(self, images: list[np.ndarray]) -> VisualTokens:
+            def encode(self, images: list[np.ndarray], shown: Shown = "alone") -> VisualTokens:
                 graphs.busy.set()
                 graphs.go.wait(30)
                 shades = [int(image[0, 0, 0]) for image in images]
@@ -115,19 +116,33 @@ def test_pictures_nobody_waits_for_are_left_out(graphs: Graphs) -> None:
     assert thread.encode(shaded(1), 16, Ticket(60)).cancelled()
 
 
+def test_pictures_alone_and_among_others_are_not_one_batch() -> None:
+    graphs = Graphs()
+    thread = EncodingThread(graphs, batch=4)  # type: ignore[arg-type]
+    first = thread.encode(shaded(0), 16, Ticket(60))
+    assert graphs.busy.wait(30)
+    rest = [thread.encode(shaded(1), 16, Ticket(60), "among_others")]
+    rest += [thread.encode(shaded(2), 16, Ticket(60), shown) for shown in ("alone", "among_others")]
+    graphs.go.set()
+    for one in [first, *rest]:
+        one.result(30)
+    assert graphs.batches == [(16, [0]), (16, [1, 2]), (16, [2])]
+    thread.close()
+
+
 def test_the_longest_unused_picture_is_forgotten_first() -> None:
     pictures = [SeenPicture(tokens_of([n]), 2, 2, {"encode": 5.0}) for n in range(4)]
     remembered = Remembered(3 * pictures[0].memory_bytes)
     for number, picture in enumerate(pictures[:3]):
-        remembered.keep((bytes([number]), 16), picture)
-    found = remembered.find((b"\0", 16))
+        remembered.keep((bytes([number]), 16, "alone"), picture)
+    found = remembered.find((b"\0", 16, "alone"))
     assert found is not None
     assert found.milliseconds == {"encode": 0.0}
-    remembered.keep((b"\3", 16), pictures[3])
-    assert remembered.find((b"\1", 16)) is None
-    assert remembered.find((b"\0", 16)) is not None
-    assert remembered.find((b"\0", 64)) is None
+    remembered.keep((b"\3", 16, "alone"), pictures[3])
+    assert remembered.find((b"\1", 16, "alone")) is None
+    assert remembered.find((b"\0", 16, "alone")) is not None
+    assert remembered.find((b"\0", 64, "alone")) is None
     assert remembered.bytes == 3 * pictures[0].memory_bytes
     nothing = Remembered(0)
-    nothing.keep((b"\0", 16), pictures[0])
-    assert nothing.find((b"\0", 16)) is None
+    nothing.keep((b"\0", 16, "alone"), pictures[0])
+    assert nothing.find((b"\0", 16, "alone")) is None

@@ -13,7 +13,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 from engines.picture_tiles import PictureTiles
 from runtime.vision import VisualTokens
 from runtime.vision.layouts.llava_next import LlavaNext
-from runtime.vision.layouts.scaled_down import resize_bilinearly
+from runtime.vision.layouts.scaled_down import pool_squares, resize_bilinearly
 from tests.runtime.vision.layouts.test_llava_next_pixels import tiled
 
 WIDTH, PATCHES = 3, 27 * 27
@@ -68,3 +68,29 @@ def test_at_true_shapes_all_tokens_are_transformers(size, squares, scaled) -> No
     assert (laid.origin[0, PATCHES:] < 0).all() == scaled
     np.testing.assert_allclose(laid.tokens_of(0), packed[0].numpy(), atol=1e-4)
     assert len(packed[0]) <= tiles.most_tokens(PATCHES, 27, "none")
+
+
+@pytest.mark.parametrize(("side", "pooled"), [(27, 14), (12, 6), (4, 2), (5, 3)])
+def test_pooling_a_frame_is_that_of_torch(side: int, pooled: int) -> None:
+    """LLaVA-OneVision's own: SigLIP at 384 pixels has 27 x 27 patches, 196 tokens a frame."""
+    tokens = np.random.default_rng(0).normal(size=(2, side * side, 5)).astype(np.float32)
+    patches = side * side
+    squares = VisualTokens(
+        tokens=tokens,
+        valid=np.full(2, patches),
+        origin=np.tile(np.arange(patches), (2, 1)),
+        assignment=np.tile(np.arange(patches), (2, 1)),
+        milliseconds={},
+    )
+    seen = pool_squares(squares, (side, side), (pooled, pooled))
+    plane = torch.from_numpy(tokens).view(2, side, side, 5).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(plane, size=[pooled, pooled], mode="bilinear")
+    expected = expected.permute(0, 2, 3, 1).reshape(2, pooled**2, 5)
+    np.testing.assert_allclose(seen.tokens, expected.numpy(), atol=1e-5)
+    assert seen.budget == patches
+    cells = -seen.assignment[0].reshape(side, side) - 2
+    for row in range(side):
+        for column in range(side):
+            in_row, in_column = divmod(int(cells[row, column]), pooled)
+            assert in_row <= (row + 0.5) * pooled / side < in_row + 1
+            assert in_column <= (column + 0.5) * pooled / side < in_column + 1
