@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -13,13 +15,13 @@ from safetensors.numpy import load_file
 
 from engines.bundle import Bundle
 from engines.errors import BundleError
-from engines.manifest import VisionGraph
+from engines.manifest import Preprocessing, VisionGraph
 from engines.picture_tiles import ALL_TOKENS, NEWLINE, PictureTiles
 from runtime.vision.layouts.layout import Layout, Size, View
 from runtime.vision.layouts.llava_next import LlavaNext
 from runtime.vision.layouts.square import Square
 
-__all__ = ["Layout", "View", "layout_of", "views_of"]
+__all__ = ["Layout", "View", "layout_from", "layout_of", "views_of"]
 
 
 def layout_of(bundle: Bundle, graph: VisionGraph) -> Layout:
@@ -50,12 +52,27 @@ def views_of(bundle: Bundle, graph: VisionGraph, size: Size) -> tuple[View, ...]
     return _layout(bundle, graph, None).views(size)
 
 
-def _layout(bundle: Bundle, graph: VisionGraph, newline: NDArray[np.float32] | None) -> Layout:
-    tiles, patches = bundle.manifest.tiles, (graph.patch_rows, graph.patch_columns)
+def layout_from(
+    preprocessing: Preprocessing, tiles: PictureTiles | None, patches: tuple[int, int]
+) -> Layout:
+    """Return a layout that cuts pictures where there is no bundle yet, without newlines.
+
+    Args:
+        preprocessing: of the whole picture.
+        tiles: how a picture is cut; None where it is one square.
+        patches: rows and columns of a square.
+    """
     if tiles is None:
-        return Square(bundle.preprocessing, *patches)
-    all_tokens = graph.reducer.name == ALL_TOKENS
-    return LlavaNext(bundle.preprocessing, tiles, *patches, newline, all_tokens)
+        return Square(preprocessing, *patches)
+    return LlavaNext(preprocessing, tiles, *patches, newline=None)
+
+
+def _layout(bundle: Bundle, graph: VisionGraph, newline: NDArray[np.float32] | None) -> Layout:
+    patches = graph.patch_rows, graph.patch_columns
+    layout = layout_from(bundle.preprocessing, bundle.manifest.tiles, patches)
+    if isinstance(layout, LlavaNext):
+        return replace(layout, newline=newline, all_tokens=graph.reducer.name == ALL_TOKENS)
+    return layout
 
 
 def _read_newline(bundle: Bundle, tiles: PictureTiles) -> NDArray[np.float32]:
