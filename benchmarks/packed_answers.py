@@ -56,13 +56,16 @@ class Examination:
         types: the type of each question.
     """
 
-    def __init__(self, checkpoint: Path, data: Path, pictures: int | None = None) -> None:
+    def __init__(
+        self, checkpoint: Path, data: Path, pictures: int | None = None, model: Any = None
+    ) -> None:
         """Read the questions and load the model.
 
         Args:
             checkpoint: a checkpoint of the pocket architecture.
             data: pictures and `questions.jsonl`.
             pictures: ask about the first so many only.
+            model: the checkpoint as transformers opens it, where it is no LLaVA-1.5.
         """
         held_out = read_held_out(data)
         self.pictures: list[Path] = held_out.paths[:pictures]
@@ -70,7 +73,7 @@ class Examination:
         counts = [len(asked) for asked in self.questions]
         self.picture_of = np.repeat(np.arange(len(counts)), counts)
         self.types = np.array([one.type for asked in self.questions for one in asked])
-        self._model: Any = load_checkpoint(checkpoint)[0]
+        self._model: Any = load_checkpoint(checkpoint)[0] if model is None else model
 
     def right_answers(
         self,

@@ -24,8 +24,8 @@ from tests.photographs import load_photographs
 from tests.tiny_tiles import tiny_llava_onevision, write_tiled
 
 ANY = Gate(0.0, 0.0, 0.0, 0.0)
-SIZES = ((60, 60), (30, 60), (110, 110), (90, 30))
-"""Of 4, 2, 16 and 3 tiles."""
+SIZES = ((84, 84), (28, 56), (110, 110), (84, 28))
+"""Of 9, 2, 16 and 3 tiles."""
 
 
 def drive(frames: int) -> list[np.ndarray]:
