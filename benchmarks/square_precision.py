@@ -99,7 +99,7 @@ def main(
         made |= {name: bench.run_tower(calibration) for name, calibration in ways.items()}
         results = {name: bench.compare(exact, values) for name, values in made.items()}
         right = _answer(bench, {"fp32": exact} | made, model, held_out) if answers else {}
-    document = {
+    document: dict[str, Any] = {
         "calibrated_on": sets.calibration.describe(),
         "judged_on": f"{sum(judged.counts)} squares of {len(judged.counts)} pictures",
         "layers": len(found.layers),
