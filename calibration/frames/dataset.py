@@ -1,8 +1,9 @@
 """Make a calibration set from the user's own frames.
 
 The set holds distinct frames spread over the whole source (anything `runtime.frames` opens), as the
-vision tower sees them, with their coverage and a digest. Frames are kept as uint8, a quarter of the
-memory of `pixel_values` (256 frames of 336 x 336 are 87 MB, and twice that while they are read).
+vision tower sees them, with their coverage and a digest. A frame is one square or, where the
+checkpoint cuts pictures into tiles, a few. They are kept as uint8, a quarter of the memory of
+`pixel_values` (256 squares of 336 x 336 are 87 MB, and twice that while they are read).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -44,17 +45,20 @@ _TURNS = (
 """What each of eight frames is for, so that every set is spread over the whole source."""
 _SMALL = "smaller than a patch"
 
+Cut = Callable[[Pixels], Sequence[Pixels]]
+"""Makes the squares of a frame, as `Layout.squares` does."""
+
 Progress = Callable[[int, int], None]
 """Called with how many frames were read and how many of them are kept."""
 
 
 class Frames(Protocol):
-    """Frames that can be gone through more than once; a list of arrays is such a thing."""
+    """Squares that can be gone through more than once; a list of arrays is such a thing."""
 
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[PixelValues]:
-        """Yield float32[1, 3, H, W], what the bundle's preprocessing makes of a picture."""
+        """Yield float32[1, 3, H, W], a square as the tower takes it."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,9 @@ class FrameOptions:
     max_frames: Annotated[
         int,
         typer.Option(
-            min=8, help="Most frames to take, spread evenly over the source, repeats left out."
+            min=8,
+            help="Most frames to take, spread evenly over the source, repeats left out; of one "
+            "that is cut into tiles, the view of all of it and a few tiles.",
         ),
     ] = 256
     view: SourceOptions = field(default_factory=SourceOptions)
@@ -92,19 +98,36 @@ class FrameOptions:
 
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:
-    """Frames to calibrate with; iterate over it as often as you like.
+    """Frames to calibrate with; iterate over their squares as often as you like.
 
     Attributes:
-        pictures: uint8[height, width, 3] each, resized and cropped.
+        frames: the squares of each, uint8[height, width, 3]: one, or the view of the whole frame
+            and some of its tiles.
         preprocessing: how they become `pixel_values`.
         source: where they are from.
         coverage: what they cover; of the whole set, also for a part of it.
     """
 
-    pictures: tuple[Pixels, ...]
+    frames: tuple[tuple[Pixels, ...], ...]
     preprocessing: Preprocessing
     source: str
     coverage: Coverage
+
+    @cached_property
+    def pictures(self) -> tuple[Pixels, ...]:
+        """The squares of all frames, in order."""
+        return tuple(square for squares in self.frames for square in squares)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many squares of each frame there are."""
+        return tuple(map(len, self.frames))
+
+    def describe(self) -> str:
+        """Return how many there are, in words."""
+        if len(self) == len(self.frames):
+            return f"{len(self)} frames"
+        return f"{len(self)} squares of {len(self.frames)} frames"
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -129,19 +152,20 @@ class CalibrationSet:
         Raises:
             SourceError: there are too few frames for that.
         """
-        if len(self) < len(_TURNS):
+        count = len(self.frames)
+        if count < len(_TURNS):
             raise SourceError(
-                f"{self.source} has {len(self)} distinct frames, expected {len(_TURNS)} at the "
+                f"{self.source} has {count} distinct frames, expected {len(_TURNS)} at the "
                 "least, to calibrate, search, judge and report on different ones, and better 128: "
-                f"{len(_TURNS) - len(self)} more are needed. Give a longer recording, or a folder "
+                f"{len(_TURNS) - count} more are needed. Give a longer recording, or a folder "
                 "with more pictures."
             )
-        turns = [_TURNS[at % len(_TURNS)] for at in range(len(self))]
+        turns = [_TURNS[at % len(_TURNS)] for at in range(count)]
         parts = {
-            name: tuple(p for p, turn in zip(self.pictures, turns, strict=True) if turn == name)
+            name: tuple(f for f, turn in zip(self.frames, turns, strict=True) if turn == name)
             for name in sorted(set(_TURNS))
         }
-        return FrameSets(**{name: replace(self, pictures=part) for name, part in parts.items()})
+        return FrameSets(**{name: replace(self, frames=part) for name, part in parts.items()})
 
 
 @dataclass(frozen=True)
@@ -166,6 +190,7 @@ def collect_frames(
     preprocessing: Preprocessing,
     options: FrameOptions | None = None,
     progress: Progress = lambda read, kept: None,
+    cut: Cut | None = None,
 ) -> CalibrationSet:
     """Read a source and keep distinct frames from the whole of it.
 
@@ -174,6 +199,7 @@ def collect_frames(
         preprocessing: the bundle's, or the checkpoint's.
         options: which frames to take; `options.view` does not apply to an open source.
         progress: called after each frame.
+        cut: makes the squares of a frame; None where it is one.
 
     Raises:
         SourceError: the source cannot be opened, more than a tenth of its frames are unreadable,
@@ -181,6 +207,7 @@ def collect_frames(
         OptionError: an option has no meaning for this source.
     """
     options = options or FrameOptions()
+    cut = cut or (lambda picture: [resize_picture(picture, preprocessing)])
     if isinstance(source, str):
         source = open_source(source, options.view)
     sample = DistinctFrames(options.max_frames)
@@ -192,7 +219,7 @@ def collect_frames(
                 size = f"{width}x{height} pixels, and a patch alone is {options.patch_pixels}"
                 frames.errors.count(_SMALL, f"a frame has {size}")
                 continue
-            sample.look_at(resize_picture(frame.image, preprocessing))
+            sample.look_at(cut(frame.image))
             progress(sample.read, len(sample))
             if frames.live and len(sample) == options.max_frames:
                 break
@@ -205,7 +232,7 @@ def collect_frames(
             "and better 128 or more. Give a longer recording, or a folder with more pictures."
         )
     return CalibrationSet(
-        pictures=tuple(frame.levels for frame in kept),
+        frames=tuple(frame.squares for frame in kept),
         preprocessing=preprocessing,
         source=frames.name,
         coverage=measure_coverage(

@@ -24,8 +24,11 @@ from engines.frame_size import frame_size_of
 from engines.manifest import SCHEMA_VERSION, Precision, Preprocessing
 from engines.progress_bar import Progress
 from engines.targets import find_target
+from engines.trt.batch_profile import usual_batch
 from engines.trt.on_device import PAGE_NAME, SCRIPT_NAME, write_device_files
 from graphs.operator_check import oldest_tensorrt
+from runtime.vision.layouts import Layout, layout_from
+from runtime.vision.parallel_resize import ALONE
 
 _log = logging.getLogger(__name__)
 
@@ -81,7 +84,9 @@ def calibrate_bundle(
         raise OptionError(f"--out {out} is the bundle itself. Give another directory.")
     refuse_occupied(out, overwrite)
     patch_pixels = bundle.preprocessing.height // bundle.vision().patch_rows
-    frames = collect(options, bundle.preprocessing, patch_pixels, progress)
+    patches = bundle.vision().patch_rows, bundle.vision().patch_columns
+    layout = layout_from(bundle.preprocessing, bundle.manifest.tiles, patches)
+    frames = collect(options, bundle.preprocessing, layout, patch_pixels, progress)
     unfinished = ResumeFolder(out)
     with unfinished.kept(), write_bundle(out, overwrite=overwrite) as draft:
         task = Int8Task(
@@ -98,7 +103,7 @@ def calibrate_bundle(
         made = make_int8_graphs(task, progress)
         files = made.describe(bundle.manifest.vision_files, precision)
         _copy_rest(bundle, draft)
-        write_device_files(draft.root, files, target)
+        write_device_files(draft.root, files, target, usual_batch(bundle.most_squares))
         versions = {"foveate": __version__} | {tool: version(tool) for tool in _TOOLS}
         draft.describe(
             bundle.manifest.model_copy(
@@ -117,11 +122,22 @@ def calibrate_bundle(
 
 
 def collect(
-    options: Int8Options, preprocessing: Preprocessing, patch_pixels: int, progress: Progress
+    options: Int8Options,
+    preprocessing: Preprocessing,
+    layout: Layout,
+    patch_pixels: int,
+    progress: Progress,
 ) -> CalibrationSet | None:
     """Collect the frames that the options ask for; None where they ask for none.
 
     What they lack is logged at once: whoever waits for the calibration may want to stop it.
+
+    Args:
+        options: which frames.
+        preprocessing: of the bundle.
+        layout: cuts a frame into squares.
+        patch_pixels: pixels along a patch.
+        progress: called for every frame.
 
     Raises:
         SourceError: as `collect_frames`.
@@ -133,6 +149,7 @@ def collect(
         preprocessing,
         replace(options.choice, patch_pixels=patch_pixels),
         lambda read, kept: progress(f"Reading frames: {read:,} read, {kept} kept", 0.0),
+        cut=lambda picture: layout.squares(picture, ALONE),
     )
     frames.split()  # refuses too few before anything slow
     for warning in frames.coverage.warnings:
@@ -147,12 +164,6 @@ def _refuse_what_cannot_be_calibrated(bundle: Bundle) -> None:
             f"{bundle.root}: {rounded[0].file} is {rounded[0].precision}, and calibration starts "
             "from fp32. Build the bundle with --precision fp32 and calibrate that one; for a "
             "TensorRT device what is not quantized becomes fp16 by itself."
-        )
-    if bundle.manifest.tiles is not None:
-        raise OptionError(
-            f"{bundle.root} cuts pictures into tiles, and calibration looks at whole pictures: "
-            "the ranges of the tiles would not be measured. Use it as it is, or build it with "
-            "--precision fp16."
         )
     if frame_size_of(bundle.manifest.vision_files.files[0]) is not None:
         raise OptionError(

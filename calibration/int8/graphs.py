@@ -183,7 +183,7 @@ def make_int8_graphs(task: Int8Task, progress: Progress = lambda line, done: Non
         if search.sites:
             chart = (task.root / name).with_suffix(".sensitivity.svg")
             chart.write_text(svg_from_report(search), encoding="utf-8")
-    held_out = len(sets.gate) if sets is not None else 0
+    held_out = len(sets.gate.frames) if sets is not None else 0
     return Int8Graphs(
         task.form, attentions, written, calibration, agreements, held_out, reports, searches
     )
@@ -250,7 +250,7 @@ def _judge(
 ) -> tuple[dict[str, Agreement], dict[str, MeasuredAgreement]]:
     """Return how far each budget agrees with FP32 on the gate's frames and on the report's."""
     agreements, reports = {}, {}
-    judged = replace(sets.gate, pictures=sets.gate.pictures + sets.report.pictures)
+    judged = replace(sets.gate, frames=sets.gate.frames + sets.report.frames)
     for at, name in enumerate(task.budgets):
         part = _part(progress, at / len(task.budgets), (at + 1) / len(task.budgets))
         counts = [one.reducer.tokens for one in task.files.graphs if one.file == name]
@@ -259,7 +259,7 @@ def _judge(
         for count, pictures in found.items():
             told = _told_budget(name, count, counts)
             agreements[told] = average_agreement(pictures[: len(sets.gate)])
-            reports[told] = measure_agreement(pictures[len(sets.gate) :])
+            reports[told] = measure_agreement(pictures[len(sets.gate) :], sets.report.counts)
     return agreements, reports
 
 
@@ -288,7 +288,7 @@ def _refuse_below_gate(
     )
     form = task.form.name.upper()
     raise GateError(
-        f"{form} misses the gate of {gate.describe()} on {len(held_out)} frames held out: {told}. "
+        f"{form} misses the gate of {gate.describe()} on {held_out.describe()} held out: {told}. "
         f"What adds most to the error in {name}: {layers}. Nothing was written. {advice}"
     )
 

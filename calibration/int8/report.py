@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from calibration.agreement.measured import FEWEST_PICTURES, Measure
+from calibration.agreement.measured import FEWEST_PICTURES, Measure, MeasuredAgreement
 from calibration.frames.coverage import document_from_coverage, lines_from_coverage
 from calibration.frames.dataset import CalibrationSet
 from calibration.int8.graphs import RECORD_NAME, Int8Graphs
@@ -25,6 +25,7 @@ def document_from_int8(made: Int8Graphs, frames: CalibrationSet | None) -> dict[
         "method": calibration.method,
         "frames_sha256": made.set_digest,
         "coverage": document_from_coverage(frames.coverage) if frames is not None else None,
+        "squares": len(frames) if frames is not None else None,
         "held_out": made.held_out,
         "agreement": {name: asdict(one) for name, one in made.agreements.items()},
         "report": {name: asdict(one) for name, one in made.reports.items()},
@@ -47,8 +48,8 @@ def lines_from_int8(made: Int8Graphs) -> list[str]:
         lines.append(f"  left in floating point: {', '.join(calibration.excluded)}")
     for name, one in made.reports.items():
         lines += [
-            f"  {name} on {one.pictures} frames that nothing was decided on "
-            "(mean, its 95 % interval, worst frame):",
+            f"  {name} on {_told_frames(one)} that nothing was decided on "
+            f"(mean, its 95 % interval, worst {'square' if _has_tiles(one) else 'frame'}):",
             f"    patches kept alike      {_told(one.overlap, '.1%')}",
             f"    others merged alike     {_told(one.assignment, '.1%')}",
             f"    cosine of equal tokens  {_told(one.cosine, '.5f')}",
@@ -62,6 +63,14 @@ def lines_from_int8(made: Int8Graphs) -> list[str]:
     if not made.reports:
         lines.append("  not checked: there were no frames to check on (--frames)")
     return lines
+
+
+def _has_tiles(one: MeasuredAgreement) -> bool:
+    return one.squares not in (None, one.pictures)
+
+
+def _told_frames(one: MeasuredAgreement) -> str:
+    return f"{one.squares} squares of " * _has_tiles(one) + f"{one.pictures} frames"
 
 
 def _told(measure: Measure, form: str) -> str:
@@ -82,7 +91,16 @@ def print_searches(made: Int8Graphs) -> None:
 
 def lines_from_frames(frames: CalibrationSet | None) -> list[str]:
     """Return what the frames cover."""
-    return [] if frames is None else lines_from_coverage(frames.coverage)
+    if frames is None:
+        return []
+    lines = lines_from_coverage(frames.coverage)
+    if len(frames) > len(frames.frames):
+        each = max(frames.counts)
+        lines.append(
+            f"{len(frames)} squares of them: of each frame the view of all of it and "
+            f"{'a tile' if each == 2 else f'up to {each - 1} tiles'}, by chance"
+        )
+    return lines
 
 
 def tell_missed_gate(error: GateError, as_json: bool) -> int:

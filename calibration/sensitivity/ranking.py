@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
+
 from calibration.agreement.token_metrics import Agreement, Gate
 from calibration.frames.dataset import Frames
 from calibration.scales.calibration_file import Calibration
@@ -47,9 +49,12 @@ class SiteCost:
 
 
 def few_of(frames: Frames) -> list[PixelValues]:
-    """Return a few frames, spread evenly."""
-    step = -(-len(frames) // _RANKING_FRAMES)
-    return [frame for at, frame in enumerate(frames) if at % step == 0]
+    """Return a few frames, spread evenly, the first and the last among them.
+
+    Where a frame is a view of it all and tiles, both are among them.
+    """
+    places = set(np.linspace(0, len(frames) - 1, _RANKING_FRAMES).round().astype(int).tolist())
+    return [frame for at, frame in enumerate(frames) if at in places]
 
 
 @dataclass(frozen=True)

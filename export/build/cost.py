@@ -147,7 +147,7 @@ def predict_cost(
         precision: of the vision graphs.
         graphs: how many of them; the weights are written once.
         decoders: which of them.
-        frames: to calibrate with, at most.
+        frames: to calibrate with, at most; squares, where they are cut into tiles.
     """
     seen = sum(map(math.prod, weights.shapes(Part.VISION_TOWER).values()))
     seen += sum(map(math.prod, weights.shapes(Part.PROJECTOR).values()))

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from calibration.frames.distinct_frames import most_squares
 from calibration.int8.options import Int8Options
 from calibration.scales.calibration_file import Calibration
 from engines.bundle import refuse_occupied
@@ -223,17 +224,18 @@ def plan_build(options: BuildOptions) -> BuildPlan:
     opset = _choose_opset(options.opset, precision, target)
     refuse_occupied(options.out, options.overwrite)
     checkpoint = open_checkpoint(options.model)
-    refuse_with_tiles(checkpoint, precision, options.frame is not None)
+    refuse_with_tiles(checkpoint, options.frame is not None)
     if options.frame is not None:
         check_frame_size(checkpoint.preprocessing, options.frame)
     check_language_models(checkpoint, options.decoders)
     reducers = tuple(_choose_reducer(options, budget, checkpoint) for budget in options.budgets)
-    frames = options.int8.choice.max_frames if options.int8.frames is not None else 0
-    cost = predict_cost(checkpoint.weights, precision, len(reducers), options.decoders, frames)
-    refuse_what_cannot_fit(cost, options.out, options.decoders)
     tiles = tiles_of(checkpoint, options.newlines)
     if options.picture_tokens is not None:
         tiles = tiles_with_shared_budget(tiles, options.picture_tokens, reducers, checkpoint)
+    frames = options.int8.choice.max_frames if options.int8.frames is not None else 0
+    squares = most_squares(frames) if tiles is not None and frames else frames
+    cost = predict_cost(checkpoint.weights, precision, len(reducers), options.decoders, squares)
+    refuse_what_cannot_fit(cost, options.out, options.decoders)
     return BuildPlan(checkpoint, target, precision, reducers, opset, cost, record, tiles)
 
 

@@ -27,6 +27,7 @@ from export.build.tiles import notes_of_clips, write_newline
 from export.build.vision import export_vision
 from export.kept_parts import KeptParts
 from export.language.language_models import export_language_models
+from runtime.vision.layouts import layout_from
 
 _READING_S = 30.0
 """For the frames; a long recording takes more."""
@@ -74,9 +75,10 @@ def build_bundle(
     frames = None
     if options.int8.frames is not None:
         with steps.step("frames", "Reading frames") as part:
-            preprocessing = plan.checkpoint.preprocessing
-            patch_pixels = preprocessing.height // plan.checkpoint.patch_side
-            frames = collect(options.int8, preprocessing, patch_pixels, part)
+            preprocessing, side = plan.checkpoint.preprocessing, plan.checkpoint.patch_side
+            layout = layout_from(preprocessing, plan.tiles, (side, side))
+            patch_pixels = preprocessing.height // side
+            frames = collect(options.int8, preprocessing, layout, patch_pixels, part)
     unfinished, kept = ResumeFolder(options.out), KeptParts(options.out, plan.checkpoint)
     with (
         unfinished.kept(),

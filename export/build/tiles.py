@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from engines.bundle import BundleDraft
 from engines.errors import CheckpointError, OptionError
-from engines.manifest import QUANTIZED_PRECISIONS, Precision, Prompt
+from engines.manifest import Prompt
 from engines.picture_tiles import NEWLINE, ClipFrames, Newlines, PictureTiles
 from export.checkpoint.llava import Checkpoint
 from export.checkpoint.schema import ASPECT_RATIO
@@ -115,27 +115,18 @@ def write_newline(checkpoint: Checkpoint, tiles: PictureTiles, draft: BundleDraf
     save_file({NEWLINE: newline}, draft.path(tiles.newline))
 
 
-def refuse_with_tiles(checkpoint: Checkpoint, precision: Precision, frames: bool) -> None:
+def refuse_with_tiles(checkpoint: Checkpoint, frames: bool) -> None:
     """Refuse what is not built for a checkpoint whose pictures are cut into tiles.
 
     Args:
         checkpoint: opened.
-        precision: of the vision graph.
         frames: whether the graph is to take camera frames.
 
     Raises:
-        OptionError: frames, or a precision that is calibrated.
+        OptionError: frames.
     """
-    if checkpoint.resolutions is None:
-        return
-    if frames:
+    if checkpoint.resolutions is not None and frames:
         raise OptionError(
             f"--input uint8: {checkpoint.name} cuts a picture into tiles by its proportions, and "
             "the CPU does that. Leave --input and --frame out."
-        )
-    if precision in QUANTIZED_PRECISIONS:
-        raise OptionError(
-            f"--precision {precision}: calibration looks at whole pictures, and the tower of "
-            f"{checkpoint.name} sees tiles of them as well, whose ranges nobody would have "
-            "measured. Use --precision fp16 or fp32."
         )

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -13,7 +15,7 @@ from safetensors.numpy import load_file
 
 from engines.bundle import Bundle
 from engines.errors import BundleError
-from engines.manifest import VisionGraph
+from engines.manifest import Preprocessing, VisionGraph
 from engines.picture_tiles import ALL_TOKENS, NEWLINE, PictureTiles
 from runtime.vision.layouts.frame_square import FrameSquare
 from runtime.vision.layouts.layout import Layout, Size, View
@@ -22,7 +24,7 @@ from runtime.vision.layouts.padded_square import PaddedSquare
 from runtime.vision.layouts.square import Square
 from runtime.vision.visual_tokens import Shown
 
-__all__ = ["Layout", "View", "layout_of", "newline_of", "views_of"]
+__all__ = ["Layout", "View", "layout_from", "layout_of", "newline_of", "views_of"]
 
 
 def layout_of(bundle: Bundle, graph: VisionGraph, shown: Shown = "alone") -> Layout:
@@ -58,20 +60,36 @@ def views_of(
     return _layout(bundle, graph, None, shown).views(size)
 
 
+def layout_from(
+    preprocessing: Preprocessing, tiles: PictureTiles | None, patches: tuple[int, int]
+) -> Layout:
+    """Return a layout that cuts pictures where there is no bundle yet, without newlines.
+
+    Args:
+        preprocessing: of the whole picture.
+        tiles: how a picture is cut; None where it is one square.
+        patches: rows and columns of a square.
+    """
+    if tiles is None:
+        return Square(preprocessing, *patches)
+    return LlavaNext(preprocessing, tiles, *patches, newline=None)
+
+
 def _layout(
     bundle: Bundle, graph: VisionGraph, newline: NDArray[np.float32] | None, shown: Shown
 ) -> Layout:
     tiles, patches = bundle.manifest.tiles, (graph.patch_rows, graph.patch_columns)
-    if tiles is None:
-        return Square(bundle.preprocessing, *patches)
     all_tokens = graph.reducer.name == ALL_TOKENS
     if shown == "frame" and bundle.clips is not None:
         pooled = bundle.clips.pooled(*patches) if all_tokens else None
         return FrameSquare(bundle.preprocessing, *patches, pooled)
-    if shown == "among_others" and tiles.several == "squares":
+    if shown == "among_others" and bundle.squares_of_several:
         padded = bundle.preprocessing.model_copy(update={"pad_to_square": True})
         return PaddedSquare(padded, *patches, newline)
-    return LlavaNext(bundle.preprocessing, tiles, *patches, newline, all_tokens)
+    layout = layout_from(bundle.preprocessing, tiles, patches)
+    if isinstance(layout, LlavaNext):
+        return replace(layout, newline=newline, all_tokens=all_tokens)
+    return layout
 
 
 def newline_of(bundle: Bundle, tiles: PictureTiles) -> NDArray[np.float32]:

@@ -44,6 +44,17 @@ class Layout(Protocol):
     def most_squares(self) -> int:
         """Squares of one picture, at most."""
 
+    def squares(self, picture: Pixels, bands: Bands) -> list[Pixels]:
+        """Return the squares of a picture, uint8[height, width, 3] each, the view of it all first.
+
+        Args:
+            picture: RGB, uint8[H, W, 3].
+            bands: threads that share the work.
+
+        Raises:
+            PictureError: it is not uint8[H, W, 3] or has no pixels.
+        """
+
     def pixel_values(self, pictures: Sequence[Pixels] | Pixels, bands: Bands) -> PixelValues:
         """Return the squares of all pictures one after the other, float32[S, 3, height, width].
 

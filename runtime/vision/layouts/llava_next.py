@@ -109,6 +109,14 @@ class LlavaNext:
         """Return the tiles of a picture."""
         return self.tiles.grid_of(*best_resolution(size, self.tiles.resolutions))
 
+    def squares(self, picture: Pixels, bands: Bands) -> list[Pixels]:
+        """Return the view of it all and then the tiles, row by row, uint8[side, side, 3] each.
+
+        Raises:
+            PictureError: the picture is not uint8[H, W, 3] or has no pixels.
+        """
+        return [resize_picture(picture, self.preprocessing, bands), *self._cut(picture, bands)]
+
     def pixel_values(self, pictures: Sequence[Pixels] | Pixels, bands: Bands) -> PixelValues:
         """Return the view and then the tiles, row by row, of each picture, float32[S, 3, h, w].
 
@@ -122,8 +130,7 @@ class LlavaNext:
         batch = np.empty((sum(counts), 3, side, side), np.float32)
         starts = np.cumsum([0, *counts[:-1]])
         for picture, start in zip(pictures, starts, strict=True):
-            squares = [resize_picture(picture, self.preprocessing, bands)]
-            squares += self._cut(picture, bands)
+            squares = self.squares(picture, bands)
             for square, out in zip(squares, batch[start:], strict=False):
                 normalise(square, self.preprocessing, out)
         return batch

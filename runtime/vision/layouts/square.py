@@ -11,7 +11,7 @@ from engines.manifest import Preprocessing
 from runtime.vision.geometry import lay_out
 from runtime.vision.layouts.layout import Size, View
 from runtime.vision.parallel_resize import Bands
-from runtime.vision.preprocess import PixelValues, preprocess_batch
+from runtime.vision.preprocess import PixelValues, preprocess_batch, resize_picture
 from runtime.vision.resize import Pixels
 from runtime.vision.visual_tokens import VisualTokens
 
@@ -34,6 +34,14 @@ class Square:
     def most_squares(self) -> int:
         """One."""
         return 1
+
+    def squares(self, picture: Pixels, bands: Bands) -> list[Pixels]:
+        """Return the one square, uint8[height, width, 3].
+
+        Raises:
+            PictureError: the picture is not uint8[H, W, 3] or has no pixels.
+        """
+        return [resize_picture(picture, self.preprocessing, bands)]
 
     def pixel_values(self, pictures: Sequence[Pixels] | Pixels, bands: Bands) -> PixelValues:
         """Return one square of each picture, float32[B, 3, height, width].

@@ -28,3 +28,19 @@ def test_the_worst_picture_is_told() -> None:
     assert found.overlap.mean == pytest.approx((15 + 0.173) / 16)
     assert found.overlap.low < found.overlap.mean < found.overlap.high
     assert found.cosine.low == found.cosine.high == pytest.approx(0.99)
+
+
+def test_squares_of_one_picture_are_no_more_certain_than_the_picture() -> None:
+    values = np.random.default_rng(2).uniform(0.8, 1, 20)
+    alone = measure_agreement([picture(value) for value in values])
+    tiled = measure_agreement([picture(value) for value in values for _ in range(5)], [5] * 20)
+    assert (tiled.pictures, tiled.squares, alone.squares) == (20, 100, 20)
+    for name in ("mean", "low", "high", "worst"):
+        assert getattr(tiled.overlap, name) == pytest.approx(getattr(alone.overlap, name))
+
+
+def test_every_square_counts_once_however_many_a_picture_has() -> None:
+    found = measure_agreement([picture(1.0)] * 3 + [picture(0.6)], [3, 1])
+    assert found.overlap.mean == pytest.approx(0.9)
+    assert found.overlap.low == pytest.approx(0.6)
+    assert found.overlap.high == pytest.approx(1.0)

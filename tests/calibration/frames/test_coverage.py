@@ -29,7 +29,7 @@ def cover(pictures: list[Picture]) -> tuple[object, list[str]]:
     sample = DistinctFrames(256)
     for picture in pictures:
         sample.wants_next()
-        sample.look_at(picture)
+        sample.look_at([picture])
     coverage = measure_coverage(sample, [frame.signature for frame in sample.items()], {})
     json.dumps(document_from_coverage(coverage))
     return coverage, list(coverage.warnings)

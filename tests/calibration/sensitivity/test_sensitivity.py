@@ -20,6 +20,7 @@ from calibration.scales.apply import apply_calibration
 from calibration.scales.calibrate import CalibrationOptions, calibrate
 from calibration.scales.calibration_file import Calibration, load_calibration
 from calibration.scales.number_format import NumberFormat
+from calibration.sensitivity.ranking import few_of
 from calibration.sensitivity.report import json_from_report, svg_from_report, table_from_report
 from calibration.sensitivity.search import SensitivityReport, search_exclusions
 from engines.errors import CalibrationError, FoveateError
@@ -74,6 +75,15 @@ def test_the_search_meets_the_gate_with_few_layers(report, calibration) -> None:
     assert len(report.sites) == len(calibration.sites)
     per_weight = [site.cost / site.weights for site in report.sites]
     assert per_weight == sorted(per_weight, reverse=True)
+
+
+@pytest.mark.parametrize(("count", "each"), [(32, 2), (64, 4), (80, 5), (3, 3)])
+def test_a_few_of_many_squares_are_views_and_tiles(count: int, each: int) -> None:
+    squares = [np.full((1, 3, 2, 2), at, np.float32) for at in range(count)]
+    places = [int(one[0, 0, 0, 0]) for one in few_of(squares)]
+    assert len(places) == min(count, 4)
+    assert (places[0], places[-1]) == (0, count - 1)
+    assert {place % each == 0 for place in places} == {True, False}
 
 
 def test_its_result_is_replayed_from_a_file(report, graph, frames, tmp_path) -> None:
