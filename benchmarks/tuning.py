@@ -30,7 +30,8 @@ from benchmarks.accuracy import Bench, Setting
 from benchmarks.accuracy_report import Result, replace_between
 from benchmarks.packed_answers import POCKET, Examination
 from export.checkpoint.llava import open_checkpoint
-from export.tune.command import show_tracks, show_training
+from export.tracks import show_tracks
+from export.tune.command import show_training
 from export.tune.run import RECORD_FILE, TuneOptions, tune_checkpoint
 from export.tune.student import Lora
 from export.tune.training import Recipe

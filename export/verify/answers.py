@@ -20,6 +20,7 @@ from export.release_memory import release_memory
 from export.tracks import Track
 from export.verify.reference import LanguageReference
 from export.verify.report import AnswerAgreement
+from runtime.backends.context import Context
 from runtime.backends.opening import open_backend
 from runtime.language.generate import Generation, GenerationOptions
 from runtime.language.prompt import PromptWriter, Turn
@@ -181,12 +182,12 @@ class _BundleLanguage:
         )
 
     def _answer(self, tokens: NDArray[np.float32]) -> GreedyAnswer | None:
-        self.backend.rewind(0)
-        logits = self.backend.prefill(self.prompt.parts(self.question.turns, [tokens]))
+        context = Context(self.backend)  # holds nothing of the picture before
+        logits = context.prefill(self.prompt.parts(self.question.turns, [tokens]))
         if np.isnan(logits).any():
             return None
         generation = Generation(
-            self.backend,
+            context,
             logits,
             self.prompt.tokenizer,
             stop_token_ids=self.prompt.stop_token_ids,
