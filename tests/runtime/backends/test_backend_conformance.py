@@ -18,6 +18,7 @@ from export.language.gguf_decoder import write_gguf
 from export.language.gguf_quantize import export_gguf
 from export.language.onnx_decoder import export_language
 from runtime.backends import LanguageBackend
+from runtime.backends.context import Context
 from runtime.backends.llama_decoder import LlamaDecoder
 from runtime.backends.llamacpp import LlamaCppBackend, open_llamacpp_backend
 from runtime.backends.openvino_backend import open_openvino_backend
@@ -423,10 +424,10 @@ def _converse(backend: LanguageBackend, writer: PromptWriter, seed: int) -> list
     turns: list[Turn] = []
     for question in ("What is this?", "How many?", "And left of it?"):
         turns.append(Turn("user", question, images=0 if turns else 1))
-        backend.rewind(0)
-        logits = backend.prefill(writer.parts(turns, [picture]))
+        context = Context(backend)  # holds nothing, so all is computed again
+        logits = context.prefill(writer.parts(turns, [picture]))
         answer = Generation(
-            backend,
+            context,
             logits,
             writer.tokenizer,
             stop_token_ids=writer.stop_token_ids,
