@@ -10,7 +10,7 @@ A folder of pictures enters; a video in FFV1 leaves, whose frames have the same 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +19,15 @@ from PIL import Image
 FRAMES_PER_SECOND = 4
 
 
-def write_video(frames: Iterable[np.ndarray], out: Path) -> None:
+def write_video(frames: Sequence[np.ndarray], out: Path) -> None:
     """Write frames, uint8[H, W, 3] in RGB, all of one size."""
     import av
 
     with av.open(str(out), "w") as container:
         stream = container.add_stream("ffv1", rate=FRAMES_PER_SECOND)
         stream.pix_fmt = "bgr0"
+        stream.height, stream.width = frames[0].shape[:2]
         for image in frames:
-            stream.height, stream.width = image.shape[:2]
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             container.mux(stream.encode(frame.reformat(format="bgr0")))
         container.mux(stream.encode())
