@@ -77,7 +77,7 @@ def tiles_with_shared_budget(
 
     Raises:
         OptionError: there are no squares, the reducer does not say what a token is worth, there
-            are several budgets, or the total is not between 1 and what the squares leave.
+            are several budgets, or the total is not between what one square and all leave.
     """
     asked = f"--picture-tokens {total}"
     if tiles is None:
@@ -101,10 +101,10 @@ def tiles_with_shared_budget(
             "number is the most that a square leaves. Give one, and build a bundle for each."
         )
     most = tiles.most_squares * counts[0]
-    if not 1 <= total <= most:
+    if not counts[0] <= total <= most:
         raise OptionError(
             f"{asked} with --tokens {counts[0]}: {tiles.most_squares} squares leave {most} tokens "
-            f"at most. Ask for 1 to {most} for the picture, or change --tokens."
+            f"at most. Ask for {counts[0]} to {most} for the picture, or change --tokens."
         )
     return tiles.model_copy(update={"picture_tokens": total})
 

@@ -134,8 +134,9 @@ def test_a_dry_run_says_what_is_shared(checkpoint, tmp_path, capsys) -> None:
         ({"reducer": "none", "tokens": None}, "reducer none does not say"),
         ({"tokens": ("all", 6)}, "reducer none does not say"),
         ({"tokens": (6, 4)}, "--picture-tokens 13 with --tokens 6,4: one budget is shared"),
-        ({"picture_tokens": 0}, "5 squares leave 30 tokens at most. Ask for 1 to 30"),
-        ({"picture_tokens": 31}, "Ask for 1 to 30"),
+        ({"picture_tokens": 0}, "5 squares leave 30 tokens at most. Ask for 6 to 30"),
+        ({"picture_tokens": 5}, "Ask for 6 to 30"),
+        ({"picture_tokens": 31}, "Ask for 6 to 30"),
     ],
     ids=str,
 )
