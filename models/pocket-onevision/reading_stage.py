@@ -8,8 +8,9 @@ never all those of an object, so that no answer leans on how many there are. No 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,9 +47,27 @@ from view_store import ClipStore, PictureStore
 CLIP_TOKENS = FRAMES * POOLED_GRID**2 + 1
 _TEXT_LENGTH = 150  # of the questions packed behind a picture, about
 # What is learned last is asked about more often.
-_WEIGHTS = {"color": 1.5, "shape": 0.6, "count": 0.6, "exists": 2.5, "where": 1.2, "left_of": 1.5}
-_WEIGHTS |= {"nearest": 1.0, "count_shape": 0.8, "path": 0.5, "list": 1.5, "sign_count": 0.6}
-_WEIGHTS |= {"sign_pattern": 2.0, "sign_color": 2.0, "sign_exists": 2.0, "clip_order": 2.0}
+_READING = {"color": 1.5, "shape": 0.6, "count": 0.6, "exists": 2.5, "where": 1.2, "left_of": 1.5}
+_READING |= {"nearest": 1.0, "count_shape": 0.8, "path": 0.5, "list": 1.5, "sign_count": 0.6}
+_READING |= {"sign_pattern": 2.0, "sign_color": 2.0, "sign_exists": 2.0, "clip_order": 2.0}
+# After the first round colours, shapes and patterns are read but not always of the same thing.
+_BINDING = {"color": 3.0, "shape": 0.6, "count": 0.4, "exists": 4.0, "where": 1.2, "left_of": 1.5}
+_BINDING |= {"nearest": 0.6, "count_shape": 0.6, "path": 0.3, "list": 2.0, "sign_count": 0.3}
+_BINDING |= {"sign_pattern": 2.0, "sign_color": 2.5, "sign_exists": 3.0, "clip_order": 1.5}
+_BINDING |= {"clip_entered": 1.5, "clip_left": 1.5, "clip_moved": 1.5, "clip_first": 0.6}
+
+
+@dataclass(frozen=True)
+class Round:
+    """A stretch of training with a learning rate that rises once and falls.
+
+    Attributes:
+        learning: its schedule.
+        type_weights: how often each type is asked about.
+    """
+
+    learning: Learning
+    type_weights: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -56,13 +75,23 @@ class ReadingOptions:
     """How projector, newline and language model are trained.
 
     Attributes:
-        short_share: share of the steps, the first, with at most `short_tokens`: short is cheap.
+        rounds: one after the other.
+        bound: the last round comes again until this share of the "exists" questions is right: a
+            model learns all at once which colour goes with which shape, and seeds differ in when.
+        most_repeats: how often the last round comes at most.
+        short_share: share of a round's steps, the first, with at most `short_tokens`: short is
+            cheap.
         whole_share: share of the later steps with all tokens of a picture.
         whole_clip_share: share of the clip steps with all tokens of a clip.
         clip_share: share of the steps that are about clips.
     """
 
-    learning: Learning = field(default_factory=lambda: Learning(6_000, 2e-3, 0.02, 200))
+    rounds: tuple[Round, ...] = (
+        Round(Learning(6_000, 2e-3, 0.02, 200), _READING),
+        Round(Learning(1_500, 2e-3, 0.02, 200), _BINDING),
+    )
+    bound: float = 0.9
+    most_repeats: int = 4
     tokens_per_batch: int = 8_192  # fewer pictures a batch when each of them has more tokens
     largest_batch: int = 40
     questions_per_picture: int = 12
@@ -171,6 +200,7 @@ def _read_pictures(
     model: LlavaOnevisionForConditionalGeneration,
     pictures: SeenPictures,
     options: ReadingOptions,
+    weights: Mapping[str, float],
     progress: float,
     rng: np.random.Generator,
 ) -> Answered:
@@ -183,7 +213,7 @@ def _read_pictures(
     kept = None if whole else _keep(pictures.labels(chosen), count)
     asked = [
         choose_questions(
-            pictures.store.scene(index), options.questions_per_picture, _WEIGHTS, rng, PICTURE_TYPES
+            pictures.store.scene(index), options.questions_per_picture, weights, rng, PICTURE_TYPES
         )
         for index in chosen
     ]
@@ -196,6 +226,7 @@ def _read_clips(
     model: LlavaOnevisionForConditionalGeneration,
     clips: SeenClips,
     options: ReadingOptions,
+    weights: Mapping[str, float],
     rng: np.random.Generator,
 ) -> Answered:
     """Draw a batch about clips; return logits, targets and its size."""
@@ -205,7 +236,7 @@ def _read_clips(
     chosen = _choose(count, options, len(clips.store), rng)
     kept = None if whole else _keep(clips.labels(chosen), count)
     asked = [
-        choose_questions(clips.store.events(index), len(CLIP_TYPES), _WEIGHTS, rng, CLIP_TYPES)
+        choose_questions(clips.store.events(index), len(CLIP_TYPES), weights, rng, CLIP_TYPES)
         for index in chosen
     ]
     text, with_system = _pack(asked, options, rng)
@@ -278,27 +309,55 @@ def train_reading(
     clips: SeenClips,
     validation: tuple[SeenPictures, SeenClips],
     options: ReadingOptions,
+    run: Path,
+) -> None:
+    """Train projector, newline and language model in place; the tower stays as it is."""
+    log = ProgressLog(run / "log.jsonl", "language")
+    last = len(options.rounds) - 1
+    for number in range(last + options.most_repeats):
+        current = options.rounds[min(number, last)]
+        state = TrainingState(run / f"language-state-{number}.safetensors")
+        _train_round(model, pictures, clips, validation, options, current, number, state, log)
+        if number >= last and _share_bound(model, *validation) >= options.bound:
+            return
+
+
+def _share_bound(
+    model: LlavaOnevisionForConditionalGeneration, pictures: SeenPictures, clips: SeenClips
+) -> float:
+    """Return the share of the "exists" questions that are answered right."""
+    types: Any = measure(model, pictures, clips)["types"]
+    return float(types["exists"])
+
+
+def _train_round(
+    model: LlavaOnevisionForConditionalGeneration,
+    pictures: SeenPictures,
+    clips: SeenClips,
+    validation: tuple[SeenPictures, SeenClips],
+    options: ReadingOptions,
+    current: Round,
+    number: int,
     state: TrainingState,
     log: ProgressLog,
 ) -> None:
-    """Train projector, newline and language model in place; the tower stays as it is."""
-
     def losses_at(step: int) -> StepOutcome:
-        rng = np.random.default_rng((options.seed, 40, step))
+        rng = np.random.default_rng((options.seed, 40 + number, step))
         torch.manual_seed(int(rng.integers(2**31)))
         about_clips = rng.random() < options.clip_share
+        progress, weights = step / current.learning.steps, current.type_weights
         with torch.autocast("cpu", torch.bfloat16):
             logits, targets, batch = (
-                _read_clips(model, clips, options, rng)
+                _read_clips(model, clips, options, weights, rng)
                 if about_clips
-                else _read_pictures(model, pictures, options, step / options.learning.steps, rng)
+                else _read_pictures(model, pictures, options, weights, progress, rng)
             )
         loss = functional.cross_entropy(logits, targets)
         name = "clip_answers" if about_clips else "answers"
-        return StepOutcome({name: loss}, batch, "reading")
+        return StepOutcome({name: loss}, batch, f"round {number}")
 
     run_steps(
-        trained_by_language(model), options.learning, losses_at, state, log,
+        trained_by_language(model), current.learning, losses_at, state, log,
         lambda: measure(model, *validation),
     )  # fmt: skip
 

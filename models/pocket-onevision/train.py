@@ -72,9 +72,7 @@ def run_language_stage(
         )
         seen = open_seen(model, stores, run, "features")
         validation = open_seen(model, kept_out, run, "validation")
-        state = TrainingState(run / "language-state.safetensors")
-        log = ProgressLog(run / "log.jsonl", "language")
-        train_reading(model, *seen, validation, replace(ReadingOptions(), seed=seed), state, log)
+        train_reading(model, *seen, validation, replace(ReadingOptions(), seed=seed), run)
         save_weights(model, finished)
     load_weights(model, finished)
 
