@@ -14,6 +14,7 @@ from transformers import LlavaForConditionalGeneration
 
 from engines.bundle import Bundle
 from engines.errors import OptionError
+from runtime.backends.context import Context
 from runtime.backends.ort import open_ort_backend
 from runtime.language.generate import Generation, GenerationOptions
 from runtime.language.parts import Logits
@@ -75,10 +76,10 @@ def test_greedy_answer_equals_transformers(
             max_new_tokens=40,
             do_sample=False,
         )[0, 30:].tolist()
-        backend.rewind(0)
+        context = Context(backend)
         answer = Generation(
-            backend,
-            backend.prefill([ids]),
+            context,
+            context.prefill([ids]),
             tokenizer,
             stop_token_ids=(STOP,),
             options=GenerationOptions(max_tokens=40),
@@ -170,10 +171,10 @@ def test_sampling_is_seeded(language_bundle: Bundle, tokenizer: Tokenizer) -> No
     backend = open_ort_backend(language_bundle, threads=1)
 
     def answer(seed: int) -> list[int]:
-        backend.rewind(0)
+        context = Context(backend)
         generation = Generation(
-            backend,
-            backend.prefill([np.arange(20, 40)]),
+            context,
+            context.prefill([np.arange(20, 40)]),
             tokenizer,
             stop_token_ids=(STOP,),
             options=GenerationOptions(
