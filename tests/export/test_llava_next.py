@@ -12,8 +12,6 @@ import pytest
 from PIL import Image
 from transformers import LlavaNextForConditionalGeneration
 
-from calibration.int8.bundle import calibrate_bundle
-from calibration.int8.options import Int8Options
 from engines.bundle import Bundle, open_bundle
 from engines.errors import BundleError, CheckpointError, OptionError
 from engines.frame_size import FrameSize
@@ -272,15 +270,11 @@ def test_memory_counts_every_square(bundle) -> None:
     assert need.total_bytes > less.total_bytes
 
 
-@pytest.mark.parametrize("command", ["triton", "calibrate", "verify", "tune"])
-def test_commands_that_take_one_square_say_so(
-    bundle, checkpoint, tmp_path, photographs, command
-) -> None:
+@pytest.mark.parametrize("command", ["triton", "verify", "tune"])
+def test_commands_that_take_one_square_say_so(bundle, checkpoint, tmp_path, command) -> None:
     with pytest.raises(OptionError, match=r"cuts (a picture|pictures) into tiles"):
         if command == "triton":
             write_repository(bundle, tmp_path / "models")
-        elif command == "calibrate":
-            calibrate_bundle(bundle, tmp_path / "int8", Int8Options(frames=str(photographs)))
         elif command == "verify":
             refuse_other_checkpoint(bundle, open_checkpoint(checkpoint))
         else:
