@@ -41,9 +41,9 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     original: Callable[..., Any] = build_vision.build_vision_module
 
-    def noted(checkpoint: Any, reducer: Any) -> Any:
+    def noted(checkpoint: Any, reducer: Any, *rest: Any) -> Any:
         names.append(reducer.name)
-        return original(checkpoint, reducer)
+        return original(checkpoint, reducer, *rest)
 
     monkeypatch.setattr(build_vision, "build_vision_module", noted)
     return names
